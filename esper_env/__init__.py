@@ -1,0 +1,14 @@
+"""Esper: decide when, where and what a neural network grows while it trains.
+
+Importing this package registers the ids `Esper-Digits-v0`.
+"""
+
+from esper_env.actions import ActionHead
+from esper_env.config import EnvConfig, Op, Stage
+from esper_env.env import EsperEnv
+from esper_env.registration import register_environments
+from esper_env.vector_env import EsperVectorEnv
+
+register_environments()
+
+__all__ = ["ActionHead", "EnvConfig", "EsperEnv", "EsperVectorEnv", "Op", "Stage"]

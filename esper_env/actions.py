@@ -1,0 +1,246 @@
+"""The factored action space, its exact masks, and the decoding of actions.
+
+`True` in a mask means legal. Two forms of the same mask are kept: the conditional one (legal ops;
+legal slots given an op; legal options of every other head given op and slot), which is exact, and
+the marginal one (an option is legal if some legal joint action contains it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from esper_env import lifecycle
+from esper_env.config import STYLES, BoolArray, Curve, EnvConfig, IntArray, Op
+from esper_env.lifecycle import LifecycleState, Measurements, Request
+
+TEMPOS = (3, 5, 8)
+"""Lengths of the first ramp [env steps]."""
+ALPHA_TARGETS = (0.5, 0.7, 1.0)
+"""Where a ramp may end."""
+ALPHA_SPEEDS = (0, 3, 5, 8)
+"""Lengths of later ramps [env steps]; 0 acts at once."""
+
+HEAD_NAMES = (
+    "op",
+    "slot",
+    "blueprint",
+    "style",
+    "tempo",
+    "alpha_target",
+    "alpha_speed",
+    "alpha_curve",
+)
+
+RELEVANT_HEADS: dict[Op, frozenset[str]] = {
+    Op.WAIT: frozenset({"op"}),
+    Op.GERMINATE: frozenset({"op", "slot", "blueprint", "style", "tempo", "alpha_target"}),
+    Op.ADVANCE: frozenset({"op", "slot"}),
+    Op.SET_ALPHA: frozenset(
+        {"op", "slot", "style", "alpha_target", "alpha_speed", "alpha_curve"}
+    ),
+    Op.PRUNE: frozenset({"op", "slot", "alpha_speed", "alpha_curve"}),
+    Op.FOSSILIZE: frozenset({"op", "slot"}),
+}
+"""Heads that an op reads. A head that is not read has one legal option, 0."""
+
+
+@dataclass(frozen=True)
+class ActionHead:
+    """One component of the action: its name and the values its options stand for."""
+
+    name: str
+    options: tuple[Any, ...]
+
+
+class ActionSpace:
+    """The heads of one environment, with mask computation and decoding.
+
+    Args:
+        num_slots: Slots of the host.
+        blueprints: Names of the task's registry, in order.
+        heads: Restrictions, as `EnvConfig.heads`.
+
+    Raises:
+        ValueError: If a restriction names an unknown head or option, repeats one, or forbids WAIT.
+    """
+
+    def __init__(
+        self, num_slots: int, blueprints: Sequence[str], heads: Mapping[str, Any]
+    ) -> None:
+        canonical: dict[str, tuple[Any, ...]] = {
+            "op": tuple(op.name for op in Op),
+            "slot": tuple(range(num_slots)),
+            "blueprint": tuple(blueprints),
+            "style": tuple(style.name for style in STYLES),
+            "tempo": TEMPOS,
+            "alpha_target": ALPHA_TARGETS,
+            "alpha_speed": ALPHA_SPEEDS,
+            "alpha_curve": tuple(curve.name for curve in Curve),
+        }
+        for name in heads:
+            if name not in canonical:
+                raise ValueError(f"heads: expected names among {HEAD_NAMES}, got {name!r}")
+        self.num_slots = num_slots
+        self.index: dict[str, IntArray] = {}
+        options: dict[str, tuple[Any, ...]] = {}
+        for name, values in canonical.items():
+            options[name] = _restrict(name, values, heads.get(name, values))
+            self.index[name] = np.array([values.index(value) for value in options[name]])
+        if Op.WAIT not in self.index["op"]:
+            raise ValueError("heads: expected WAIT among the options of 'op', it is always legal")
+        self.heads = tuple(ActionHead(name, options[name]) for name in HEAD_NAMES)
+        self.nvec = np.array([len(head.options) for head in self.heads])
+        ops = [Op(i) for i in self.index["op"]]
+        self.is_relevant = np.array(
+            [[name in RELEVANT_HEADS[op] for name in HEAD_NAMES] for op in ops]
+        )
+        """(ops, heads) bool."""
+        targets = np.array([ALPHA_TARGETS[i] for i in self.index["alpha_target"]])
+        self._targets = targets
+
+    def conditional_masks(
+        self,
+        state: LifecycleState,
+        measured: Measurements,
+        seed_parameters: IntArray,
+        host_parameters: int,
+        config: EnvConfig,
+    ) -> dict[str, BoolArray]:
+        """Return the exact legal actions, conditioned on op and slot.
+
+        Args:
+            state: The slots.
+            measured: What the last step measured.
+            seed_parameters: (num_slots, num_blueprints) int64, see `lifecycle.can_germinate`.
+            host_parameters: Parameters of the host.
+            config: Gate rules.
+
+        Returns:
+            "op" (N, O), "slot" (N, O, S), every other head (N, O, S, options), all bool. A joint
+            action is legal exactly if its op, its slot given the op, and every other option given
+            op and slot are True. Rows of an illegal op or (op, slot) are all False.
+        """
+        num_envs = len(state.stage)
+        slots = self.index["slot"]
+        shape = (num_envs, len(self.index["op"]), len(slots))
+        masks = {
+            head.name: np.zeros((*shape, len(head.options)), dtype=bool) for head in self.heads[2:]
+        }
+        legal = np.zeros(shape, dtype=bool)
+        germinate = lifecycle.can_germinate(state, seed_parameters, host_parameters, config)
+        is_new_target = state.alpha_target[:, slots, None] != self._targets
+        has_weight = state.alpha[:, slots] > 0
+        gates = {
+            Op.GERMINATE: germinate.any(axis=2),
+            Op.ADVANCE: lifecycle.can_advance(state, measured, config),
+            Op.SET_ALPHA: lifecycle.can_set_alpha(state),
+            Op.PRUNE: lifecycle.can_prune(state, config),
+            Op.FOSSILIZE: lifecycle.can_fossilize(state, measured, config),
+        }
+        for o, op in enumerate(self.index["op"]):
+            if op == Op.WAIT:
+                legal[:, o, 0] = True
+            else:
+                legal[:, o] = gates[Op(op)][:, slots]
+            for h, name in enumerate(HEAD_NAMES):
+                if h < 2:
+                    continue
+                mask = masks[name][:, o]
+                if not self.is_relevant[o, h]:
+                    mask[..., 0] = True
+                elif op == Op.GERMINATE and name == "blueprint":
+                    mask[:] = germinate[:, slots][:, :, self.index["blueprint"]]
+                elif op == Op.SET_ALPHA and name == "alpha_target":
+                    mask[:] = is_new_target
+                elif op == Op.PRUNE and name == "alpha_speed":
+                    # A seed without weight has no ramp to run: it goes at once.
+                    mask[:] = has_weight[:, :, None] | (self.index["alpha_speed"] == 0)
+                else:
+                    mask[:] = True
+                legal[:, o] &= mask.any(axis=2)
+        for mask in masks.values():
+            mask &= legal[..., None]
+        return {"op": legal.any(axis=2), "slot": legal, **masks}
+
+    def marginal_mask(self, conditional: dict[str, BoolArray]) -> BoolArray:
+        """Return, for every option of every head, whether some legal joint action contains it.
+
+        Every head has at least one legal option.
+
+        Returns:
+            (num_envs, sum(nvec)) bool, heads in order.
+        """
+        parts = [conditional["op"], conditional["slot"].any(axis=1)]
+        parts += [conditional[head.name].any(axis=(1, 2)) for head in self.heads[2:]]
+        return np.concatenate(parts, axis=1)
+
+    def is_legal(self, conditional: dict[str, BoolArray], actions: IntArray) -> BoolArray:
+        """Check joint actions (num_envs, 8) against the masks. (num_envs,) bool."""
+        rows = np.arange(len(actions))
+        op, slot = actions[:, 0], actions[:, 1]
+        legal: BoolArray = conditional["op"][rows, op] & conditional["slot"][rows, op, slot]
+        for h, head in enumerate(self.heads[2:], start=2):
+            legal = legal & conditional[head.name][rows, op, slot, actions[:, h]]
+        return legal
+
+    def sample(
+        self, conditional: dict[str, BoolArray], rng: np.random.Generator
+    ) -> npt.NDArray[np.int64]:
+        """Draw legal actions: uniform over ops, then slots, then the options of each head.
+
+        Returns:
+            (num_envs, 8) int64.
+        """
+        rows = np.arange(len(conditional["op"]))
+        op = _choose(conditional["op"], rng)
+        slot = _choose(conditional["slot"][rows, op], rng)
+        rest = [_choose(conditional[head.name][rows, op, slot], rng) for head in self.heads[2:]]
+        return np.stack([op, slot, *rest], axis=1)
+
+    def decode(self, actions: IntArray) -> Request:
+        """Translate option indices (num_envs, 8) into canonical values."""
+        value = {
+            name: self.index[name][actions[:, h]] for h, name in enumerate(HEAD_NAMES)
+        }
+        target = np.array(ALPHA_TARGETS)[value["alpha_target"]]
+        return Request(
+            op=value["op"],
+            slot=value["slot"],
+            blueprint=value["blueprint"],
+            style=value["style"],
+            style_curve=np.array([style.curve for style in STYLES])[value["style"]],
+            tempo=np.array(TEMPOS)[value["tempo"]],
+            first_target=target,
+            target=target,
+            speed=np.array(ALPHA_SPEEDS)[value["alpha_speed"]],
+            curve=value["alpha_curve"],
+        )
+
+
+def wait_actions(num_envs: int) -> npt.NDArray[np.int64]:
+    """Return WAIT for every member (with unrestricted ops, option 0 of every head)."""
+    return np.zeros((num_envs, len(HEAD_NAMES)), dtype=np.int64)
+
+
+def _restrict(name: str, canonical: tuple[Any, ...], wanted: Any) -> tuple[Any, ...]:
+    values = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
+    unknown = [value for value in values if value not in canonical]
+    if unknown or not values or len(set(values)) != len(values):
+        raise ValueError(
+            f"heads[{name!r}]: expected one or several distinct options of {canonical}, "
+            f"got {wanted!r}"
+        )
+    return tuple(value for value in canonical if value in values)
+
+
+def _choose(mask: BoolArray, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Draw one True position per row, uniformly."""
+    keys = np.where(mask, rng.random(mask.shape), -1.0)
+    return keys.argmax(axis=1)
+
+

@@ -1,0 +1,102 @@
+"""Which coalitions of seeds are evaluated, and what follows from their accuracies.
+
+A coalition is the live network with some seeds left out. Each distinct one is evaluated once per
+env step; the population computes what they share once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from esper_env.config import BoolArray, FloatArray, IntArray, Stage
+from esper_env.lifecycle import LifecycleState, Measurements
+
+
+@dataclass(frozen=True)
+class Coalitions:
+    """Distinct networks to evaluate, and where to find each one's row."""
+
+    member: IntArray
+    """Member of each row. (rows,)."""
+    alpha: FloatArray
+    """Blend weights of each row, 0 for a seed that is left out. (rows, slots)."""
+    live: IntArray
+    """Row of the live network. (m,)."""
+    committed: IntArray
+    """Row of the network with only the fossilized seeds. (m,)."""
+    without: IntArray
+    """Row of the network without one trial seed, -1 where it is not evaluated. (m, slots)."""
+
+
+def plan_coalitions(
+    members: IntArray, state: LifecycleState, *, leave_one_out: bool
+) -> Coalitions:
+    """List the distinct coalitions of some members.
+
+    Args:
+        members: Which members. (m,).
+        state: Slots of all members.
+        leave_one_out: Whether to leave out each seed with alpha > 0 that is not fossilized.
+
+    Returns:
+        Rows to evaluate.
+    """
+    m, num_slots = len(members), state.stage.shape[1]
+    alpha = state.alpha[members]
+    is_fossil = state.stage[members] == Stage.FOSSILIZED
+    wanted = [alpha, np.where(is_fossil, alpha, 0.0)]
+    is_tested = (alpha > 0) & ~is_fossil & leave_one_out
+    wanted += [np.where(np.arange(num_slots) == s, 0.0, alpha) for s in range(num_slots)]
+    keys = np.concatenate(
+        [np.concatenate([np.arange(m)[:, None], a], axis=1) for a in wanted]
+    )
+    is_needed = np.concatenate([np.ones(2 * m, dtype=bool), is_tested.T.reshape(-1)])
+    distinct, row = np.unique(keys[is_needed], axis=0, return_inverse=True)
+    row_of = np.full(len(keys), -1)
+    row_of[is_needed] = row.reshape(-1)
+    return Coalitions(
+        member=members[distinct[:, 0].astype(np.int64)],
+        alpha=distinct[:, 1:],
+        live=row_of[:m],
+        committed=row_of[m : 2 * m],
+        without=row_of[2 * m :].reshape(num_slots, m).T,
+    )
+
+
+def record_contributions(
+    measured: Measurements, members: IntArray, coalitions: Coalitions, accuracy: FloatArray
+) -> None:
+    """Write leave-one-out contributions and pair interactions into the measurements.
+
+    contribution_i = acc(live) - acc(without i). With exactly two trial seeds i and j, the network
+    without both is the committed one, and their interaction by inclusion and exclusion is
+    acc(live) - acc(without i) - acc(without j) + acc(committed).
+
+    Args:
+        measured: Changed in place for `members`.
+        members: (m,).
+        coalitions: What was evaluated.
+        accuracy: Accuracy of each row.
+    """
+    live = accuracy[coalitions.live]
+    is_new: BoolArray = coalitions.without >= 0
+    without = np.where(is_new, accuracy[coalitions.without], 0.0)
+    contribution = np.where(is_new, live[:, None] - without, 0.0)
+
+    before = measured.contribution[members]
+    in_succession = is_new & measured.has_contribution[members]
+    velocity = np.where(in_succession, contribution - before, 0.0)
+    measured.contribution_velocity[members] = velocity
+    measured.contribution[members] = np.where(is_new, contribution, before)
+    measured.contribution_age[members] = np.where(
+        is_new, 0, measured.contribution_age[members] + measured.has_contribution[members]
+    )
+    measured.has_contribution[members] |= is_new
+
+    is_pair = is_new & (is_new.sum(axis=1) == 2)[:, None]
+    pair_sum = np.where(is_new, without, 0.0).sum(axis=1)
+    interaction = live - pair_sum + accuracy[coalitions.committed]
+    measured.interaction[members] = np.where(is_pair, interaction[:, None], 0.0)
+    measured.has_interaction[members] = is_pair

@@ -1,0 +1,153 @@
+"""The single environment: the vector environment of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+from gymnasium.vector import AutoresetMode
+
+from esper_env.actions import ActionHead
+from esper_env.config import BoolArray, EnvConfig
+from esper_env.vector_env import EsperVectorEnv
+
+
+class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
+    """Grow a small network while it trains.
+
+    A host network is trained from scratch. The agent may put a seed module into one of its slots,
+    let it learn behind the host, blend it in, keep it for good or remove it.
+
+    ## Action space
+    `MultiDiscrete` with the heads op, slot, blueprint, style, tempo, alpha_target, alpha_speed,
+    alpha_curve; `heads` names their options. Which options are legal depends on the state:
+    `action_masks()` is the flat marginal mask (also `info["action_mask"]`), `conditional_masks()`
+    the exact one. An illegal action counts as WAIT.
+
+    ## Observation space
+    `Box` of float32 within [-1, 1]; `observation_names` names the features.
+
+    ## Reward
+    `gain`: the rise of the live score in the step; on the last step also committed minus live
+    score. Score = accuracy - rent_weight * log2(1 + grown / host parameters). The sum over an
+    episode is the committed score at its end minus the score at its start.
+
+    ## Episode end
+    After `episode_steps` steps, as `truncated` (or `terminated` with `horizon="terminal"`).
+    Gymnasium's own `max_episode_steps` can only cut an episode short from outside, in which case
+    its last step is not settled; use `episode_steps` to change the length.
+
+    ## Arguments
+    Every field of `EnvConfig`, and `device`.
+
+    Args:
+        device: Where the tensors live.
+        render_mode: Only None.
+        **config: Fields of `EnvConfig`.
+    """
+
+    metadata = {"render_modes": []}
+
+    def __init__(
+        self, *, device: str = "cpu", render_mode: str | None = None, **config: Any
+    ) -> None:
+        self._env = EsperVectorEnv(
+            1,
+            device=device,
+            autoreset_mode=AutoresetMode.DISABLED,
+            render_mode=render_mode,
+            **config,
+        )
+        self.render_mode = None
+        self.observation_space = self._env.single_observation_space
+        self.action_space = self._env.single_action_space
+
+    @property
+    def config(self) -> EnvConfig:
+        """The configuration."""
+        return self._env.config
+
+    @property
+    def gamma(self) -> float:
+        """Discount factor of the shaping reward; an agent must use the same."""
+        return self._env.gamma
+
+    @property
+    def heads(self) -> tuple[ActionHead, ...]:
+        """The action's components and the values of their options."""
+        return self._env.heads
+
+    @property
+    def observation_names(self) -> tuple[str, ...]:
+        """One name per feature of the observation."""
+        return self._env.observation_names
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        """Start a new episode.
+
+        Args:
+            seed: Makes the episode, and those that follow, a function of it alone.
+            options: None; there are none.
+
+        Returns:
+            Observation (features,) float32, and info.
+        """
+        super().reset(seed=seed)
+        if options:
+            raise ValueError(f"options: expected none, got {sorted(options)}")
+        observation, info = self._env.reset(seed=seed)
+        return observation[0], _first(info)
+
+    def step(
+        self, action: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Decide, train, evaluate. The action has shape (8,) and an integer dtype.
+
+        Raises:
+            gymnasium.error.ResetNeeded: Before the first reset or after the end of an episode.
+            TypeError: If the action is not of integers.
+            ValueError: If shape or range are wrong.
+        """
+        array = np.asarray(action)
+        if array.ndim != 1:
+            raise ValueError(f"action: expected shape (8,), got {array.shape}")
+        observation, reward, terminated, truncated, info = self._env.step(array[None])
+        return (
+            observation[0],
+            float(reward[0]),
+            bool(terminated[0]),
+            bool(truncated[0]),
+            _first(info),
+        )
+
+    def action_masks(self) -> BoolArray:
+        """Return the marginal mask of the next action, (sum(nvec),) bool; True is legal."""
+        mask: BoolArray = self._env.action_masks()[0]
+        return mask
+
+    def conditional_masks(self) -> dict[str, BoolArray]:
+        """Return the exact mask: "op" (O,), "slot" (O, S), every other head (O, S, options)."""
+        return {name: mask[0] for name, mask in self._env.conditional_masks().items()}
+
+    def sample_valid_actions(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Draw a legal action: uniform over ops, then slots, then options. (8,) int64."""
+        action: npt.NDArray[np.int64] = self._env.sample_valid_actions(rng)[0]
+        return action
+
+    def close(self) -> None:
+        """Release the tensors."""
+        self._env.close()
+
+
+def _first(info: dict[str, Any]) -> dict[str, Any]:
+    """Return member 0 of a vector info: what it has, without masks."""
+    result: dict[str, Any] = {}
+    for name, value in info.items():
+        if name.startswith("_") or not info[f"_{name}"][0]:
+            continue
+        result[name] = _first(value) if isinstance(value, dict) else value[0]
+    return result

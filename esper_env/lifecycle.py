@@ -1,0 +1,463 @@
+"""The life of a seed: one table of transitions, one gate function per transition, arrays only.
+
+All state is arrays of shape (num_envs, num_slots). The masks of `actions` and the transitions here
+call the same gates, so a legal action always succeeds. Nothing here knows torch, rewards or
+telemetry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from esper_env.config import BoolArray, Curve, EnvConfig, FloatArray, IntArray, Op, Stage
+
+TRANSITIONS = frozenset(
+    {
+        (Stage.DORMANT, Stage.GERMINATED),
+        (Stage.GERMINATED, Stage.TRAINING),
+        (Stage.TRAINING, Stage.BLENDING),
+        (Stage.BLENDING, Stage.HOLDING),
+        (Stage.HOLDING, Stage.FOSSILIZED),
+        (Stage.HOLDING, Stage.BLENDING),
+        (Stage.GERMINATED, Stage.EMBARGOED),
+        (Stage.TRAINING, Stage.EMBARGOED),
+        (Stage.BLENDING, Stage.EMBARGOED),
+        (Stage.HOLDING, Stage.EMBARGOED),
+        (Stage.EMBARGOED, Stage.DORMANT),
+    }
+)
+"""Every legal change of stage; anything else raises."""
+
+HOLD, UP, DOWN = 0, 1, 2
+"""Modes of the alpha controller."""
+
+_IS_LEGAL = np.zeros((len(Stage), len(Stage)), dtype=bool)
+for _source, _target in TRANSITIONS:
+    _IS_LEGAL[_source, _target] = True
+
+
+@dataclass
+class LifecycleState:
+    """State of every slot. All arrays have shape (num_envs, num_slots)."""
+
+    stage: IntArray
+    """Values of `Stage`."""
+    age: IntArray
+    """Time since germination [env steps]."""
+    stage_steps: IntArray
+    """Time in the present stage [env steps]."""
+    blueprint: IntArray
+    """Index into the registry, -1 where there is no seed."""
+    style: IntArray
+    """Index into `STYLES`, -1 where there is no seed."""
+    tempo: IntArray
+    """Length of the first ramp, chosen at germination [env steps]."""
+    first_target: FloatArray
+    """Alpha at which the first ramp ends, chosen at germination."""
+    alpha: FloatArray
+    """Present blend weight, 0 to 1."""
+    alpha_start: FloatArray
+    """Alpha at the start of the present ramp."""
+    alpha_target: FloatArray
+    """Alpha at its end."""
+    mode: IntArray
+    """HOLD, UP or DOWN."""
+    ramp_step: IntArray
+    """Ticks of the present ramp so far."""
+    ramp_length: IntArray
+    """Ticks of the present ramp in all."""
+    curve: IntArray
+    """Values of `Curve`."""
+    is_pruning: BoolArray
+    """Whether the seed is removed when its down-ramp ends."""
+    cooldown: IntArray
+    """Decisions left until an embargoed slot opens."""
+
+    @classmethod
+    def empty(cls, num_envs: int, num_slots: int) -> LifecycleState:
+        """Return a state with every slot dormant."""
+        shape = (num_envs, num_slots)
+        arrays = {
+            f.name: np.full(shape, _DEFAULTS.get(f.name, 0), dtype=_DTYPES.get(f.type, np.int64))
+            for f in dataclasses.fields(cls)
+        }
+        return cls(**arrays)
+
+    def clear(self, where: BoolArray) -> None:
+        """Return the slots in `where` (num_envs, num_slots) to dormant defaults."""
+        for f in dataclasses.fields(self):
+            getattr(self, f.name)[where] = _DEFAULTS.get(f.name, 0)
+
+    @property
+    def is_live(self) -> BoolArray:
+        """Where a seed module exists: GERMINATED to FOSSILIZED."""
+        return (self.stage >= Stage.GERMINATED) & (self.stage <= Stage.FOSSILIZED)
+
+    @property
+    def is_trial(self) -> BoolArray:
+        """Where a seed exists that is not fossilized."""
+        return (self.stage >= Stage.GERMINATED) & (self.stage <= Stage.HOLDING)
+
+
+_DTYPES: dict[object, type] = {"BoolArray": np.bool_, "FloatArray": np.float64}
+_DEFAULTS = {"blueprint": -1, "style": -1}
+
+
+@dataclass
+class Measurements:
+    """What the last env step measured about each seed; the gates read it. (num_envs, num_slots)."""
+
+    has_gradient: BoolArray
+    """Whether a gradient reached the seed in the step itself."""
+    gradient_norm: FloatArray
+    """L2 norm over all tensors of the seed, root mean square over the batches of the step."""
+    vanishing: FloatArray
+    """Mean severity over tensors, 0 to 1."""
+    exploding: FloatArray
+    """Largest severity over tensors, 0 to 1."""
+    health: FloatArray
+    """0 to 1; 0 where `has_gradient` is False."""
+    has_contribution: BoolArray
+    """Whether a contribution of this seed has been measured."""
+    contribution: FloatArray
+    """acc(live) - acc(live without this seed), last measured."""
+    contribution_velocity: FloatArray
+    """Change of the contribution between the last two measurements in succession."""
+    contribution_age: IntArray
+    """Time since it was measured [env steps]."""
+    interaction: FloatArray
+    """acc(live) - acc(without i) - acc(without j) + acc(without both)."""
+    has_interaction: BoolArray
+    """Whether the interaction was measured in the last step."""
+
+    @classmethod
+    def empty(cls, num_envs: int, num_slots: int) -> Measurements:
+        """Return measurements that are all absent."""
+        shape = (num_envs, num_slots)
+        return cls(
+            **{
+                f.name: np.zeros(shape, dtype=_DTYPES.get(f.type, np.int64))
+                for f in dataclasses.fields(cls)
+            }
+        )
+
+    def clear(self, where: BoolArray) -> None:
+        """Forget what was measured in the slots of `where`."""
+        for f in dataclasses.fields(self):
+            getattr(self, f.name)[where] = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """Decoded actions, one per member, in canonical values. All arrays have shape (num_envs,)."""
+
+    op: IntArray
+    slot: IntArray
+    blueprint: IntArray
+    style: IntArray
+    style_curve: IntArray
+    tempo: IntArray
+    first_target: FloatArray
+    target: FloatArray
+    speed: IntArray
+    curve: IntArray
+
+
+def ease(curve: IntArray, t: FloatArray) -> FloatArray:
+    """Return the share of a ramp done at time `t`, monotone with ease(0) = 0 and ease(1) = 1.
+
+    Source: design, section 4: linear t; cosine (1 - cos(pi t)) / 2;
+    sigmoid (s(k(t - 1/2)) - s(-k/2)) / (s(k/2) - s(-k/2)) with k = 6, 12, 24.
+    """
+    result = t.copy()
+    result = np.where(curve == Curve.COSINE, (1 - np.cos(np.pi * t)) / 2, result)
+    for member, k in ((Curve.SIGMOID_6, 6.0), (Curve.SIGMOID_12, 12.0), (Curve.SIGMOID_24, 24.0)):
+        low, high = _sigmoid(-k / 2), _sigmoid(k / 2)
+        sigmoid = (_sigmoid(k * (t - 0.5)) - low) / (high - low)
+        result = np.where(curve == member, sigmoid, result)
+    return result
+
+
+def can_germinate(
+    state: LifecycleState, seed_parameters: IntArray, host_parameters: int, config: EnvConfig
+) -> BoolArray:
+    """Gate G0: the slot is empty, and neither `max_seeds` nor the budget would be exceeded.
+
+    Args:
+        state: The slots.
+        seed_parameters: Parameters of each blueprint in each slot, the largest over styles.
+            (num_slots, num_blueprints) int64.
+        host_parameters: Parameters of the host.
+        config: Limits.
+
+    Returns:
+        (num_envs, num_slots, num_blueprints) bool.
+    """
+    num_slots = state.stage.shape[1]
+    limit = num_slots if config.max_seeds is None else config.max_seeds
+    has_room = state.is_live.sum(axis=1) < limit
+    used = used_parameters(state, seed_parameters)
+    total = used[:, None, None] + seed_parameters[None]
+    is_affordable = total <= config.parameter_budget * host_parameters
+    is_open = (state.stage == Stage.DORMANT) & has_room[:, None]
+    return is_open[:, :, None] & is_affordable
+
+
+def used_parameters(state: LifecycleState, seed_parameters: IntArray) -> IntArray:
+    """Return what the live seeds take from the parameter budget. (num_envs,) int64."""
+    slots = np.arange(state.stage.shape[1])
+    each = seed_parameters[slots, np.maximum(state.blueprint, 0)]
+    return np.where(state.is_live, each, 0).sum(axis=1)
+
+
+def can_train(state: LifecycleState) -> BoolArray:
+    """Gate G1: the module is built, which germination guarantees."""
+    return state.stage == Stage.GERMINATED
+
+
+def can_blend(state: LifecycleState, measured: Measurements, config: EnvConfig) -> BoolArray:
+    """Gate G2: trained long enough, with a gradient measured in the step itself, and healthy."""
+    return (
+        (state.stage == Stage.TRAINING)
+        & (state.stage_steps >= config.min_training_steps)
+        & measured.has_gradient
+        & (measured.exploding == 0)
+        & (measured.health >= config.min_gradient_health)
+    )
+
+
+def can_hold(state: LifecycleState) -> BoolArray:
+    """Gate G3: alpha reached its target, and the target is 1."""
+    return (state.stage == Stage.BLENDING) & (state.mode == HOLD) & (state.alpha == 1.0)
+
+
+def can_advance(state: LifecycleState, measured: Measurements, config: EnvConfig) -> BoolArray:
+    """Whether ADVANCE leads from the present stage to the next."""
+    return can_train(state) | can_blend(state, measured, config) | can_hold(state)
+
+
+def can_set_alpha(state: LifecycleState) -> BoolArray:
+    """Whether alpha may be given a new target: blended or blending, controller in HOLD."""
+    is_blended = (state.stage == Stage.BLENDING) | (state.stage == Stage.HOLDING)
+    return is_blended & (state.mode == HOLD)
+
+
+def can_prune(state: LifecycleState, config: EnvConfig) -> BoolArray:
+    """Whether a seed may be removed: on trial, old enough, controller in HOLD."""
+    return state.is_trial & (state.age >= config.min_prune_age) & (state.mode == HOLD)
+
+
+def can_fossilize(state: LifecycleState, measured: Measurements, config: EnvConfig) -> BoolArray:
+    """Gate G5: holding, contribution measured, and in strict mode large enough.
+
+    With `attribution="none"` no contribution is ever measured, and holding suffices.
+    """
+    is_holding = state.stage == Stage.HOLDING
+    if config.attribution == "none":
+        return is_holding
+    is_good = measured.has_contribution.copy()
+    if config.strict_fossilize:
+        is_good &= measured.contribution >= config.min_contribution
+    return is_holding & is_good
+
+
+def apply(
+    state: LifecycleState, measured: Measurements, request: Request, config: EnvConfig
+) -> None:
+    """Carry out legal requests in place.
+
+    Args:
+        state: The slots, changed in place.
+        measured: What the last step measured; forgotten for slots that get or lose a seed.
+        request: One decoded action per member, already checked against the masks. (An op that its
+            gate refuses is a defect of the caller and fails an assertion.)
+        config: Timing rules.
+    """
+    rows = np.arange(len(request.op))
+
+    def chosen(op: Op) -> tuple[IntArray, IntArray]:
+        members = rows[request.op == op]
+        return members, request.slot[members]
+
+    at = chosen(Op.GERMINATE)
+    if len(at[0]):
+        _move(state, at, Stage.GERMINATED)
+        _clear_at(measured, at)
+        state.age[at] = 0
+        state.blueprint[at] = request.blueprint[at[0]]
+        state.style[at] = request.style[at[0]]
+        state.tempo[at] = request.tempo[at[0]]
+        state.first_target[at] = request.first_target[at[0]]
+        state.curve[at] = request.style_curve[at[0]]
+
+    at = chosen(Op.ADVANCE)
+    if len(at[0]):
+        assert can_advance(state, measured, config)[at].all()
+        _advance(state, at)
+
+    at = chosen(Op.SET_ALPHA)
+    if len(at[0]):
+        assert can_set_alpha(state)[at].all()
+        state.style[at] = request.style[at[0]]
+        state.curve[at] = request.curve[at[0]]
+        _retarget(state, at, request.target[at[0]], request.speed[at[0]])
+        leaves = state.stage[at] == Stage.HOLDING
+        _move(state, (at[0][leaves], at[1][leaves]), Stage.BLENDING)
+
+    at = chosen(Op.PRUNE)
+    if len(at[0]):
+        assert can_prune(state, config)[at].all()
+        state.curve[at] = request.curve[at[0]]
+        is_immediate = request.speed[at[0]] == 0
+        _remove(state, measured, (at[0][is_immediate], at[1][is_immediate]), config)
+        slow = (at[0][~is_immediate], at[1][~is_immediate])
+        _retarget(state, slow, np.zeros(len(slow[0])), request.speed[slow[0]])
+        state.is_pruning[slow] = True
+        leaves = state.stage[slow] == Stage.HOLDING
+        _move(state, (slow[0][leaves], slow[1][leaves]), Stage.BLENDING)
+
+    at = chosen(Op.FOSSILIZE)
+    if len(at[0]):
+        assert can_fossilize(state, measured, config)[at].all()
+        _move(state, at, Stage.FOSSILIZED)
+
+
+def tick(
+    state: LifecycleState, measured: Measurements, active: BoolArray, config: EnvConfig
+) -> None:
+    """Let one env step pass: cooldowns, alpha ramps, automatic transitions, then ages.
+
+    Args:
+        state: The slots, changed in place.
+        measured: What the last step measured.
+        active: Members that take part in the step. (num_envs,) bool.
+        config: Timing rules.
+    """
+    here = active[:, None]
+    # A slot embargoed by this step's own action has stage_steps 0 and does not count down yet.
+    is_cooling = here & (state.stage == Stage.EMBARGOED) & (state.stage_steps > 0)
+    state.cooldown[is_cooling] -= 1
+    is_open = is_cooling & (state.cooldown == 0)
+    _move(state, np.nonzero(is_open), Stage.DORMANT)
+    state.clear(is_open)
+
+    is_ramping = here & (state.mode != HOLD)
+    if is_ramping.any():
+        state.ramp_step[is_ramping] += 1
+        length = np.maximum(state.ramp_length, 1)
+        share = ease(state.curve, state.ramp_step / length)
+        alpha = state.alpha_start + (state.alpha_target - state.alpha_start) * share
+        has_landed = is_ramping & (state.ramp_step == state.ramp_length)
+        state.alpha = np.where(is_ramping, alpha, state.alpha)
+        state.alpha[has_landed] = state.alpha_target[has_landed]
+        state.mode[has_landed] = HOLD
+        _remove(state, measured, np.nonzero(has_landed & state.is_pruning), config)
+
+    if config.automatic_training:
+        _advance(state, np.nonzero(here & can_train(state)))
+    if config.automatic_blending:
+        _advance(state, np.nonzero(here & can_blend(state, measured, config)))
+    if config.automatic_holding:
+        _advance(state, np.nonzero(here & can_hold(state)))
+
+    state.stage_steps[here & (state.stage != Stage.DORMANT)] += 1
+    state.age[here & state.is_live] += 1
+
+
+def gradient_health(
+    tensor_norms: FloatArray, config: EnvConfig
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Judge gradients per tensor, on a log scale, relative to the clip norm.
+
+    A tensor's vanishing severity rises from 0 at the threshold to 1 two decades below it, and its
+    exploding severity from 0 at the threshold to 1 two decades above. Health is the mean over
+    tensors of 1 - vanishing, times 1 - the largest exploding severity.
+
+    Args:
+        tensor_norms: L2 norm of each tensor's gradient, NaN where the seed has no such tensor.
+            (num_envs, num_slots, max_tensors) float64.
+        config: Thresholds.
+
+    Returns:
+        vanishing, exploding, health; each (num_envs, num_slots) float64, and 0 where there is no
+        tensor at all.
+    """
+    exists = ~np.isnan(tensor_norms)
+    count = np.maximum(exists.sum(axis=2), 1)
+    with np.errstate(divide="ignore"):
+        decades = np.log10(np.where(exists, tensor_norms / config.clip_norm, 1.0))
+        floor = np.log10(config.vanishing_gradient_norm)
+    vanishing = np.where(exists, np.clip((floor - decades) / 2, 0, 1), 0)
+    exploding = np.clip((decades - np.log10(config.exploding_gradient_norm)) / 2, 0, 1)
+    exploding = np.where(exists, exploding, 0).max(axis=2, initial=0)
+    mean_vanishing = vanishing.sum(axis=2) / count
+    health = np.where(exists.any(axis=2), (1 - mean_vanishing) * (1 - exploding), 0)
+    return mean_vanishing, exploding, health
+
+
+def _advance(state: LifecycleState, at: tuple[IntArray, ...]) -> None:
+    """Move slots to the next stage; entering BLENDING starts the first ramp."""
+    stage = state.stage[at]
+    for source, target in (
+        (Stage.GERMINATED, Stage.TRAINING),
+        (Stage.TRAINING, Stage.BLENDING),
+        (Stage.BLENDING, Stage.HOLDING),
+    ):
+        here = tuple(index[stage == source] for index in at)
+        _move(state, here, target)
+        if target == Stage.BLENDING:
+            _retarget(state, here, state.first_target[here], state.tempo[here])
+
+
+def _retarget(
+    state: LifecycleState, at: tuple[IntArray, ...], target: FloatArray, length: IntArray
+) -> None:
+    """Start a ramp from HOLD; a ramp of length 0 lands at once."""
+    assert (state.mode[at] == HOLD).all()
+    is_immediate = length == 0
+    direction = np.where(target > state.alpha[at], UP, DOWN)
+    state.mode[at] = np.where(is_immediate, HOLD, direction)
+    state.alpha_start[at] = state.alpha[at]
+    state.alpha_target[at] = target
+    state.alpha[at] = np.where(is_immediate, target, state.alpha[at])
+    state.ramp_step[at] = 0
+    state.ramp_length[at] = length
+
+
+def _remove(
+    state: LifecycleState, measured: Measurements, at: tuple[IntArray, ...], config: EnvConfig
+) -> None:
+    """Take seeds out of their slots and close the slots for a while."""
+    if not len(at[0]):
+        return
+    _move(state, at, Stage.EMBARGOED)
+    where = np.zeros(state.stage.shape, dtype=bool)
+    where[at] = True
+    state.clear(where)
+    measured.clear(where)
+    state.stage[at] = Stage.EMBARGOED
+    state.cooldown[at] = config.embargo_steps
+
+
+def _move(state: LifecycleState, at: tuple[IntArray, ...], target: Stage) -> None:
+    """Change stages, refusing what the table does not list."""
+    source = state.stage[at]
+    is_legal = _IS_LEGAL[source, target]
+    if not is_legal.all():
+        names = [f"{Stage(s).name} -> {target.name}" for s in np.unique(source[~is_legal])]
+        raise RuntimeError(f"transitions not in the table: {', '.join(names)}")
+    state.stage[at] = target
+    state.stage_steps[at] = 0
+
+
+def _clear_at(measured: Measurements, at: tuple[IntArray, IntArray]) -> None:
+    where = np.zeros(measured.health.shape, dtype=bool)
+    where[at] = True
+    measured.clear(where)
+
+
+def _sigmoid(x: FloatArray | float) -> FloatArray:
+    return np.asarray(1.0 / (1.0 + np.exp(-np.asarray(x, dtype=np.float64))))

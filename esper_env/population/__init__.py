@@ -1,0 +1,1 @@
+"""The population engine: many small growing networks trained as one tensor program."""

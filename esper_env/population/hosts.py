@@ -1,0 +1,65 @@
+"""Host networks: blocks of convolution, norm, rectifier, slot and 2x2 max-pool, then a linear head.
+
+Global average pooling stands between the last block and the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+from esper_env.population.layers import Conv, Layer, Norm, Relu, TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """Shape of a host; slot s sits after the rectifier of block s."""
+
+    in_channels: int
+    image_size: int
+    """Height and width of an image [pixels]."""
+    channels: tuple[int, ...]
+    """Features of each block."""
+    num_classes: int
+    kernel_size: int = 3
+
+    @property
+    def num_slots(self) -> int:
+        """One per block."""
+        return len(self.channels)
+
+    def block(self, index: int) -> Sequence[Layer]:
+        """Layers of one block before its slot."""
+        before = self.in_channels if index == 0 else self.channels[index - 1]
+        after = self.channels[index]
+        return (Conv(before, after, self.kernel_size), Norm(after), Relu())
+
+    def slot_size(self, index: int) -> int:
+        """Height and width of the features at a slot [pixels]."""
+        return self.image_size // 2**index
+
+    @property
+    def head(self) -> tuple[TensorSpec, ...]:
+        """Weight and bias of the linear head."""
+        bound = 1 / sqrt(self.channels[-1])
+        return (
+            TensorSpec("weight", (self.num_classes, self.channels[-1]), bound=bound),
+            TensorSpec("bias", (self.num_classes,), bound=bound),
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained numbers of one host."""
+        blocks = [layer for i in range(self.num_slots) for layer in self.block(i)]
+        in_blocks = sum(spec.size for layer in blocks for spec in layer.parameters)
+        return in_blocks + sum(spec.size for spec in self.head)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds of one host per image."""
+        total = self.channels[-1] * self.num_classes
+        for i in range(self.num_slots):
+            size = self.slot_size(i)
+            total += sum(layer.multiply_adds(size, size) for layer in self.block(i))
+        return total

@@ -1,0 +1,1 @@
+"""Reward: a weighted sum of terms, each a pure function of one transition."""

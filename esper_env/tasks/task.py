@@ -1,0 +1,28 @@
+"""What a task consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from esper_env.population.hosts import Host
+from esper_env.population.images import ImageSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Three disjoint splits of one data set."""
+
+    train: ImageSet
+    validation: ImageSet
+    """All that the agent, the gates and the reward may see; the same for all members."""
+    test: ImageSet
+    """Seen only at the end of an episode, in `info["test_accuracy"]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A host and the data it is trained on; the data is read at the first reset, not before."""
+
+    host: Host
+    load: Callable[[], Splits]
