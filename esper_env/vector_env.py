@@ -187,7 +187,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self._is_done = terminations | truncations
         if self._is_done.any() and self.autoreset_mode == AutoresetMode.SAME_STEP:
             final_observations, final_info = observations, info
-            done = self._is_done
+            done = self._is_done.copy()
             self._begin_episodes(np.nonzero(done)[0])
             self._refresh_masks()
             observations, info = self._observe(), self._info(terms)

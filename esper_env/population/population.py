@@ -149,6 +149,9 @@ class Population:
             columns = self.layout.seed_columns(slot, blueprint)
             self._initialise(members[here], key[here], *columns)
 
+    # A caller may step the environment inside no_grad or inference_mode.
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def train(
         self,
         members: IntArray,

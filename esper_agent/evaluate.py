@@ -1,0 +1,252 @@
+"""Compare agents on the same episodes.
+
+Every agent sees the same reset seeds, so episode k has the same initial host, data order and seed
+initialisation for all of them and differences are paired. Run `python -m esper_agent.evaluate
+--help`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from esper_agent.baselines import BASELINES, Policy
+from esper_agent.ppo_lstm import ConditionalMasks, load_agent, make_envs
+from esper_env import EnvConfig, EsperVectorEnv
+
+MAX_ENVS = 64
+"""Episodes that run side by side."""
+NUM_RESAMPLES = 2000
+"""Bootstrap resamples."""
+FIGURES = (
+    "committed_score",
+    "test_score",
+    "committed_accuracy",
+    "committed_test_accuracy",
+    "parameters",
+    "flops",
+)
+"""What is kept of every episode. `committed_score` is the objective; `test_score` is the same with
+test images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Evaluate agents on the same episodes and print a table."""
+
+    agents: tuple[str, ...] = ("never-grow", "random", "heuristic")
+    """Names of baselines, or ppo:RUN_DIR."""
+    env_id: str = "Esper-Digits-v0"
+    """Environment id."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    """Settings of the environment."""
+    episodes: int = 64
+    """Episodes per agent."""
+    seed: int = 1_000_000
+    """Reset seed of the first episode; episode k has seed + k."""
+    device: str = "cpu"
+    """Where the hosts train."""
+    out: Path | None = None
+    """Where to write the result as JSON."""
+
+
+class TrainedPolicy:
+    """A checkpoint of `ppo_lstm`, drawing from its policy with a seeded generator."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def begin(self, envs: EsperVectorEnv, seed: int) -> None:
+        """Load the checkpoint and start from a zero state."""
+        self._envs = envs
+        self._agent = load_agent(self.directory, envs)
+        self._state = self._agent.initial_state(envs.num_envs)
+        self._start = torch.ones(envs.num_envs, dtype=torch.bool)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def act(
+        self, observation: npt.NDArray[np.float32], info: dict[str, Any]
+    ) -> npt.NDArray[np.int64]:
+        """Draw an action."""
+        del info
+        core, slots, self._state = self._agent.step_core(
+            torch.from_numpy(observation), self._state, self._start
+        )
+        self._start = torch.zeros_like(self._start)
+        masks = ConditionalMasks(self._envs.conditional_masks(), torch.device("cpu"))
+        actions, _ = self._agent.act(core, slots, masks, self._generator)
+        result: npt.NDArray[np.int64] = actions.numpy()
+        return result
+
+
+def make_policy(name: str) -> Policy:
+    """Return the policy of a name: a baseline, or ppo:RUN_DIR.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name.startswith("ppo:"):
+        return TrainedPolicy(Path(name.removeprefix("ppo:")))
+    if name not in BASELINES:
+        raise ValueError(f"agents: expected {sorted(BASELINES)} or ppo:RUN_DIR, got {name!r}")
+    policy: Policy = BASELINES[name]()
+    return policy
+
+
+def run_episodes(
+    policy: Policy, envs: EsperVectorEnv, num_episodes: int, seed: int
+) -> dict[str, list[float]]:
+    """Run one episode for each of the seeds seed, seed + 1, ....
+
+    Returns:
+        The figures of every episode, in order of its seed, and "seed".
+    """
+    result: dict[str, list[float]] = {name: [] for name in ("seed", *FIGURES)}
+    for first in range(seed, seed + num_episodes, envs.num_envs):
+        observation, info = envs.reset(seed=first)
+        policy.begin(envs, first)
+        final: dict[str, npt.NDArray[np.float64]] = {}
+        is_running = np.ones(envs.num_envs, dtype=bool)
+        while is_running.any():
+            observation, _, terminated, truncated, info = envs.step(
+                policy.act(observation, info)
+            )
+            ends = (terminated | truncated) & is_running
+            if ends.any():
+                last = info["final_info"]
+                rent = last["committed_accuracy"] - last["committed_score"]
+                last = {**last, "test_score": last["committed_test_accuracy"] - rent}
+                for name in FIGURES:
+                    final.setdefault(name, np.zeros(envs.num_envs))[ends] = last[name][ends]
+            is_running &= ~ends
+        count = min(envs.num_envs, seed + num_episodes - first)
+        result["seed"].extend(range(first, first + count))
+        for name in FIGURES:
+            result[name].extend(float(x) for x in final[name][:count])
+    return result
+
+
+def interquartile_mean(values: npt.NDArray[np.float64], axis: int = -1) -> npt.NDArray[np.float64]:
+    """Return the mean of the middle half. Source: Agarwal et al. (2021), section 4.3."""
+    result: npt.NDArray[np.float64] = stats.trim_mean(values, 0.25, axis=axis)
+    return result
+
+
+def bootstrap_interval(
+    values: npt.NDArray[np.float64], rng: np.random.Generator
+) -> tuple[float, float]:
+    """Return the 95 % percentile-bootstrap interval of the interquartile mean of (n,) values."""
+    draws = rng.integers(len(values), size=(NUM_RESAMPLES, len(values)))
+    low, high = np.percentile(interquartile_mean(values[draws]), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def evaluate_agents(
+    names: list[str], env_id: str, config: EnvConfig, episodes: int, seed: int, device: str
+) -> dict[str, Any]:
+    """Run all agents on the same episodes.
+
+    Args:
+        names: Agents, as `make_policy` takes them; differences are against the first.
+        env_id: Environment id.
+        config: Its settings.
+        episodes: Episodes per agent.
+        seed: Reset seed of the first.
+        device: Where the hosts train.
+
+    Returns:
+        A JSON-able record: settings, per agent every episode's figures and a summary, and the
+        paired differences of the committed score between the first agent and each other.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes: expected at least 1, got {episodes}")
+    policies = {name: make_policy(name) for name in names}
+    envs = make_envs(env_id, min(episodes, MAX_ENVS), device, config)
+    # What agents read of contributions is measured; what they score must not depend on it.
+    agents: dict[str, Any] = {}
+    for name, policy in policies.items():
+        agents[name] = {"episodes": run_episodes(policy, envs, episodes, seed)}
+    envs.close()
+    rng = np.random.default_rng(seed)
+    for record in agents.values():
+        scores = np.array(record["episodes"]["committed_score"])
+        low, high = bootstrap_interval(scores, rng)
+        record["summary"] = {
+            "mean": float(scores.mean()),
+            "iqm": float(interquartile_mean(scores)),
+            "low": low,
+            "high": high,
+            **{f"{n}_mean": float(np.mean(record["episodes"][n])) for n in FIGURES[1:]},
+        }
+    first = np.array(agents[names[0]]["episodes"]["committed_score"])
+    paired = {}
+    for name in names[1:]:
+        differences = first - np.array(agents[name]["episodes"]["committed_score"])
+        low, high = bootstrap_interval(differences, rng)
+        paired[f"{names[0]} - {name}"] = {
+            "difference": float(interquartile_mean(differences)),
+            "low": low,
+            "high": high,
+        }
+    return {
+        "env_id": env_id,
+        "env": dataclasses.asdict(config),
+        "episodes": episodes,
+        "seed": seed,
+        "torch": torch.__version__,
+        "agents": agents,
+        "paired": paired,
+    }
+
+
+def print_table(result: dict[str, Any], console: Console) -> None:
+    """Print the summary of `evaluate_agents`."""
+    title = f"{result['env_id']}: committed score over {result['episodes']} episodes"
+    table = Table(title=title, caption="intervals: 95 % bootstrap of the interquartile mean (IQM)")
+    for column in ("agent", "mean", "IQM", "95 % interval", "first minus it, paired"):
+        table.add_column(column, justify="left" if column == "agent" else "right")
+    for column in ("test score", "test accuracy", "parameters grown"):
+        table.add_column(column, justify="right")
+    first = next(iter(result["agents"]))
+    for name, record in result["agents"].items():
+        summary = record["summary"]
+        pair = result["paired"].get(f"{first} - {name}")
+        table.add_row(
+            "ppo_lstm" if name.startswith("ppo:") else name,
+            f"{summary['mean']:.4f}",
+            f"{summary['iqm']:.4f}",
+            f"{summary['low']:.4f} .. {summary['high']:.4f}",
+            f"{pair['difference']:+.4f} ({pair['low']:+.4f} .. {pair['high']:+.4f})" if pair else "",
+            f"{summary['test_score_mean']:.4f}",
+            f"{summary['committed_test_accuracy_mean']:.4f}",
+            f"{summary['parameters_mean']:.0f}",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    """Parse the command line, evaluate, print and save."""
+    args = tyro.cli(Args)
+    result = evaluate_agents(
+        list(args.agents), args.env_id, args.env, args.episodes, args.seed, args.device
+    )
+    print_table(result, Console(width=140))
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,933 @@
+"""Recurrent PPO with factored, conditionally masked actions, in one file.
+
+Order: arguments, network, advantages, rollout, update, checkpoint, training. It uses only public
+names of `esper_env`. Run `python -m esper_agent.ppo_lstm --help`.
+
+Sources: PPO, Schulman et al. (2017); GAE, Schulman et al. (2016); implementation details, Huang et
+al. (2022); bootstrapping at truncation, Pardo et al. (2018).
+
+Metrics, one row per update in `metrics.jsonl` and TensorBoard:
+    charts/episode_score        mean committed score of the episodes that ended (validation)
+    charts/episode_return       mean undiscounted return of those episodes
+    charts/episode_parameters   mean parameters of their seeds at the end
+    charts/valid_share          share of actions that were legal
+    charts/learning_rate        of this update
+    charts/steps_per_second     env steps per second since the start
+    losses/policy, losses/value the clipped surrogate (negated), half the squared value error
+    losses/kl                   joint KL over heads, mean of (ratio - 1) - log ratio
+    losses/clip_fraction        share of steps whose ratio left 1 +- clip_coef
+    losses/explained_variance   1 - var(return - value) / var(return)
+    losses/first_ratio_error    largest |ratio - 1| in the first minibatch
+    losses/gradient_norm        before clipping, mean over minibatches
+    entropy/<head>              mean over the steps where the head had a choice [nats]
+    choice/<head>               share of steps where it had one
+    time/rollout, time/update   seconds in the environment and policy, and in the update
+    time/policy_share           share of wall time in inference and update
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch
+import tyro
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from esper_env import EnvConfig, EsperVectorEnv
+
+# ---------------------------------------------------------------------------------- arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Train a recurrent PPO agent, then evaluate it beside the baselines."""
+
+    env_id: str = "Esper-Digits-v0"
+    """Environment id."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    """Settings of the environment; those that differ from their default are passed on."""
+    seed: int = 1
+    """Random seed of the agent and of the training episodes."""
+    device: str = "cpu"
+    """Device of the environment and of the agent."""
+    run_dir: Path | None = None
+    """Where to write; by default runs/<env id>__ppo_lstm__<seed>__<time>."""
+    total_timesteps: int = 96_000
+    """Env steps over all members."""
+    num_envs: int = 16
+    """Members that train side by side."""
+    num_steps: int = 60
+    """Env steps per member and update; the episode's length lets sequences be whole episodes."""
+    learning_rate: float = 1e-3
+    """Of Adam at the start."""
+    anneal_lr: bool = True
+    """Whether the learning rate falls linearly to 0."""
+    gamma: float = 0.99
+    """Discount factor; must equal the environment's (`--env.gamma`)."""
+    gae_lambda: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    num_minibatches: int = 4
+    """Minibatches per epoch; each is a shuffled set of whole sequences."""
+    update_epochs: int = 4
+    """Passes over the rollout per update."""
+    clip_coef: float = 0.2
+    """Clipping of the probability ratio."""
+    ratio: Literal["joint", "per-head"] = "joint"
+    """Whether one ratio is clipped per action, or one per head that had a choice."""
+    ent_coef: float = 0.01
+    """Weight of the entropy, summed over heads."""
+    vf_coef: float = 0.5
+    """Weight of the value loss."""
+    max_grad_norm: float = 0.5
+    """Gradient clipping."""
+    target_kl: float | None = None
+    """Joint KL above which an update stops early."""
+    hidden_size: int = 128
+    """Width of the network and of the LSTM."""
+    eval_episodes: int = 64
+    """Episodes per agent in the final evaluation; 0 leaves it out."""
+    eval_seed: int = 1_000_000
+    """First reset seed of the final evaluation, far from the training seeds."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.num_envs % self.num_minibatches:
+            raise ValueError(
+                f"num_minibatches: expected a divisor of num_envs={self.num_envs} (a minibatch is "
+                f"a set of whole sequences), got {self.num_minibatches}"
+            )
+        if self.total_timesteps < self.num_envs * self.num_steps:
+            raise ValueError(
+                f"total_timesteps: expected at least num_envs * num_steps = "
+                f"{self.num_envs * self.num_steps}, got {self.total_timesteps}"
+            )
+
+    @property
+    def num_updates(self) -> int:
+        """Rollouts in the run."""
+        return self.total_timesteps // (self.num_envs * self.num_steps)
+
+
+def make_envs(env_id: str, num_envs: int, device: str, config: EnvConfig) -> EsperVectorEnv:
+    """Make the vector environment; only settings that differ from their default are passed."""
+    default = EnvConfig()
+    names = [f.name for f in dataclasses.fields(config)]
+    changed = {n: getattr(config, n) for n in names if getattr(config, n) != getattr(default, n)}
+    envs = gym.make_vec(
+        env_id, num_envs=num_envs, device=device, autoreset_mode="SameStep", **changed
+    )
+    assert isinstance(envs.unwrapped, EsperVectorEnv)
+    return envs.unwrapped
+
+
+# ---------------------------------------------------------------------------------- network
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Legal options along an autoregressive choice. The leading dimensions are free.
+
+    Attributes:
+        op: (..., ops) bool.
+        slot: Given the op. (..., slots) bool.
+        rest: Given op and slot, padded with False. (..., heads - 2, largest head) bool.
+    """
+
+    op: Tensor
+    slot: Tensor
+    rest: Tensor
+
+    def __getitem__(self, index: Any) -> Masks:
+        """Index the leading dimensions."""
+        return Masks(self.op[index], self.slot[index], self.rest[index])
+
+
+class ConditionalMasks:
+    """The environment's conditional masks as tensors, for one env step of all members."""
+
+    def __init__(self, masks: dict[str, npt.NDArray[np.bool_]], device: torch.device) -> None:
+        op, slot, *rest = masks.values()
+        width = max(mask.shape[-1] for mask in rest)
+        padded = np.zeros((*slot.shape, len(rest), width), dtype=bool)
+        for h, mask in enumerate(rest):
+            padded[..., h, : mask.shape[-1]] = mask
+        self.op = torch.from_numpy(op).to(device)
+        self.slot = torch.from_numpy(slot).to(device)
+        self.rest = torch.from_numpy(padded).to(device)
+
+
+class Agent(nn.Module):
+    """Slot encoder shared over slots, LSTM core, critic, and autoregressive heads.
+
+    Heads: op from the core; slot from core, op and each slot's encoding; all others from core, op
+    and the chosen slot's encoding.
+
+    Args:
+        observation_names: Names of the features; those of slots start with "slot_<s>.".
+        nvec: Options per head; the first head is op, the second slot.
+        hidden_size: Width of encoder output, core and heads.
+    """
+
+    def __init__(
+        self, observation_names: tuple[str, ...], nvec: tuple[int, ...], hidden_size: int
+    ) -> None:
+        super().__init__()
+        self.nvec = nvec
+        self.hidden_size = hidden_size
+        prefixes = sorted({n.split(".")[0] for n in observation_names if "." in n})
+        slots = [
+            [i for i, n in enumerate(observation_names) if n.startswith(f"{prefix}.")]
+            for prefix in prefixes
+        ]
+        episode = [i for i, n in enumerate(observation_names) if "." not in n]
+        self.register_buffer("slot_index", torch.tensor(slots), persistent=False)
+        self.register_buffer("episode_index", torch.tensor(episode), persistent=False)
+        num_ops, slot_size, self.num_rest = nvec[0], 32, len(nvec) - 2
+        self.width = max(nvec[2:])
+        self.slot_encoder = nn.Sequential(_linear(len(slots[0]), slot_size), nn.ReLU())
+        self.encoder = nn.Sequential(
+            _linear(len(episode) + len(slots) * slot_size, hidden_size), nn.ReLU()
+        )
+        self.lstm = nn.LSTM(hidden_size, hidden_size)
+        for name, parameter in self.lstm.named_parameters():
+            if "bias" in name:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.orthogonal_(parameter)
+        self.critic = nn.Sequential(
+            _linear(hidden_size, 64), nn.ReLU(), _linear(64, 1, gain=1.0)
+        )
+        self.op_head = _linear(hidden_size, num_ops, gain=0.01)
+        self.op_embedding = nn.Embedding(num_ops, 64)
+        self.core_to_joint = _linear(hidden_size, 64)
+        self.slots_to_joint = _linear(len(slots) * slot_size, 64)
+        self.slot_head = _linear(64, nvec[1], gain=0.01)
+        self.slot_embedding = nn.Embedding(nvec[1], 64)
+        self.rest_head = _linear(64, self.num_rest * self.width, gain=0.01)
+
+    def initial_state(self, num_envs: int) -> tuple[Tensor, Tensor]:
+        """Return the LSTM state at the start of an episode, (1, num_envs, hidden) twice."""
+        zeros = torch.zeros(1, num_envs, self.hidden_size, device=self.op_head.weight.device)
+        return zeros, zeros.clone()
+
+    def step_core(
+        self, observations: Tensor, state: tuple[Tensor, Tensor], starts: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Run encoder and core for one env step.
+
+        Args:
+            observations: (envs, features).
+            state: LSTM state, (1, envs, hidden) twice.
+            starts: Whether an episode begins with this observation. (envs,) bool.
+
+        Returns:
+            core (envs, hidden), slot encodings (envs, slots * size), next state.
+        """
+        x, slots = self._encode(observations)
+        keep = (~starts)[None, :, None].to(x.dtype)
+        out, state = self.lstm(x[None], (state[0] * keep, state[1] * keep))
+        return out[0] + x, slots, state
+
+    def sequence_core(
+        self, observations: Tensor, state: tuple[Tensor, Tensor], starts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run encoder and core over whole sequences in one LSTM call.
+
+        Args:
+            observations: (steps, envs, features).
+            state: LSTM state before the first step.
+            starts: (steps, envs) bool.
+
+        Returns:
+            core (steps, envs, hidden), slot encodings (steps, envs, slots * size).
+        """
+        x, slots = self._encode(observations)
+        return run_lstm(self.lstm, x, state, starts) + x, slots
+
+    def value(self, core: Tensor) -> Tensor:
+        """Return V(s). (..., hidden) -> (...)."""
+        value: Tensor = self.critic(core).squeeze(-1)
+        return value
+
+    def act(
+        self,
+        core: Tensor,
+        slots: Tensor,
+        masks: ConditionalMasks,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Masks]:
+        """Choose actions for one env step.
+
+        Args:
+            core: (envs, hidden).
+            slots: (envs, slots * size).
+            masks: Of this step.
+            generator: Source of randomness; None takes the likeliest option of each head.
+
+        Returns:
+            actions (envs, heads) int64, and the masks along the way.
+        """
+        rows = torch.arange(len(core), device=core.device)
+        op = _draw(_masked_log_softmax(self.op_head(core), masks.op), generator)
+        slot_mask = masks.slot[rows, op]
+        joint = self._joint(core, slots, op)
+        slot = _draw(_masked_log_softmax(self.slot_head(joint), slot_mask), generator)
+        rest_mask = masks.rest[rows, op, slot]
+        rest = _draw(_masked_log_softmax(self._rest_logits(joint, slot), rest_mask), generator)
+        actions = torch.cat([op[:, None], slot[:, None], rest], dim=1)
+        return actions, Masks(masks.op, slot_mask, rest_mask)
+
+    def evaluate_actions(
+        self, core: Tensor, slots: Tensor, actions: Tensor, masks: Masks
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-probabilities, entropies and where each head had a choice.
+
+        A head with one legal option has log-probability 0, entropy 0 and no gradient.
+
+        Args:
+            core: (..., hidden).
+            slots: (..., slots * size).
+            actions: (..., heads).
+            masks: Along the choice.
+
+        Returns:
+            Three tensors (..., heads): float32, float32, bool.
+        """
+        op, slot, rest = actions[..., 0], actions[..., 1], actions[..., 2:]
+        joint = self._joint(core, slots, op)
+        op_log = _masked_log_softmax(self.op_head(core), masks.op)
+        slot_log = _masked_log_softmax(self.slot_head(joint), masks.slot)
+        rest_log = _masked_log_softmax(self._rest_logits(joint, slot), masks.rest)
+        chosen = [
+            op_log.gather(-1, op[..., None]),
+            slot_log.gather(-1, slot[..., None]),
+            rest_log.gather(-1, rest[..., None]).squeeze(-1),
+        ]
+        entropies = [
+            _entropy(op_log, masks.op)[..., None],
+            _entropy(slot_log, masks.slot)[..., None],
+            _entropy(rest_log, masks.rest),
+        ]
+        choices = [
+            (masks.op.sum(-1) > 1)[..., None],
+            (masks.slot.sum(-1) > 1)[..., None],
+            masks.rest.sum(-1) > 1,
+        ]
+        return torch.cat(chosen, -1), torch.cat(entropies, -1), torch.cat(choices, -1)
+
+    def _encode(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the core's input (..., hidden) and the slot encodings (..., slots * size)."""
+        slots = self.slot_encoder(observations[..., self.slot_index]).flatten(-2)
+        x = self.encoder(torch.cat([observations[..., self.episode_index], slots], dim=-1))
+        return x, slots
+
+    def _joint(self, core: Tensor, slots: Tensor, op: Tensor) -> Tensor:
+        """Combine core, slot encodings and the chosen op. (..., 64)."""
+        mixed = self.core_to_joint(core) + self.slots_to_joint(slots) + self.op_embedding(op)
+        return torch.relu(mixed)
+
+    def _rest_logits(self, joint: Tensor, slot: Tensor) -> Tensor:
+        """(..., heads - 2, width)."""
+        logits: Tensor = self.rest_head(torch.relu(joint + self.slot_embedding(slot)))
+        return logits.unflatten(-1, (self.num_rest, self.width))
+
+
+def run_lstm(
+    lstm: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor], starts: Tensor
+) -> Tensor:
+    """Run an LSTM over sequences in one call, from a zero state wherever an episode starts.
+
+    Sequences are cut at the starts and the pieces run side by side, padded to the longest.
+
+    Args:
+        lstm: One layer, time first.
+        x: (steps, envs, features).
+        state: State before the first step. (1, envs, hidden) twice.
+        starts: (steps, envs) bool.
+
+    Returns:
+        (steps, envs, hidden).
+    """
+    num_steps, num_envs = starts.shape
+    keep = (~starts[0])[None, :, None].to(x.dtype)
+    hidden, cell = state[0] * keep, state[1] * keep
+    if not starts[1:].any():
+        out: Tensor = lstm(x, (hidden, cell))[0]
+        return out
+    is_cut = starts.clone()
+    is_cut[0] = True
+    # In env-major order every piece is a contiguous range of positions.
+    env, begin = is_cut.T.nonzero(as_tuple=True)
+    first = env * num_steps + begin
+    length = torch.diff(first, append=first.new_tensor([num_steps * num_envs]))
+    offset = torch.arange(int(length.max()), device=x.device)[:, None]
+    is_inside = offset < length
+    position = (first + offset).clamp_(max=num_steps * num_envs - 1)
+    flat = x.transpose(0, 1).reshape(num_steps * num_envs, -1)
+    carries = (begin == 0)[:, None].to(x.dtype)
+    start = ((hidden[0, env] * carries)[None], (cell[0, env] * carries)[None])
+    padded, _ = lstm(flat[position], start)
+    joined = padded.new_zeros(num_steps * num_envs, padded.shape[-1])
+    joined = joined.index_put((position[is_inside],), padded[is_inside])
+    return joined.view(num_envs, num_steps, -1).transpose(0, 1)
+
+
+def _linear(size: int, out: int, gain: float = 2**0.5) -> nn.Linear:
+    layer = nn.Linear(size, out)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _masked_log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """Return log-probabilities in float32; illegal options get the lowest finite number."""
+    lowest = torch.finfo(torch.float32).min
+    return torch.log_softmax(logits.float().masked_fill(~mask, lowest), dim=-1)
+
+
+def _entropy(log_probs: Tensor, mask: Tensor) -> Tensor:
+    legal = torch.where(mask, log_probs, 0.0)
+    return -(legal.exp() * legal * mask).sum(-1)
+
+
+def _draw(log_probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw the last dimension by the Gumbel-max trick, or take the likeliest."""
+    if generator is None:
+        return log_probs.argmax(-1)
+    noise = torch.rand(log_probs.shape, generator=generator, device=log_probs.device)
+    gumbel = -torch.log(-torch.log(noise.clamp_(1e-20, 1 - 1e-7)))
+    return (log_probs + gumbel).argmax(-1)
+
+
+# ---------------------------------------------------------------------------------- advantages
+
+
+def compute_gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminations: Tensor,
+    truncations: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> Tensor:
+    """Return generalised advantages.
+
+    delta_t = r_t + gamma * V(s') - V(s_t), with V(s') = 0 at a termination and the value of the
+    observation before the reset at a truncation; the sum over deltas stops at both.
+
+    Args:
+        rewards: (steps, envs).
+        values: V of the observation acted on. (steps, envs).
+        next_values: V of the observation that the step led to, before any reset. (steps, envs).
+        terminations: (steps, envs) bool.
+        truncations: (steps, envs) bool.
+        gamma: Discount factor.
+        gae_lambda: Weight of later deltas.
+
+    Returns:
+        (steps, envs).
+    """
+    is_over = (terminations | truncations).to(rewards.dtype)
+    deltas = rewards + gamma * next_values * (~terminations) - values
+    advantages = torch.zeros_like(rewards)
+    last = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        last = deltas[t] + gamma * gae_lambda * (1 - is_over[t]) * last
+        advantages[t] = last
+    return advantages
+
+
+class ReturnScale:
+    """Standard deviation of discounted returns, in float64. Single-threaded use.
+
+    Source: Welford's update merged by batches, Chan et al. (1983), equations 2.1.
+    """
+
+    def __init__(self, num_envs: int, gamma: float) -> None:
+        self.gamma = gamma
+        self.returns = np.zeros(num_envs)
+        self.count, self.mean, self.m2 = 0, 0.0, 0.0
+
+    def update(self, rewards: npt.NDArray[np.float64], is_over: npt.NDArray[np.bool_]) -> None:
+        """Take in one env step. Both arrays are (num_envs,)."""
+        self.returns = self.gamma * self.returns + rewards
+        count = len(self.returns)
+        mean = float(self.returns.mean())
+        delta, total = mean - self.mean, self.count + count
+        self.m2 += float(((self.returns - mean) ** 2).sum())
+        self.m2 += delta**2 * self.count * count / total
+        self.mean += delta * count / total
+        self.count = total
+        self.returns[is_over] = 0.0
+
+    @property
+    def std(self) -> float:
+        """Standard deviation so far; 1 before there are two numbers or if they are all equal."""
+        if self.count < 2 or self.m2 <= 0:
+            return 1.0
+        return float(np.sqrt(self.m2 / self.count))
+
+
+# ---------------------------------------------------------------------------------- rollout
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What one rollout saw and did. Tensors are (steps, envs, ...)."""
+
+    observations: Tensor
+    actions: Tensor
+    masks: Masks
+    starts: Tensor
+    """Whether an episode begins with the observation."""
+    rewards: Tensor
+    """As the environment gave them. float64."""
+    terminations: Tensor
+    truncations: Tensor
+    state: tuple[Tensor, Tensor]
+    """LSTM state before the first step."""
+    values: Tensor
+    """V of the observations, while acting."""
+    next_values: Tensor
+    """V of the observation that each step led to; filled at truncations and on the last step."""
+
+
+class Collector:
+    """Steps the environment with the agent and keeps what goes on between rollouts."""
+
+    def __init__(self, envs: EsperVectorEnv, agent: Agent, args: Args) -> None:
+        self.envs, self.agent, self.args = envs, agent, args
+        self.device = torch.device(args.device)
+        self.generator = torch.Generator(self.device).manual_seed(args.seed)
+        observation, _ = envs.reset(seed=args.seed)
+        self.observation = self._tensor(observation)
+        self.start = torch.ones(args.num_envs, dtype=torch.bool, device=self.device)
+        self.state = agent.initial_state(args.num_envs)
+        self.scale = ReturnScale(args.num_envs, args.gamma)
+        self.running_return = np.zeros(args.num_envs)
+        self.env_seconds = 0.0
+        """Wall time spent inside the environment."""
+
+    @torch.no_grad()
+    def collect(self) -> tuple[Rollout, dict[str, list[float]]]:
+        """Run `num_steps` env steps.
+
+        Returns:
+            The rollout, and per finished episode its score, return and parameters.
+        """
+        agent, envs = self.agent, self.envs
+        first_state = self.state
+        steps: dict[str, list[Tensor]] = {name: [] for name in _STEP_FIELDS}
+        masks: list[Masks] = []
+        episodes: dict[str, list[float]] = {"score": [], "return": [], "parameters": [], "valid": []}
+        for t in range(self.args.num_steps):
+            core, slots, self.state = agent.step_core(self.observation, self.state, self.start)
+            conditional = ConditionalMasks(envs.conditional_masks(), self.device)
+            action, mask = agent.act(core, slots, conditional, self.generator)
+            began = time.perf_counter()
+            observation, reward, terminated, truncated, info = envs.step(action.cpu().numpy())
+            self.env_seconds += time.perf_counter() - began
+            is_over = terminated | truncated
+            next_value = torch.zeros(len(reward), device=self.device)
+            self.running_return += reward
+            reached, is_valid = observation, info["action_valid"]
+            if is_over.any():
+                reached = observation.copy()
+                reached[is_over] = np.stack(info["final_obs"][is_over].tolist())
+                is_valid = np.where(is_over, info["final_info"]["action_valid"], is_valid)
+                self._record(episodes, info["final_info"], is_over)
+            episodes["valid"].extend(is_valid.tolist())
+            if truncated.any() or t == self.args.num_steps - 1:
+                no_start = torch.zeros_like(self.start)
+                after, _, _ = agent.step_core(self._tensor(reached), self.state, no_start)
+                next_value = agent.value(after)
+            self.scale.update(reward, is_over)
+            masks.append(mask)
+            for name, value in (
+                ("observations", self.observation),
+                ("actions", action),
+                ("starts", self.start),
+                ("rewards", self._tensor(reward)),
+                ("terminations", self._tensor(terminated)),
+                ("truncations", self._tensor(truncated)),
+                ("values", agent.value(core)),
+                ("next_values", next_value),
+            ):
+                steps[name].append(value)
+            self.observation = self._tensor(observation)
+            self.start = self._tensor(is_over)
+        stacked = {name: torch.stack(values) for name, values in steps.items()}
+        all_masks = Masks(*(torch.stack([getattr(m, n) for m in masks]) for n in _MASK_FIELDS))
+        return Rollout(masks=all_masks, state=first_state, **stacked), episodes
+
+    def _record(
+        self,
+        episodes: dict[str, list[float]],
+        final_info: dict[str, Any],
+        is_over: npt.NDArray[np.bool_],
+    ) -> None:
+        """Note finished episodes and start their returns anew."""
+        episodes["score"].extend(final_info["committed_score"][is_over].tolist())
+        episodes["return"].extend(self.running_return[is_over].tolist())
+        episodes["parameters"].extend(final_info["parameters"][is_over].tolist())
+        self.running_return[is_over] = 0.0
+
+    def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+_STEP_FIELDS = (
+    "observations",
+    "actions",
+    "starts",
+    "rewards",
+    "terminations",
+    "truncations",
+    "values",
+    "next_values",
+)
+_MASK_FIELDS = ("op", "slot", "rest")
+
+
+# ---------------------------------------------------------------------------------- update
+
+
+def replay(agent: Agent, rollout: Rollout, envs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the training path over whole sequences of some envs.
+
+    Returns:
+        log-probabilities, entropies, choices (steps, envs, heads), and values (steps, envs).
+    """
+    state = (rollout.state[0][:, envs], rollout.state[1][:, envs])
+    core, slots = agent.sequence_core(
+        rollout.observations[:, envs], state, rollout.starts[:, envs]
+    )
+    log_probs, entropies, choices = agent.evaluate_actions(
+        core, slots, rollout.actions[:, envs], rollout.masks[:, envs]
+    )
+    return log_probs, entropies, choices, agent.value(core)
+
+
+def policy_loss(
+    log_ratio: Tensor, choices: Tensor, advantages: Tensor, clip_coef: float, ratio: str
+) -> Tensor:
+    """Return the negated clipped surrogate.
+
+    "joint" clips one ratio per action, the product over heads. "per-head" clips one ratio per head
+    that had a choice, sums over heads, and divides by the number of steps for all of them.
+
+    Args:
+        log_ratio: (steps, envs, heads).
+        choices: Where a head had a choice. (steps, envs, heads) bool.
+        advantages: (steps, envs).
+        clip_coef: Half width of the clipping range.
+        ratio: "joint" or "per-head".
+    """
+    if ratio == "joint":
+        log_ratio = log_ratio.sum(-1, keepdim=True)
+        choices = torch.ones_like(log_ratio, dtype=torch.bool)
+    ratios = log_ratio.exp()
+    gain = advantages[..., None]
+    surrogate = torch.minimum(ratios * gain, ratios.clamp(1 - clip_coef, 1 + clip_coef) * gain)
+    return -(surrogate * choices).sum(-1).mean()
+
+
+def mean_entropies(entropies: Tensor, choices: Tensor) -> Tensor:
+    """Return the mean entropy of each head over the steps where it had a choice. (heads,)."""
+    total = (entropies * choices).flatten(0, 1).sum(0)
+    return total / choices.flatten(0, 1).sum(0).clamp(min=1)
+
+
+def update(
+    agent: Agent,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    scale: float,
+    args: Args,
+    generator: torch.Generator,
+    head_names: list[str],
+) -> dict[str, float]:
+    """Improve the agent on one rollout and return metrics.
+
+    Old log-probabilities and values are recomputed by the training path first, so the ratio of the
+    first minibatch is 1 and advantages belong to the values that are regressed.
+    """
+    num_envs = rollout.rewards.shape[1]
+    everyone = torch.arange(num_envs, device=rollout.rewards.device)
+    with torch.no_grad():
+        old_log_probs, _, all_choices, values = replay(agent, rollout, everyone)
+        next_values = rollout.next_values.clone()
+        is_over = rollout.terminations | rollout.truncations
+        next_values[:-1] = torch.where(is_over[:-1], next_values[:-1], values[1:])
+        rewards = (rollout.rewards / scale).float()
+        advantages = compute_gae(
+            rewards,
+            values,
+            next_values,
+            rollout.terminations,
+            rollout.truncations,
+            args.gamma,
+            args.gae_lambda,
+        )
+        returns = advantages + values
+        normalised = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    sums: dict[str, list[float]] = {
+        name: [] for name in ("policy", "value", "kl", "clip_fraction", "gradient_norm")
+    }
+    entropy_rows, first_ratio_error, stop = [], 0.0, False
+    for epoch in range(args.update_epochs):
+        order = torch.randperm(num_envs, generator=generator, device=everyone.device)
+        for mb_index, envs in enumerate(order.chunk(args.num_minibatches)):
+            log_probs, entropies, choices, mb_values = replay(agent, rollout, envs)
+            log_ratio = log_probs - old_log_probs[:, envs]
+            joint = log_ratio.sum(-1)
+            with torch.no_grad():
+                ratio = joint.exp()
+                kl = ((ratio - 1) - joint).mean()
+                clipped = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                if epoch == 0 and mb_index == 0:
+                    first_ratio_error = float((ratio - 1).abs().max())
+            if args.target_kl is not None and float(kl) > args.target_kl:
+                stop = True
+                break
+            pg_loss = policy_loss(
+                log_ratio, choices, normalised[:, envs], args.clip_coef, args.ratio
+            )
+            v_loss = 0.5 * ((mb_values - returns[:, envs]) ** 2).mean()
+            head_entropies = mean_entropies(entropies, choices)
+            loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * head_entropies.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+            entropy_rows.append(head_entropies.detach())
+            for name, value in zip(sums, (pg_loss, v_loss, kl, clipped, norm), strict=True):
+                sums[name].append(float(value))
+        if stop:
+            break
+    metrics = {f"losses/{name}": float(np.mean(rows)) for name, rows in sums.items() if rows}
+    residual = (returns - values).var()
+    metrics["losses/explained_variance"] = float(1 - residual / returns.var().clamp(min=1e-12))
+    metrics["losses/first_ratio_error"] = first_ratio_error
+    entropy = torch.stack(entropy_rows).mean(0)
+    for h, name in enumerate(head_names):
+        metrics[f"entropy/{name}"] = float(entropy[h])
+        metrics[f"choice/{name}"] = float(all_choices[..., h].float().mean())
+    return metrics
+
+
+# ---------------------------------------------------------------------------------- checkpoint
+
+
+def save_agent(agent: Agent, envs: EsperVectorEnv, directory: Path) -> None:
+    """Write weights (safetensors) and what they fit to (JSON)."""
+    state = {name: tensor.contiguous().cpu() for name, tensor in agent.state_dict().items()}
+    save_file(state, directory / "agent.safetensors")
+    description = {
+        "hidden_size": agent.hidden_size,
+        "observation_names": list(envs.observation_names),
+        "heads": _describe_heads(envs),
+    }
+    (directory / "agent.json").write_text(json.dumps(description, indent=1))
+
+
+def load_agent(directory: Path, envs: EsperVectorEnv, device: str = "cpu") -> Agent:
+    """Read a checkpoint and check that it fits the environment.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint.
+        ValueError: If it was trained with other observations or actions.
+    """
+    path = directory / "agent.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no checkpoint in {directory}: expected agent.json and agent.safetensors, as written "
+            "by python -m esper_agent.ppo_lstm --run-dir"
+        )
+    known = json.loads(path.read_text())
+    present = {
+        "observation_names": list(envs.observation_names),
+        "heads": json.loads(json.dumps(_describe_heads(envs))),
+    }
+    for name, value in present.items():
+        if known[name] != value:
+            raise ValueError(
+                f"the checkpoint in {directory} was trained with other {name}: "
+                f"{_first_difference(known[name], value)}; make the environment with the settings "
+                "in its config.json"
+            )
+    nvec = tuple(len(head.options) for head in envs.heads)
+    agent = Agent(envs.observation_names, nvec, known["hidden_size"])
+    agent.load_state_dict(load_file(directory / "agent.safetensors"))
+    return agent.to(device)
+
+
+def _describe_heads(envs: EsperVectorEnv) -> list[list[Any]]:
+    return [[head.name, list(head.options)] for head in envs.heads]
+
+
+def _first_difference(expected: list[Any], actual: list[Any]) -> str:
+    if len(expected) != len(actual):
+        return f"expected {len(expected)} of them, got {len(actual)}"
+    pair = next((e, a) for e, a in zip(expected, actual, strict=True) if e != a)
+    return f"expected {pair[0]!r}, got {pair[1]!r}"
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+def check_gamma(agent_gamma: float, envs: EsperVectorEnv) -> None:
+    """Refuse a discount factor that differs from the environment's.
+
+    Raises:
+        ValueError: If they differ; shaping would then change which policy is optimal.
+    """
+    if agent_gamma != envs.gamma:
+        raise ValueError(
+            f"gamma: the agent has {agent_gamma}, the environment {envs.gamma}; "
+            f"set --gamma and --env.gamma to the same value"
+        )
+
+
+def prepare_run_directory(args: Args) -> Path:
+    """Create the run's directory and write its configuration.
+
+    Raises:
+        FileExistsError: If it holds a run already.
+        OSError: If it cannot be written.
+    """
+    name = f"{args.env_id}__ppo_lstm__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = args.run_dir or Path("runs") / name
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if (directory / "config.json").exists():
+            raise FileExistsError(
+                f"--run-dir {directory} holds a run already; choose another directory"
+            )
+        text = json.dumps(dataclasses.asdict(args), indent=1, default=str)
+        (directory / "config.json").write_text(text)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise OSError(
+            f"--run-dir {directory} cannot be written ({error.strerror}); choose another directory"
+        ) from error
+    return directory
+
+
+def train(args: Args) -> Path:
+    """Train, evaluate and write everything to the run's directory.
+
+    Returns:
+        That directory.
+    """
+    envs = make_envs(args.env_id, args.num_envs, args.device, args.env)
+    check_gamma(args.gamma, envs)
+    directory = prepare_run_directory(args)
+    console = Console(file=sys.stdout)
+    console.print(f"run directory: {directory}", soft_wrap=True)
+    device = torch.device(args.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        nvec = tuple(len(head.options) for head in envs.heads)
+        agent = Agent(envs.observation_names, nvec, args.hidden_size).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+    collector = Collector(envs, agent, args)
+    head_names = [head.name for head in envs.heads]
+    shuffler = torch.Generator(device).manual_seed(args.seed + 1)
+    started = time.perf_counter()
+    with SummaryWriter(str(directory)) as writer, (directory / "metrics.jsonl").open("w") as log:
+        for index in range(args.num_updates):
+            if args.anneal_lr:
+                rate = args.learning_rate * (1 - index / args.num_updates)
+                optimizer.param_groups[0]["lr"] = rate
+            began = time.perf_counter()
+            rollout, episodes = collector.collect()
+            collected = time.perf_counter()
+            metrics = update(
+                agent, optimizer, rollout, collector.scale.std, args, shuffler, head_names
+            )
+            ended = time.perf_counter()
+            step = (index + 1) * args.num_envs * args.num_steps
+            metrics |= _chart_metrics(episodes)
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            metrics["charts/steps_per_second"] = step / (ended - started)
+            metrics["time/rollout"] = collected - began
+            metrics["time/update"] = ended - collected
+            metrics["time/policy_share"] = 1 - collector.env_seconds / (ended - started)
+            log.write(json.dumps({"step": step, **metrics}) + "\n")
+            log.flush()
+            for key, value in metrics.items():
+                writer.add_scalar(key, value, step)
+            _report(console, index + 1, args, metrics, ended - started)
+    save_agent(agent, envs, directory)
+    envs.close()
+    if args.eval_episodes:
+        _evaluate(args, directory, console)
+    return directory
+
+
+def _chart_metrics(episodes: dict[str, list[float]]) -> dict[str, float]:
+    metrics = {"charts/valid_share": float(np.mean(episodes["valid"]))}
+    for name in ("score", "return", "parameters"):
+        if episodes[name]:
+            metrics[f"charts/episode_{name}"] = float(np.mean(episodes[name]))
+    return metrics
+
+
+def _report(
+    console: Console, index: int, args: Args, metrics: dict[str, float], seconds: float
+) -> None:
+    """Print progress: each update on a terminal, every twentieth of the run elsewhere."""
+    every = 1 if console.is_terminal else max(1, args.num_updates // 20)
+    if index % every and index != args.num_updates:
+        return
+    left = seconds / index * (args.num_updates - index)
+    line = (
+        f"update {index}/{args.num_updates}  score {metrics.get('charts/episode_score', 0):.4f}  "
+        f"parameters {metrics.get('charts/episode_parameters', 0):.0f}  "
+        f"kl {metrics.get('losses/kl', 0):.4f}  "
+        f"entropy(op) {metrics['entropy/op']:.2f}  "
+        f"{metrics['charts/steps_per_second']:.0f} steps/s  {left / 60:.1f} min left"
+    )
+    console.print(line, end="\r" if console.is_terminal else "\n", soft_wrap=True, highlight=False)
+
+
+def _evaluate(args: Args, directory: Path, console: Console) -> None:
+    """Compare the trained agent with the baselines on the same reset seeds."""
+    # Imported here because `evaluate` imports this file to load checkpoints.
+    from esper_agent.evaluate import evaluate_agents, print_table
+
+    agents = [f"ppo:{directory}", "never-grow", "random", "heuristic"]
+    result = evaluate_agents(
+        agents, args.env_id, args.env, args.eval_episodes, args.eval_seed, args.device
+    )
+    (directory / "evaluation.json").write_text(json.dumps(result, indent=1))
+    console.print()
+    print_table(result, console)
+    console.print(f"saved: {directory / 'evaluation.json'}", soft_wrap=True)
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    train(tyro.cli(Args))
+
+
+if __name__ == "__main__":
+    main()
