@@ -116,21 +116,21 @@ class PlainNetwork(nn.Module):
             before = channels
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(before, host.num_classes)
-        self.seeds: list[PlainSeed | None] = [None] * host.num_slots
+        self.seeds = nn.ModuleDict()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits."""
-        for block, seed in zip(self.blocks, self.seeds, strict=True):
+        for slot, block in enumerate(self.blocks):
             x = block(x)
-            if seed is not None:
-                x = seed(x)
+            if str(slot) in self.seeds:
+                x = self.seeds[str(slot)](x)
             x = F.max_pool2d(x, 2)
         logits: Tensor = self.head(x.mean((2, 3)))
         return logits
 
     def modules_to_clip(self) -> list[list[nn.Parameter]]:
         """Return the parameters of the host, then of each seed."""
-        seeds = [list(seed.parameters()) for seed in self.seeds if seed is not None]
+        seeds = [list(seed.parameters()) for seed in self.seeds.values()]
         return [[*self.blocks.parameters(), *self.head.parameters()], *seeds]
 
     def optimizer(self, host_rate: float, seed_rate: float, decay: float) -> torch.optim.SGD:
@@ -140,21 +140,23 @@ class PlainNetwork(nn.Module):
         groups += [{"params": seed, "lr": seed_rate, "weight_decay": 0.0} for seed in seeds]
         return torch.optim.SGD(groups, momentum=0.9, foreach=True)
 
-    def add_seed(self, population: Population, member: int, slot: int, index: int, blend: int) -> PlainSeed:
+    def add_seed(
+        self, population: Population, member: int, slot: int, index: int, blend: int
+    ) -> PlainSeed:
         """Put a copy of a member's seed into a slot."""
         blueprint = population.layout.blueprints[index]
         seed = PlainSeed(blueprint.name, population.layout.host.channels[slot], blend)
         parameters, buffers = population.layout.seed_columns(slot, index)
-        _copy(population.parameters[member], parameters, [*seed.parameters()])
-        _copy(population.buffers[member], buffers, _running(seed))
-        self.seeds[slot] = seed
+        _copy(population.storage.parameters[member], parameters, [*seed.parameters()])
+        _copy(population.storage.buffers[member], buffers, _running(seed))
+        self.seeds[str(slot)] = seed
         return seed
 
     def load_host(self, population: Population, member: int) -> None:
         """Copy a member's host."""
         parameters, buffers = population.layout.host_columns()
-        _copy(population.parameters[member], parameters, self.modules_to_clip()[0])
-        _copy(population.buffers[member], buffers, _running(self.blocks))
+        _copy(population.storage.parameters[member], parameters, self.modules_to_clip()[0])
+        _copy(population.storage.buffers[member], buffers, _running(self.blocks))
 
 
 def _running(module: nn.Module) -> list[Tensor]:

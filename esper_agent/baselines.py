@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -133,7 +134,7 @@ class PlateauHeuristic:
                 possible &= masks["blueprint"][:, o, :, b]
             now = possible.any(axis=1) & ~has_acted
             slot = possible.argmax(axis=1)
-            for i in np.nonzero(now)[0]:
+            for i in np.nonzero(now)[0].tolist():
                 actions[i] = self._action(masks, i, o, int(slot[i]))
                 if op == Op.GERMINATE:
                     self._stalled[i] = 0
@@ -157,5 +158,9 @@ class PlateauHeuristic:
         return action
 
 
-BASELINES = {"never-grow": NeverGrow, "random": RandomLegal, "heuristic": PlateauHeuristic}
+BASELINES: dict[str, Callable[[], Policy]] = {
+    "never-grow": NeverGrow,
+    "random": RandomLegal,
+    "heuristic": PlateauHeuristic,
+}
 """Baselines by the name that `evaluate --agents` takes."""

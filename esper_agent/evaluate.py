@@ -101,8 +101,7 @@ def make_policy(name: str) -> Policy:
         return TrainedPolicy(Path(name.removeprefix("ppo:")))
     if name not in BASELINES:
         raise ValueError(f"agents: expected {sorted(BASELINES)} or ppo:RUN_DIR, got {name!r}")
-    policy: Policy = BASELINES[name]()
-    return policy
+    return BASELINES[name]()
 
 
 def run_episodes(
@@ -120,9 +119,7 @@ def run_episodes(
         final: dict[str, npt.NDArray[np.float64]] = {}
         is_running = np.ones(envs.num_envs, dtype=bool)
         while is_running.any():
-            observation, _, terminated, truncated, info = envs.step(
-                policy.act(observation, info)
-            )
+            observation, _, terminated, truncated, info = envs.step(policy.act(observation, info))
             ends = (terminated | truncated) & is_running
             if ends.any():
                 last = info["final_info"]
@@ -140,8 +137,7 @@ def run_episodes(
 
 def interquartile_mean(values: npt.NDArray[np.float64], axis: int = -1) -> npt.NDArray[np.float64]:
     """Return the mean of the middle half. Source: Agarwal et al. (2021), section 4.3."""
-    result: npt.NDArray[np.float64] = stats.trim_mean(values, 0.25, axis=axis)
-    return result
+    return np.asarray(stats.trim_mean(values, 0.25, axis=axis))
 
 
 def bootstrap_interval(
@@ -228,7 +224,9 @@ def print_table(result: dict[str, Any], console: Console) -> None:
             f"{summary['mean']:.4f}",
             f"{summary['iqm']:.4f}",
             f"{summary['low']:.4f} .. {summary['high']:.4f}",
-            f"{pair['difference']:+.4f} ({pair['low']:+.4f} .. {pair['high']:+.4f})" if pair else "",
+            f"{pair['difference']:+.4f} ({pair['low']:+.4f} .. {pair['high']:+.4f})"
+            if pair
+            else "",
             f"{summary['test_score_mean']:.4f}",
             f"{summary['committed_test_accuracy_mean']:.4f}",
             f"{summary['parameters_mean']:.0f}",

@@ -195,6 +195,8 @@ class Agent(nn.Module):
             for prefix in prefixes
         ]
         episode = [i for i, n in enumerate(observation_names) if "." not in n]
+        self.slot_index: Tensor
+        self.episode_index: Tensor
         self.register_buffer("slot_index", torch.tensor(slots), persistent=False)
         self.register_buffer("episode_index", torch.tensor(episode), persistent=False)
         num_ops, slot_size, self.num_rest = nvec[0], 32, len(nvec) - 2
@@ -209,9 +211,7 @@ class Agent(nn.Module):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.orthogonal_(parameter)
-        self.critic = nn.Sequential(
-            _linear(hidden_size, 64), nn.ReLU(), _linear(64, 1, gain=1.0)
-        )
+        self.critic = nn.Sequential(_linear(hidden_size, 64), nn.ReLU(), _linear(64, 1, gain=1.0))
         self.op_head = _linear(hidden_size, num_ops, gain=0.01)
         self.op_embedding = nn.Embedding(num_ops, 64)
         self.core_to_joint = _linear(hidden_size, 64)
@@ -344,12 +344,10 @@ class Agent(nn.Module):
     def _rest_logits(self, joint: Tensor, slot: Tensor) -> Tensor:
         """(..., heads - 2, width)."""
         logits: Tensor = self.rest_head(torch.relu(joint + self.slot_embedding(slot)))
-        return logits.unflatten(-1, (self.num_rest, self.width))
+        return logits.view(*logits.shape[:-1], self.num_rest, self.width)
 
 
-def run_lstm(
-    lstm: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor], starts: Tensor
-) -> Tensor:
+def run_lstm(lstm: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
     """Run an LSTM over sequences in one call, from a zero state wherever an episode starts.
 
     Sequences are cut at the starts and the pieces run side by side, padded to the longest.
@@ -397,7 +395,8 @@ def _linear(size: int, out: int, gain: float = 2**0.5) -> nn.Linear:
 def _masked_log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     """Return log-probabilities in float32; illegal options get the lowest finite number."""
     lowest = torch.finfo(torch.float32).min
-    return torch.log_softmax(logits.float().masked_fill(~mask, lowest), dim=-1)
+    log_probs: Tensor = torch.log_softmax(logits.float().masked_fill(~mask, lowest), -1)
+    return log_probs
 
 
 def _entropy(log_probs: Tensor, mask: Tensor) -> Tensor:
@@ -535,7 +534,12 @@ class Collector:
         first_state = self.state
         steps: dict[str, list[Tensor]] = {name: [] for name in _STEP_FIELDS}
         masks: list[Masks] = []
-        episodes: dict[str, list[float]] = {"score": [], "return": [], "parameters": [], "valid": []}
+        episodes: dict[str, list[float]] = {
+            "score": [],
+            "return": [],
+            "parameters": [],
+            "valid": [],
+        }
         for t in range(self.args.num_steps):
             core, slots, self.state = agent.step_core(self.observation, self.state, self.start)
             conditional = ConditionalMasks(envs.conditional_masks(), self.device)
@@ -615,9 +619,7 @@ def replay(agent: Agent, rollout: Rollout, envs: Tensor) -> tuple[Tensor, Tensor
         log-probabilities, entropies, choices (steps, envs, heads), and values (steps, envs).
     """
     state = (rollout.state[0][:, envs], rollout.state[1][:, envs])
-    core, slots = agent.sequence_core(
-        rollout.observations[:, envs], state, rollout.starts[:, envs]
-    )
+    core, slots = agent.sequence_core(rollout.observations[:, envs], state, rollout.starts[:, envs])
     log_probs, entropies, choices = agent.evaluate_actions(
         core, slots, rollout.actions[:, envs], rollout.masks[:, envs]
     )
@@ -713,12 +715,12 @@ def update(
             head_entropies = mean_entropies(entropies, choices)
             loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * head_entropies.sum()
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             entropy_rows.append(head_entropies.detach())
             for name, value in zip(sums, (pg_loss, v_loss, kl, clipped, norm), strict=True):
-                sums[name].append(float(value))
+                sums[name].append(value.item())
         if stop:
             break
     metrics = {f"losses/{name}": float(np.mean(rows)) for name, rows in sums.items() if rows}

@@ -40,9 +40,7 @@ RELEVANT_HEADS: dict[Op, frozenset[str]] = {
     Op.WAIT: frozenset({"op"}),
     Op.GERMINATE: frozenset({"op", "slot", "blueprint", "style", "tempo", "alpha_target"}),
     Op.ADVANCE: frozenset({"op", "slot"}),
-    Op.SET_ALPHA: frozenset(
-        {"op", "slot", "style", "alpha_target", "alpha_speed", "alpha_curve"}
-    ),
+    Op.SET_ALPHA: frozenset({"op", "slot", "style", "alpha_target", "alpha_speed", "alpha_curve"}),
     Op.PRUNE: frozenset({"op", "slot", "alpha_speed", "alpha_curve"}),
     Op.FOSSILIZE: frozenset({"op", "slot"}),
 }
@@ -69,9 +67,7 @@ class ActionSpace:
         ValueError: If a restriction names an unknown head or option, repeats one, or forbids WAIT.
     """
 
-    def __init__(
-        self, num_slots: int, blueprints: Sequence[str], heads: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, num_slots: int, blueprints: Sequence[str], heads: Mapping[str, Any]) -> None:
         canonical: dict[str, tuple[Any, ...]] = {
             "op": tuple(op.name for op in Op),
             "slot": tuple(range(num_slots)),
@@ -131,12 +127,14 @@ class ActionSpace:
         masks = {
             head.name: np.zeros((*shape, len(head.options)), dtype=bool) for head in self.heads[2:]
         }
-        legal = np.zeros(shape, dtype=bool)
-        germinate = lifecycle.can_germinate(state, seed_parameters, host_parameters, config)
+        legal: BoolArray = np.zeros(shape, dtype=bool)
+        germinate: BoolArray = lifecycle.can_germinate(
+            state, seed_parameters, host_parameters, config
+        )
         is_new_target = state.alpha_target[:, slots, None] != self._targets
         has_weight = state.alpha[:, slots] > 0
-        gates = {
-            Op.GERMINATE: germinate.any(axis=2),
+        gates: dict[Op, BoolArray] = {
+            Op.GERMINATE: np.any(germinate, axis=2),
             Op.ADVANCE: lifecycle.can_advance(state, measured, config),
             Op.SET_ALPHA: lifecycle.can_set_alpha(state),
             Op.PRUNE: lifecycle.can_prune(state, config),
@@ -165,7 +163,8 @@ class ActionSpace:
                 legal[:, o] &= mask.any(axis=2)
         for mask in masks.values():
             mask &= legal[..., None]
-        return {"op": legal.any(axis=2), "slot": legal, **masks}
+        is_op_legal: BoolArray = np.any(legal, axis=2)
+        return {"op": is_op_legal, "slot": legal, **masks}
 
     def marginal_mask(self, conditional: dict[str, BoolArray]) -> BoolArray:
         """Return, for every option of every head, whether some legal joint action contains it.
@@ -204,9 +203,7 @@ class ActionSpace:
 
     def decode(self, actions: IntArray) -> Request:
         """Translate option indices (num_envs, 8) into canonical values."""
-        value = {
-            name: self.index[name][actions[:, h]] for h, name in enumerate(HEAD_NAMES)
-        }
+        value = {name: self.index[name][actions[:, h]] for h, name in enumerate(HEAD_NAMES)}
         target = np.array(ALPHA_TARGETS)[value["alpha_target"]]
         return Request(
             op=value["op"],
@@ -241,6 +238,5 @@ def _restrict(name: str, canonical: tuple[Any, ...], wanted: Any) -> tuple[Any, 
 def _choose(mask: BoolArray, rng: np.random.Generator) -> npt.NDArray[np.int64]:
     """Draw one True position per row, uniformly."""
     keys = np.where(mask, rng.random(mask.shape), -1.0)
-    return keys.argmax(axis=1)
-
-
+    choice: npt.NDArray[np.int64] = keys.argmax(axis=1)
+    return choice

@@ -30,9 +30,7 @@ class Coalitions:
     """Row of the network without one trial seed, -1 where it is not evaluated. (m, slots)."""
 
 
-def plan_coalitions(
-    members: IntArray, state: LifecycleState, *, leave_one_out: bool
-) -> Coalitions:
+def plan_coalitions(members: IntArray, state: LifecycleState, *, leave_one_out: bool) -> Coalitions:
     """List the distinct coalitions of some members.
 
     Args:
@@ -49,9 +47,7 @@ def plan_coalitions(
     wanted = [alpha, np.where(is_fossil, alpha, 0.0)]
     is_tested = (alpha > 0) & ~is_fossil & leave_one_out
     wanted += [np.where(np.arange(num_slots) == s, 0.0, alpha) for s in range(num_slots)]
-    keys = np.concatenate(
-        [np.concatenate([np.arange(m)[:, None], a], axis=1) for a in wanted]
-    )
+    keys = np.concatenate([np.concatenate([np.arange(m)[:, None], a], axis=1) for a in wanted])
     is_needed = np.concatenate([np.ones(2 * m, dtype=bool), is_tested.T.reshape(-1)])
     distinct, row = np.unique(keys[is_needed], axis=0, return_inverse=True)
     row_of = np.full(len(keys), -1)

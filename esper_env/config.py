@@ -90,9 +90,9 @@ class EnvConfig:
     """Which data and host to train; a name of `esper_env.tasks.TASKS`."""
     episode_steps: int = 60
     """Length of an episode [env steps]. Gymnasium's `max_episode_steps` can only shorten it."""
-    batches_per_step: int = 8
+    batches_per_step: int = 4
     """Training batches per env step and member."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Images per training batch and member."""
     horizon: Literal["truncate", "terminal"] = "truncate"
     """Whether the last step of an episode is reported as `truncated` or as `terminated`."""
@@ -141,9 +141,11 @@ class EnvConfig:
     """Smallest contribution that `strict_fossilize` accepts [accuracy, 0 to 1]."""
 
     host_learning_rate: float = 0.05
-    """Learning rate of the host's SGD."""
+    """Learning rate of the host's SGD at the start of an episode."""
     seed_learning_rate: float = 0.05
-    """Learning rate of the seeds' SGD."""
+    """Learning rate of the seeds' SGD at the start of an episode."""
+    learning_rate_decay: Literal["none", "linear"] = "linear"
+    """Whether both learning rates fall linearly to 0 over an episode."""
     momentum: float = 0.9
     """Momentum of both."""
     host_weight_decay: float = 5e-4
@@ -179,6 +181,7 @@ class EnvConfig:
         _require_choice(self, "horizon", ("truncate", "terminal"))
         _require_choice(self, "attribution", ("none", "leave_one_out"))
         _require_choice(self, "illegal_actions", ("wait", "raise"))
+        _require_choice(self, "learning_rate_decay", ("none", "linear"))
         for stage in self.isolated_stages:
             if stage not in ("TRAINING", "BLENDING", "HOLDING", "FOSSILIZED"):
                 raise ValueError(

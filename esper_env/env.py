@@ -48,7 +48,7 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
         **config: Fields of `EnvConfig`.
     """
 
-    metadata = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - as gym.Env declares it
 
     def __init__(
         self, *, device: str = "cpu", render_mode: str | None = None, **config: Any

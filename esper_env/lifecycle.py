@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -80,7 +81,7 @@ class LifecycleState:
     def empty(cls, num_envs: int, num_slots: int) -> LifecycleState:
         """Return a state with every slot dormant."""
         shape = (num_envs, num_slots)
-        arrays = {
+        arrays: dict[str, Any] = {
             f.name: np.full(shape, _DEFAULTS.get(f.name, 0), dtype=_DTYPES.get(f.type, np.int64))
             for f in dataclasses.fields(cls)
         }
@@ -167,7 +168,7 @@ class Request:
 
 
 def ease(curve: IntArray, t: FloatArray) -> FloatArray:
-    """Return the share of a ramp done at time `t`, monotone with ease(0) = 0 and ease(1) = 1.
+    """Compute the share of a ramp that is done at time `t`: monotone, 0 at 0 and 1 at 1.
 
     Source: design, section 4: linear t; cosine (1 - cos(pi t)) / 2;
     sigmoid (s(k(t - 1/2)) - s(-k/2)) / (s(k/2) - s(-k/2)) with k = 6, 12, 24.
@@ -202,36 +203,40 @@ def can_germinate(
     used = used_parameters(state, seed_parameters)
     total = used[:, None, None] + seed_parameters[None]
     is_affordable = total <= config.parameter_budget * host_parameters
-    is_open = (state.stage == Stage.DORMANT) & has_room[:, None]
-    return is_open[:, :, None] & is_affordable
+    is_open = _is_at(state, Stage.DORMANT) & has_room[:, None]
+    is_legal: BoolArray = is_open[:, :, None] & is_affordable
+    return is_legal
 
 
 def used_parameters(state: LifecycleState, seed_parameters: IntArray) -> IntArray:
     """Return what the live seeds take from the parameter budget. (num_envs,) int64."""
     slots = np.arange(state.stage.shape[1])
     each = seed_parameters[slots, np.maximum(state.blueprint, 0)]
-    return np.where(state.is_live, each, 0).sum(axis=1)
+    total: IntArray = np.where(state.is_live, each, 0).sum(axis=1)
+    return total
 
 
 def can_train(state: LifecycleState) -> BoolArray:
     """Gate G1: the module is built, which germination guarantees."""
-    return state.stage == Stage.GERMINATED
+    return _is_at(state, Stage.GERMINATED)
 
 
 def can_blend(state: LifecycleState, measured: Measurements, config: EnvConfig) -> BoolArray:
     """Gate G2: trained long enough, with a gradient measured in the step itself, and healthy."""
-    return (
-        (state.stage == Stage.TRAINING)
+    is_ready: BoolArray = (
+        _is_at(state, Stage.TRAINING)
         & (state.stage_steps >= config.min_training_steps)
         & measured.has_gradient
         & (measured.exploding == 0)
         & (measured.health >= config.min_gradient_health)
     )
+    return is_ready
 
 
 def can_hold(state: LifecycleState) -> BoolArray:
     """Gate G3: alpha reached its target, and the target is 1."""
-    return (state.stage == Stage.BLENDING) & (state.mode == HOLD) & (state.alpha == 1.0)
+    is_done: BoolArray = (state.mode == HOLD) & (state.alpha == 1.0)
+    return _is_at(state, Stage.BLENDING) & is_done
 
 
 def can_advance(state: LifecycleState, measured: Measurements, config: EnvConfig) -> BoolArray:
@@ -241,13 +246,14 @@ def can_advance(state: LifecycleState, measured: Measurements, config: EnvConfig
 
 def can_set_alpha(state: LifecycleState) -> BoolArray:
     """Whether alpha may be given a new target: blended or blending, controller in HOLD."""
-    is_blended = (state.stage == Stage.BLENDING) | (state.stage == Stage.HOLDING)
-    return is_blended & (state.mode == HOLD)
+    is_blended = _is_at(state, Stage.BLENDING) | _is_at(state, Stage.HOLDING)
+    return is_blended & np.equal(state.mode, HOLD)
 
 
 def can_prune(state: LifecycleState, config: EnvConfig) -> BoolArray:
     """Whether a seed may be removed: on trial, old enough, controller in HOLD."""
-    return state.is_trial & (state.age >= config.min_prune_age) & (state.mode == HOLD)
+    is_old_enough = np.greater_equal(state.age, config.min_prune_age)
+    return state.is_trial & is_old_enough & np.equal(state.mode, HOLD)
 
 
 def can_fossilize(state: LifecycleState, measured: Measurements, config: EnvConfig) -> BoolArray:
@@ -255,7 +261,7 @@ def can_fossilize(state: LifecycleState, measured: Measurements, config: EnvConf
 
     With `attribution="none"` no contribution is ever measured, and holding suffices.
     """
-    is_holding = state.stage == Stage.HOLDING
+    is_holding = _is_at(state, Stage.HOLDING)
     if config.attribution == "none":
         return is_holding
     is_good = measured.has_contribution.copy()
@@ -396,6 +402,10 @@ def gradient_health(
     mean_vanishing = vanishing.sum(axis=2) / count
     health = np.where(exists.any(axis=2), (1 - mean_vanishing) * (1 - exploding), 0)
     return mean_vanishing, exploding, health
+
+
+def _is_at(state: LifecycleState, stage: Stage) -> BoolArray:
+    return np.equal(state.stage, stage)
 
 
 def _advance(state: LifecycleState, at: tuple[IntArray, ...]) -> None:

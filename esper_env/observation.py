@@ -103,9 +103,7 @@ class Progress:
             (self.accuracy_history, accuracy, self.accuracy[members]),
             (self.loss_history, loss, self.loss[members]),
         ):
-            history[members] = np.concatenate(
-                [(new - old)[:, None], history[members, :-1]], axis=1
-            )
+            history[members] = np.concatenate([(new - old)[:, None], history[members, :-1]], axis=1)
         has_improved = accuracy > self.best_accuracy[members] + PLATEAU_MARGIN
         self.plateau_steps[members] = np.where(has_improved, 0, self.plateau_steps[members] + 1)
         self.best_accuracy[members] = np.maximum(self.best_accuracy[members], accuracy)
@@ -211,7 +209,8 @@ class ObservationBuilder:
         episode = self._episode(progress, state, seed_parameters, committed_parameters)
         slots = self._slots(state, measured, seed_parameters)
         flat = np.concatenate([episode, slots.reshape(len(slots), -1)], axis=1)
-        return np.clip(flat, -1.0, 1.0).astype(np.float32)
+        clipped: npt.NDArray[np.float32] = np.clip(flat, -1.0, 1.0).astype(np.float32)
+        return clipped
 
     def _episode(
         self,

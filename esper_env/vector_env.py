@@ -29,7 +29,8 @@ from esper_env.lifecycle import DOWN, LifecycleState, Measurements
 from esper_env.observation import ObservationBuilder, Progress
 from esper_env.population.blueprints import CNN_BLUEPRINTS
 from esper_env.population.optimizer import SGDSettings
-from esper_env.population.population import Evaluation, Population, Seeds
+from esper_env.population.population import Evaluation, Population
+from esper_env.population.slots import Seeds
 from esper_env.rewards.potential import potential
 from esper_env.rewards.presets import compute_reward, resolve_weights
 from esper_env.rewards.terms import Standing, Transition, score
@@ -106,6 +107,8 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._population: Population | None = None
         self._splits: Splits | None = None
+        self._is_done: BoolArray = np.zeros(self.num_envs, dtype=bool)
+        self._episode_key: streams.KeyArray = np.zeros(self.num_envs, dtype=np.uint64)
 
     # ------------------------------------------------------------------ Gymnasium
 
@@ -187,15 +190,15 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self._is_done = terminations | truncations
         if self._is_done.any() and self.autoreset_mode == AutoresetMode.SAME_STEP:
             final_observations, final_info = observations, info
-            done = self._is_done.copy()
-            self._begin_episodes(np.nonzero(done)[0])
+            ended = self._is_done.copy()
+            self._begin_episodes(np.nonzero(ended)[0])
             self._refresh_masks()
             observations, info = self._observe(), self._info(terms)
             rows = np.full(self.num_envs, None, dtype=object)
-            for i in np.nonzero(done)[0]:
+            for i in np.nonzero(ended)[0]:
                 rows[i] = final_observations[i]
-            info["final_obs"], info["_final_obs"] = rows, done.copy()
-            info["final_info"], info["_final_info"] = _masked_info(final_info, done), done.copy()
+            info["final_obs"], info["_final_obs"] = rows, ended.copy()
+            info["final_info"], info["_final_info"] = _masked_info(final_info, ended), ended.copy()
         return observations, rewards, terminations, truncations, info
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -276,14 +279,16 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         key = streams.make_key(self._episode_key[members], _STREAM_DATA, progress.steps[members])
         drawn = (streams.uniform(key, size) * len(train)).astype(np.int64)
         indices = drawn.T.reshape(config.batches_per_step, config.batch_size, len(members))
-        m = len(members)
+        decay = np.ones(len(members))
+        if config.learning_rate_decay == "linear":
+            decay -= progress.steps[members] / config.episode_steps
         report = self._pop.train(
             members,
             self._seeds(),
             train,
             indices,
-            np.full(m, config.host_learning_rate),
-            np.full(m, config.seed_learning_rate),
+            config.host_learning_rate * decay,
+            config.seed_learning_rate * decay,
         )
         norms = report.seed_gradient_norms
         measured = self._measured
@@ -394,17 +399,13 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self._state = LifecycleState.empty(self.num_envs, host.num_slots)
         self._measured = Measurements.empty(self.num_envs, host.num_slots)
         self._progress = Progress.empty(self.num_envs)
-        self._is_done = np.zeros(self.num_envs, dtype=bool)
         self._has_test = np.zeros(self.num_envs, dtype=bool)
         self._test_accuracy = np.zeros(self.num_envs)
         self._committed_test_accuracy = np.zeros(self.num_envs)
         self._member_key = np.zeros(self.num_envs, dtype=np.uint64)
-        self._episode_key = np.zeros(self.num_envs, dtype=np.uint64)
         self._episode = np.zeros(self.num_envs, dtype=np.int64)
 
-    def _seed(
-        self, seed: int | list[int | None] | None, members: IntArray, is_first: bool
-    ) -> None:
+    def _seed(self, seed: int | list[int | None] | None, members: IntArray, is_first: bool) -> None:
         """Give members new streams where a seed is given, or where there is none yet."""
         if seed is None and is_first:
             seed = int(self.np_random.integers(2**62))
@@ -561,14 +562,14 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             )
         if is_first and not array.all():
             self._population = None
-            raise gym.error.ResetNeeded("the first reset must start all members: leave out the mask")
+            raise gym.error.ResetNeeded(
+                "the first reset must start all members: leave out the mask"
+            )
         return np.nonzero(array)[0]
 
     def _raise_illegal(self, actions: IntArray, where: BoolArray) -> None:
         member = int(np.nonzero(where)[0][0])
-        chosen = {
-            head.name: head.options[actions[member, h]] for h, head in enumerate(self.heads)
-        }
+        chosen = {head.name: head.options[actions[member, h]] for h, head in enumerate(self.heads)}
         raise ValueError(
             f"actions[{member}] is illegal in the present state: {chosen}. Choose by "
             "conditional_masks() or sample_valid_actions(rng), or set illegal_actions='wait'"

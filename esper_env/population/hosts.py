@@ -37,7 +37,7 @@ class Host:
 
     def slot_size(self, index: int) -> int:
         """Height and width of the features at a slot [pixels]."""
-        return self.image_size // 2**index
+        return self.image_size >> index
 
     @property
     def head(self) -> tuple[TensorSpec, ...]:

@@ -30,9 +30,7 @@ class ImageSet:
 
     def to(self, device: torch.device) -> ImageSet:
         """Copy to a device."""
-        return ImageSet(
-            *(t.to(device) for t in (self.images, self.labels, self.mean, self.std))
-        )
+        return ImageSet(*(t.to(device) for t in (self.images, self.labels, self.mean, self.std)))
 
     def normalised(self, start: int, stop: int) -> Tensor:
         """Return a range of images. (stop - start, channels, height, width) channels-last."""

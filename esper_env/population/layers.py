@@ -201,3 +201,26 @@ class SqueezeExcite(Layer):
         excite = torch.tanh(torch.baddbmm(excite_bias[:, None], hidden, excite_weight.mT))
         # (m, batch, channels) -> (batch, m * channels, 1, 1)
         return x * excite.transpose(0, 1).reshape(len(x), -1, 1, 1)
+
+
+def as_members(x: Tensor, m: int) -> Tensor:
+    """(batch, m * channels, height, width) -> (batch, height, width, m, channels)."""
+    batch, width, height, size = x.shape[0], x.shape[3], x.shape[2], x.shape[1]
+    return x.permute(0, 2, 3, 1).contiguous().view(batch, height, width, m, size // m)
+
+
+def as_images(x: Tensor) -> Tensor:
+    """(batch, height, width, m, channels) -> (batch, m * channels, height, width)."""
+    return x.flatten(3).permute(0, 3, 1, 2)
+
+
+def classify(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Pool and classify. (batch, m * channels, h, w) -> (m, batch, classes)."""
+    pooled = x.mean(dim=(2, 3)).view(len(x), len(weight), -1).transpose(0, 1)
+    return torch.baddbmm(bias[:, None], pooled, weight.mT)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Loss per member and image. (m, batch, classes), (m, batch) -> (m, batch)."""
+    flat = F.cross_entropy(logits.flatten(0, 1), labels.reshape(-1), reduction="none")
+    return flat.view(labels.shape)

@@ -69,6 +69,12 @@ class Layout:
         """Columns of the parameter matrix."""
         self.num_buffers = cursor.buffers
         """Columns of the buffer matrix."""
+        self.max_seed_tensors = max(
+            len(self.seed_columns(slot, index)[0])
+            for slot in range(host.num_slots)
+            for index in range(len(self.blueprints))
+        )
+        """Most trained tensors that any seed has, its gate's included."""
 
     def host_columns(self) -> tuple[list[Column], list[Column]]:
         """Return all parameter and all buffer columns of the host."""

@@ -50,9 +50,7 @@ class WorkingSet:
     def add(self, rows: IndexArray, column: Column) -> int:
         """Append one tensor of the given rows and return its position among the views."""
         spec = column.spec
-        index = rows[:, None] * self.row_width + np.arange(
-            column.offset, column.offset + spec.size
-        )
+        index = rows[:, None] * self.row_width + np.arange(column.offset, column.offset + spec.size)
         self._indices.append(index.reshape(-1))
         self.shapes.append((len(rows), *spec.shape))
         self.sizes.append(index.size)
@@ -76,7 +74,7 @@ class WorkingSet:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Return the tensors, (rows, *shape) each. Their gradient is one concatenation."""
-        parts = flat.split(self.sizes)
+        parts = torch.split(flat, self.sizes)
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
@@ -92,7 +90,6 @@ class ModuleSGD:
     Args:
         working: The vector's layout.
         modules: Module of each row of each piece. One (rows,) int64 array per piece.
-        learning_rate: (num_modules,) float32.
         weight_decay: (num_modules,) float32.
         is_frozen: (num_modules,) bool.
         settings: Momentum and clipping.
@@ -102,7 +99,6 @@ class ModuleSGD:
         self,
         working: WorkingSet,
         modules: list[IndexArray],
-        learning_rate: npt.NDArray[np.float32],
         weight_decay: npt.NDArray[np.float32],
         is_frozen: npt.NDArray[np.bool_],
         settings: SGDSettings,
@@ -110,29 +106,37 @@ class ModuleSGD:
         device = working.device
         self.settings = settings
         segment_module = np.concatenate(modules)
-        widths = [size // shape[0] for size, shape in zip(working.sizes, working.shapes, strict=True)]
+        widths = [
+            size // shape[0] for size, shape in zip(working.sizes, working.shapes, strict=True)
+        ]
         counts = [shape[0] for shape in working.shapes]
         lengths = np.repeat(widths, counts)
         element_module = np.repeat(segment_module, lengths)
-        rate = np.where(is_frozen, 0, learning_rate).astype(np.float32)[element_module]
         decay = weight_decay.astype(np.float32)[element_module]
-        self.num_modules = len(learning_rate)
+        self.num_modules = len(weight_decay)
         self.lengths = torch.from_numpy(lengths).to(device)
         self.segment_module = torch.from_numpy(segment_module).to(device)
         self.element_module = torch.from_numpy(element_module).to(device)
-        self.rate = torch.from_numpy(rate).to(device)
         self.decay = torch.from_numpy(decay).to(device)
+        self.is_frozen = is_frozen
         self.keep = None
         if is_frozen.any():
             self.keep = torch.from_numpy(~is_frozen[element_module]).to(device)
 
-    def step(self, flat: Tensor, gradient: Tensor, momentum: Tensor) -> Tensor:
+    def spread_rates(self, module_rates: npt.NDArray[np.float64]) -> Tensor:
+        """Return the learning rate of every element, 0 where frozen, from (num_modules,)."""
+        rates = np.where(self.is_frozen, 0.0, module_rates).astype(np.float32)
+        per_module = torch.from_numpy(rates).to(self.element_module.device)
+        return per_module.index_select(0, self.element_module)
+
+    def step(self, flat: Tensor, gradient: Tensor, momentum: Tensor, rates: Tensor) -> Tensor:
         """Update `flat` and `momentum` in place.
 
         Args:
             flat: Parameters. (n,) float32.
             gradient: Their gradient; overwritten. (n,) float32.
             momentum: Momentum buffer. (n,) float32.
+            rates: Learning rates, from `spread_rates`. (n,) float32.
 
         Returns:
             Squared gradient norm of each segment before clipping. (num_segments,) float32.
@@ -147,5 +151,5 @@ class ModuleSGD:
         gradient.mul_(scale.index_select(0, self.element_module))
         gradient.addcmul_(flat, self.decay)
         momentum.mul_(self.settings.momentum).add_(gradient)
-        flat.addcmul_(momentum, self.rate, value=-1)
+        flat.addcmul_(momentum, rates, value=-1)
         return squares

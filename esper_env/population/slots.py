@@ -17,8 +17,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from esper_env.config import Blend, BoolArray, FloatArray, IntArray
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The seeds of all members, as the population sees them. Arrays are (members, slots)."""
+
+    blueprint: IntArray
+    """Index into the registry, -1 where there is none."""
+    blend: IntArray
+    """Values of `Blend`."""
+    alpha: FloatArray
+    """Weight in the forward pass, 0 to 1."""
+    beta: FloatArray
+    """Weight of the gradient that reaches the seed, 0 to 1; 0 means that it does not run."""
+    is_isolated: BoolArray
+    """Whether the seed's input is detached."""
+    is_frozen: BoolArray
+    """Whether its parameters keep still."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +64,30 @@ class Group:
     def multiply_slice(self) -> slice:
         """Positions of the MULTIPLY members within the group."""
         return slice(len(self.members) - self.num_multiply, len(self.members))
+
+
+def group_members(
+    blueprint: npt.NDArray[np.int64], blend: IntArray, runs: BoolArray
+) -> list[tuple[int, IntArray, int, int]]:
+    """Group members by blueprint; inside a group ADD, then GATE, then MULTIPLY.
+
+    Returns:
+        (blueprint, members, number of GATE, number of MULTIPLY) per group.
+    """
+    rank = np.array([0, 2, 1])[blend]  # Blend.ADD, Blend.MULTIPLY, Blend.GATE
+    result = []
+    for index in np.unique(blueprint[runs & (blueprint >= 0)]):
+        local = np.nonzero(runs & (blueprint == index))[0]
+        local = local[np.argsort(rank[local], kind="stable")]
+        num_gate = int((blend[local] == Blend.GATE).sum())
+        num_multiply = int((blend[local] == Blend.MULTIPLY).sum())
+        result.append((int(index), local, num_gate, num_multiply))
+    return result
+
+
+def spread(values: npt.NDArray[np.generic], channels: int, device: torch.device) -> Tensor:
+    """Repeat one value per member for each of its channels. (m * channels,) float32."""
+    return torch.from_numpy(np.repeat(values.astype(np.float32), channels)).to(device)
 
 
 def gates(pooled: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -86,7 +132,7 @@ class GatherMembers(torch.autograd.Function):
     """Copy the features of several groups of members; their gradients come back in one buffer."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, features: Tensor, keeps: list[Tensor | None], *members: Tensor
     ) -> tuple[Tensor, ...]:
         """Gather.
@@ -129,7 +175,7 @@ class MixResiduals(torch.autograd.Function):
     """h + alpha * r forward, with beta in place of alpha towards the seed."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, features: Tensor, gate: Tensor | None, mix: Mix, *branches: Tensor
     ) -> Tensor:
         """Mix.

@@ -1,0 +1,63 @@
+"""The tensors of all members: one row per member in three matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from esper_env import streams
+from esper_env.config import IntArray
+from esper_env.population.layout import Column, Layout
+
+
+class Storage:
+    """Parameters, momentum and buffers of `num_members` members.
+
+    Args:
+        layout: What the columns mean.
+        num_members: Rows.
+        device: Where the matrices live.
+    """
+
+    def __init__(self, layout: Layout, num_members: int, device: torch.device) -> None:
+        self.layout = layout
+        self.device = device
+        self.parameters = torch.zeros(num_members, layout.num_parameters, device=device)
+        self.momentum = torch.zeros(num_members, layout.num_parameters, device=device)
+        self.buffers = torch.zeros(num_members, layout.num_buffers, device=device)
+
+    def clear(self, members: IntArray) -> None:
+        """Set whole rows to zero."""
+        rows = torch.from_numpy(members).to(self.device)
+        for matrix in (self.parameters, self.momentum, self.buffers):
+            matrix[rows] = 0
+
+    def initialise(
+        self,
+        members: IntArray,
+        key: streams.KeyArray,
+        parameters: Sequence[Column],
+        buffers: Sequence[Column],
+    ) -> None:
+        """Write start values into the given columns and clear their momentum.
+
+        Args:
+            members: Which rows. (m,).
+            key: Stream of each row's random numbers. (m,) uint64.
+            parameters: Columns of the parameter matrix.
+            buffers: Columns of the buffer matrix.
+        """
+        rows = torch.from_numpy(members).to(self.device)[:, None]
+        for matrix, columns in ((self.parameters, parameters), (self.buffers, buffers)):
+            if not columns:
+                continue
+            index = np.concatenate([c.offset + np.arange(c.spec.size) for c in columns])
+            value = np.concatenate([np.full(c.spec.size, c.spec.value) for c in columns])
+            bound = np.concatenate([np.full(c.spec.size, c.spec.bound) for c in columns])
+            start = value + bound * (2 * streams.uniform(key, len(index)) - 1)
+            at = torch.from_numpy(index).to(self.device)
+            matrix[rows, at] = torch.from_numpy(start.astype(np.float32)).to(self.device)
+            if matrix is self.parameters:
+                self.momentum[rows, at] = 0
