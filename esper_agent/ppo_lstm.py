@@ -382,7 +382,8 @@ def run_lstm(lstm: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor], starts: Ten
     padded, _ = lstm(flat[position], start)
     joined = padded.new_zeros(num_steps * num_envs, padded.shape[-1])
     joined = joined.index_put((position[is_inside],), padded[is_inside])
-    return joined.view(num_envs, num_steps, -1).transpose(0, 1)
+    in_order: Tensor = joined.view(num_envs, num_steps, -1).transpose(0, 1)
+    return in_order
 
 
 def _linear(size: int, out: int, gain: float = 2**0.5) -> nn.Linear:
@@ -395,8 +396,7 @@ def _linear(size: int, out: int, gain: float = 2**0.5) -> nn.Linear:
 def _masked_log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     """Return log-probabilities in float32; illegal options get the lowest finite number."""
     lowest = torch.finfo(torch.float32).min
-    log_probs: Tensor = torch.log_softmax(logits.float().masked_fill(~mask, lowest), -1)
-    return log_probs
+    return torch.log_softmax(logits.float().masked_fill(~mask, lowest), -1)
 
 
 def _entropy(log_probs: Tensor, mask: Tensor) -> Tensor:

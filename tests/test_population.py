@@ -129,16 +129,11 @@ def train_plain(network: PlainNetwork, images: ImageSet, indices: np.ndarray) ->
 
 
 def assert_equal(population: Population, seeds: Seeds, member: int, network: PlainNetwork) -> None:
-    expected = [p for p in network.state_dict().values() if p.dtype == torch.float32]
-    copy = plain_copy(population, seeds, member)
-    actual = [p for p in copy.state_dict().values() if p.dtype == torch.float32]
-    for seed_expected, seed_actual in zip(network.seeds, copy.seeds, strict=True):
-        if seed_expected is not None and seed_actual is not None:
-            expected += [p for p in seed_expected.state_dict().values() if p.is_floating_point()]
-            actual += [p for p in seed_actual.state_dict().values() if p.is_floating_point()]
-    assert len(expected) == len(actual)
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=TOLERANCE, rtol=TOLERANCE)
+    expected = network.state_dict()
+    actual = plain_copy(population, seeds, member).state_dict()
+    for name, tensor in expected.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(actual[name], tensor, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -205,8 +200,8 @@ def test_evaluation_of_coalitions_equals_plain_networks() -> None:
     x = images.normalised(0, len(images))
     for row, member in enumerate(members):
         network = plain_copy(population, seeds, int(member)).eval()
-        for slot, seed in enumerate(network.seeds):
-            assert seed is not None
+        for slot in range(2):
+            seed = network.seeds[str(slot)]
             seed.alpha, seed.is_training_stage = float(alpha[row, slot]), False
         with torch.no_grad():
             logits = network(x)
@@ -390,8 +385,7 @@ def test_parameter_and_multiply_add_counts_equal_those_of_the_real_modules() -> 
     for slot, channels in enumerate(TINY.channels):
         for index, name in enumerate(NAMES):
             plant(population, seeds, 0, slot, index)
-            branch = plain_copy(population, seeds, 0).seeds[slot]
-            assert branch is not None
+            branch = plain_copy(population, seeds, 0).seeds[str(slot)]
             count = sum(p.numel() for p in branch.parameters())
             assert population.seed_parameters[slot, index] == count, name
             size = TINY.slot_size(slot)
@@ -424,9 +418,7 @@ def test_gradient_norms_are_those_before_clipping() -> None:
     index = draw(np.random.default_rng(12), images, 1)[:1]
     x = ((images.images[index[0, :, 0]].float() - images.mean) / images.std).permute(0, 3, 1, 2)
     F.cross_entropy(network(x), images.labels[index[0, :, 0]]).backward()  # type: ignore[no-untyped-call]
-    seed = network.seeds[0]
-    assert seed is not None
-    expected = [float(p.grad.norm()) for p in seed.parameters() if p.grad is not None]
+    expected = [float(p.grad.norm()) for p in network.seeds["0"].parameters() if p.grad is not None]
     rates = np.full(1, RATE)
     report = population.train(np.array([0]), seeds, images, index, rates, rates)
     norms = report.seed_gradient_norms[0, 0, : len(expected)]
