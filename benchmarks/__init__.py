@@ -1,0 +1,1 @@
+"""Benchmarks: scripts that measure, and the plain networks they compare with."""

@@ -56,8 +56,10 @@ class Args:
 
     env_id: str = "Esper-Digits-v0"
     """Environment id."""
-    env: EnvConfig = field(default_factory=EnvConfig)
-    """Settings of the environment; those that differ from their default are passed on."""
+    env: EnvConfig = field(default_factory=lambda: EnvConfig(horizon="terminal"))
+    """Settings of the environment; those that differ from their default are passed on. The budget
+    is observed, so its end is a true end here: with "truncate" the agent bootstraps from a value
+    that nothing ever corrects, and learns to grow without committing."""
     seed: int = 1
     """Random seed of the agent and of the training episodes."""
     device: str = "cpu"
@@ -70,13 +72,13 @@ class Args:
     """Members that train side by side."""
     num_steps: int = 60
     """Env steps per member and update; the episode's length lets sequences be whole episodes."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Of Adam at the start."""
     anneal_lr: bool = True
     """Whether the learning rate falls linearly to 0."""
-    gamma: float = 0.99
+    gamma: float = 0.995
     """Discount factor; must equal the environment's (`--env.gamma`)."""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.97
     """Lambda of generalised advantage estimation."""
     num_minibatches: int = 4
     """Minibatches per epoch; each is a shuffled set of whole sequences."""

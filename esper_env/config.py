@@ -96,7 +96,7 @@ class EnvConfig:
     """Images per training batch and member."""
     horizon: Literal["truncate", "terminal"] = "truncate"
     """Whether the last step of an episode is reported as `truncated` or as `terminated`."""
-    gamma: float = 0.99
+    gamma: float = 0.995
     """Discount factor of potential-based shaping; an agent must use the same."""
     reward: str = "gain"
     """Reward preset; a name of `esper_env.rewards.presets.PRESETS`."""

@@ -112,6 +112,8 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
 
     # ------------------------------------------------------------------ Gymnasium
 
+    # A caller may be inside inference_mode, whose tensors could not be trained later.
+    @torch.inference_mode(False)
     def reset(
         self,
         *,
@@ -144,6 +146,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self._refresh_masks()
         return self._observe(), self._info()
 
+    @torch.inference_mode(False)
     def step(
         self, actions: npt.NDArray[np.int64]
     ) -> tuple[
@@ -411,23 +414,26 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             seed = int(self.np_random.integers(2**62))
         if seed is None:
             return
+        seeds: list[int | None]
         if isinstance(seed, (int, np.integer)):
-            self._np_random, self._np_random_seed = gym.utils.seeding.np_random(int(seed))
-            seeds: list[int | None] = [int(seed) + i for i in range(self.num_envs)]
+            seeds = [int(seed) + i for i in range(self.num_envs)]
         else:
             seeds = list(seed)
-            if len(seeds) != self.num_envs:
-                raise ValueError(
-                    f"seed: expected one integer or {self.num_envs} entries, got {len(seeds)}"
-                )
+        if len(seeds) != self.num_envs:
+            raise ValueError(
+                f"seed: expected one integer or {self.num_envs} entries, got {len(seeds)}"
+            )
+        for value in seeds:
+            if value is not None and value < 0:
+                raise ValueError(f"seed: expected non-negative integers, got {value}")
+        if isinstance(seed, (int, np.integer)):
+            self._np_random, self._np_random_seed = gym.utils.seeding.np_random(int(seed))
         for i in members:
             value = seeds[i]
             if value is None and not is_first:
                 continue
             if value is None:
                 value = int(self.np_random.integers(2**62))
-            if value < 0:
-                raise ValueError(f"seed: expected a non-negative integer, got {value}")
             self._member_key[i] = streams.make_key(value % 2**64)
             self._episode[i] = 0
 

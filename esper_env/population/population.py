@@ -115,8 +115,7 @@ class Population:
             columns = self.layout.seed_columns(slot, blueprint)
             self.storage.initialise(members[here], key[here], *columns)
 
-    # A caller may step the environment inside no_grad or inference_mode.
-    @torch.inference_mode(False)
+    # A caller may step the environment inside no_grad.
     @torch.enable_grad()
     def train(
         self,

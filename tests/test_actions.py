@@ -1,0 +1,546 @@
+"""The action space: its masks against brute force over the whole joint space, and its samples.
+
+The oracle below decides the legality of one joint action of one member in scalar code, from the
+tables of the design (sections 4 and 5) alone. It never calls the gates or masks under test.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from esper_env import lifecycle
+from esper_env.actions import HEAD_NAMES, RELEVANT_HEADS, ActionSpace, wait_actions
+from esper_env.config import BoolArray, Curve, EnvConfig, Op, Stage
+from esper_env.lifecycle import HOLD, LifecycleState, Measurements
+from tests.test_lifecycle import BLUEPRINTS, HOST_PARAMETERS, SEED_PARAMETERS, walk
+
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "op": ("WAIT", "GERMINATE", "ADVANCE", "SET_ALPHA", "PRUNE", "FOSSILIZE"),
+    "slot": (0, 1, 2),
+    "blueprint": BLUEPRINTS,
+    "style": ("LINEAR_ADD", "LINEAR_MULTIPLY", "SIGMOID_ADD", "LINEAR_GATE"),
+    "tempo": (3, 5, 8),
+    "alpha_target": (0.5, 0.7, 1.0),
+    "alpha_speed": (0, 3, 5, 8),
+    "alpha_curve": ("LINEAR", "COSINE", "SIGMOID_6", "SIGMOID_12", "SIGMOID_24"),
+}
+"""The table of heads in section 5 of the design, in its order."""
+
+RELEVANCE = {
+    "WAIT": {"op"},
+    "GERMINATE": {"op", "slot", "blueprint", "style", "tempo", "alpha_target"},
+    "ADVANCE": {"op", "slot"},
+    "SET_ALPHA": {"op", "slot", "style", "alpha_target", "alpha_speed", "alpha_curve"},
+    "PRUNE": {"op", "slot", "alpha_speed", "alpha_curve"},
+    "FOSSILIZE": {"op", "slot"},
+}
+"""The relevance of heads in section 5 of the design."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small action space, rules, and which ops its random lives must make legal at times."""
+
+    heads: dict[str, Any]
+    num_slots: int = 2
+    rules: dict[str, Any] = field(default_factory=dict)
+    never: frozenset[str] = frozenset()
+    """Ops among the options that these restrictions make impossible."""
+    keeps_to_heads: bool = False
+    """Whether the random lives use the restricted space, instead of reaching every corner of the
+    lifecycle with the full one."""
+
+    def options(self, name: str) -> tuple[Any, ...]:
+        """Return the options of a head that the restrictions leave, in the design's order."""
+        all_options = OPTIONS[name][: self.num_slots] if name == "slot" else OPTIONS[name]
+        wanted = self.heads.get(name, all_options)
+        wanted = wanted if isinstance(wanted, list | tuple) else [wanted]
+        return tuple(option for option in all_options if option in wanted)
+
+
+BY_HAND = {"automatic_training": False, "automatic_holding": False}
+SMALL = {
+    "blueprint": ["small", "large"],
+    "style": ["LINEAR_ADD", "LINEAR_GATE"],
+    "tempo": 3,
+    "alpha_speed": [0, 3],
+    "alpha_curve": ["LINEAR", "SIGMOID_24"],
+}
+
+CASES = {
+    "all ops": Case(SMALL),
+    "all ops, nothing automatic": Case(SMALL, rules=BY_HAND),
+    "everything automatic, no attribution": Case(
+        SMALL, rules={"automatic_blending": True, "attribution": "none"}
+    ),
+    "three slots, one seed, strict": Case(
+        {**SMALL, "style": "SIGMOID_ADD", "alpha_curve": "COSINE", "blueprint": BLUEPRINTS},
+        num_slots=3,
+        rules={"max_seeds": 1, "strict_fossilize": True, "min_contribution": 0.02},
+    ),
+    "tight budget": Case(
+        {**SMALL, "blueprint": BLUEPRINTS, "tempo": [3, 8], "alpha_curve": "LINEAR"},
+        rules={"parameter_budget": 1.5, "min_prune_age": 4, "min_training_steps": 1},
+    ),
+    "few ops": Case({**SMALL, "op": ["PRUNE", "WAIT", "GERMINATE"]}),
+    "one slot enabled": Case({**SMALL, "slot": 1, "alpha_target": [0.5, 1.0]}),
+    "two of three slots enabled": Case({**SMALL, "slot": [2, 0], "style": "LINEAR_ADD"}, 3),
+    "only full blending": Case(
+        {**SMALL, "alpha_target": 1.0},
+        rules=BY_HAND,
+        never=frozenset({"SET_ALPHA"}),
+        keeps_to_heads=True,
+    ),
+    "no full blending": Case(
+        {**SMALL, "alpha_target": [0.5, 0.7]}, never=frozenset({"FOSSILIZE"}), keeps_to_heads=True
+    ),
+    "only slow ramps": Case({**SMALL, "alpha_speed": [3, 8]}),
+    "only blueprints that never fit": Case(
+        {**SMALL, "op": ["WAIT", "GERMINATE", "PRUNE"], "blueprint": "large"},
+        rules={"parameter_budget": 1.0},
+        never=frozenset({"GERMINATE"}),
+    ),
+}
+
+
+# ------------------------------------------------------------------ the oracle
+
+
+def is_legal_by_the_design(
+    action: dict[str, Any],
+    is_first: dict[str, bool],
+    state: LifecycleState,
+    measured: Measurements,
+    i: int,
+    rules: EnvConfig,
+) -> bool:
+    """Decide about one joint action of member `i` in scalar code.
+
+    Args:
+        action: Option of each head.
+        is_first: Whether that is the head's option 0.
+        state: The slots.
+        measured: What the last step measured.
+        i: Member.
+        rules: Gate rules.
+    """
+    op, slot = action["op"], action["slot"]
+    for name in OPTIONS:
+        if name not in RELEVANCE[op] and not is_first[name]:
+            return False
+    if op == "WAIT":
+        return True
+    stage = Stage(int(state.stage[i, slot])).name
+    is_still = state.mode[i, slot] == HOLD
+    alpha = float(state.alpha[i, slot])
+    if op == "GERMINATE":
+        if stage != "DORMANT":
+            return False
+        seeds, parameters = 0, 0
+        for other in range(state.stage.shape[1]):
+            if Stage(int(state.stage[i, other])).name not in ("DORMANT", "EMBARGOED"):
+                seeds += 1
+                parameters += int(SEED_PARAMETERS[other, state.blueprint[i, other]])
+        if rules.max_seeds is not None and seeds + 1 > rules.max_seeds:
+            return False
+        new = int(SEED_PARAMETERS[slot, BLUEPRINTS.index(action["blueprint"])])
+        return parameters + new <= rules.parameter_budget * HOST_PARAMETERS
+    if op == "ADVANCE":
+        if stage == "GERMINATED":
+            return True
+        if stage == "TRAINING":
+            return bool(
+                state.stage_steps[i, slot] >= rules.min_training_steps
+                and measured.has_gradient[i, slot]
+                and measured.exploding[i, slot] == 0
+                and measured.health[i, slot] >= rules.min_gradient_health
+            )
+        return stage == "BLENDING" and bool(is_still) and alpha == 1.0
+    if op == "SET_ALPHA":
+        # In HOLD alpha stands on its target, so a target equal to it would change nothing.
+        is_new = action["alpha_target"] != alpha
+        return stage in ("BLENDING", "HOLDING") and bool(is_still) and is_new
+    if op == "PRUNE":
+        if stage not in ("GERMINATED", "TRAINING", "BLENDING", "HOLDING"):
+            return False
+        if state.age[i, slot] < rules.min_prune_age or not is_still:
+            return False
+        # Without weight there is nothing to ramp down: such a seed goes at once.
+        return action["alpha_speed"] == 0 or alpha > 0
+    assert op == "FOSSILIZE"
+    if stage != "HOLDING":
+        return False
+    if rules.attribution == "none":
+        return True
+    if not measured.has_contribution[i, slot]:
+        return False
+    contribution = float(measured.contribution[i, slot])
+    return not rules.strict_fossilize or contribution >= rules.min_contribution
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Many random states of one case, with the oracle's verdict on every joint action."""
+
+    space: ActionSpace
+    rules: EnvConfig
+    state: LifecycleState
+    measured: Measurements
+    joint: npt.NDArray[np.int64]
+    """All joint actions. (actions, 8)."""
+    is_legal: BoolArray
+    """(states, actions)."""
+    masks: dict[str, BoolArray]
+    """The conditional masks under test."""
+
+    @property
+    def table(self) -> BoolArray:
+        """Return `is_legal` with one axis per head. (states, *nvec)."""
+        return self.is_legal.reshape(len(self.is_legal), *self.space.nvec)
+
+
+STATES = 200
+"""Random states per case."""
+
+
+@pytest.fixture(scope="module", params=CASES)
+def truth(request: pytest.FixtureRequest) -> Truth:
+    """Live at random under the rules of a case, and judge every joint action in some states."""
+    case = CASES[request.param]
+    rules = EnvConfig(**case.rules)
+    rng = np.random.default_rng(0)
+    steps = list(
+        walk(
+            rules,
+            rng,
+            num_envs=20,
+            num_steps=100,
+            num_slots=case.num_slots,
+            heads=case.heads if case.keeps_to_heads else {},
+            restart_share=0.02,
+        )
+    )
+    states, seen = (
+        _concatenate([s.before for s in steps]),
+        _concatenate([s.measured for s in steps]),
+    )
+    _, first = np.unique(_describe(states, seen, rules), axis=0, return_index=True)
+    chosen = rng.permutation(first)[:STATES]
+    state, measured = _take(states, chosen), _take(seen, chosen)
+
+    space = ActionSpace(case.num_slots, BLUEPRINTS, case.heads)
+    options = {name: case.options(name) for name in OPTIONS}
+    joint = np.array(list(itertools.product(*(range(len(o)) for o in options.values()))))
+    verdicts = np.zeros((len(chosen), len(joint)), dtype=bool)
+    for j, indices in enumerate(joint.tolist()):
+        pairs = list(zip(options, indices, strict=True))
+        action = {name: options[name][index] for name, index in pairs}
+        is_first = {name: index == 0 for name, index in pairs}
+        for i in range(len(chosen)):
+            verdicts[i, j] = is_legal_by_the_design(action, is_first, state, measured, i, rules)
+    masks = space.conditional_masks(
+        state, measured, SEED_PARAMETERS[: case.num_slots], HOST_PARAMETERS, rules
+    )
+    ops = {options["op"][o] for o in joint[verdicts.any(axis=0), 0].tolist()}
+    assert ops == set(options["op"]) - case.never, "the random lives miss part of the space"
+    return Truth(space, rules, state, measured, joint, verdicts, masks)
+
+
+def _concatenate(parts: list[Any]) -> Any:
+    """Join states (or measurements) of several steps along the members."""
+    names = [f.name for f in dataclasses.fields(parts[0])]
+    return type(parts[0])(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
+
+
+def _take(whole: Any, rows: npt.NDArray[np.int64]) -> Any:
+    """Pick members, with copies of their arrays."""
+    names = [f.name for f in dataclasses.fields(whole)]
+    return type(whole)(**{n: getattr(whole, n)[rows].copy() for n in names})
+
+
+def _describe(
+    state: LifecycleState, measured: Measurements, rules: EnvConfig
+) -> npt.NDArray[np.float64]:
+    """Return a row per member that tells apart the situations which matter for legality."""
+    parts = [
+        state.stage,
+        state.mode,
+        state.alpha,
+        state.blueprint,
+        np.minimum(state.age, rules.min_prune_age),
+        np.minimum(state.stage_steps, rules.min_training_steps),
+        measured.has_gradient,
+        measured.exploding > 0,
+        measured.health >= rules.min_gradient_health,
+        measured.has_contribution,
+        measured.contribution >= rules.min_contribution,
+    ]
+    return np.concatenate(parts, axis=1)
+
+
+# ------------------------------------------------------------------ masks = brute force
+
+
+def test_the_oracle_judges_enough_different_states(truth: Truth) -> None:
+    """Guards the tests below against agreeing on nothing."""
+    assert len(truth.is_legal) >= 100
+    assert len(np.unique(truth.is_legal, axis=0)) >= 4
+
+
+def test_is_legal_agrees_with_the_oracle_on_every_joint_action(truth: Truth) -> None:
+    for i in range(len(truth.is_legal)):
+        rows = np.full(len(truth.joint), i)
+        masks = {name: mask[rows] for name, mask in truth.masks.items()}
+        got = truth.space.is_legal(masks, truth.joint)
+        assert np.array_equal(got, truth.is_legal[i])
+
+
+def test_conditional_masks_are_projections_of_the_legal_set(truth: Truth) -> None:
+    """An option is True given (op, slot) exactly if some legal joint action has all three."""
+    everything = truth.table
+    axes = set(range(1, 9))
+    assert set(truth.masks) == set(HEAD_NAMES)
+    for h, name in enumerate(HEAD_NAMES):
+        kept = {1, 2, h + 1} if h >= 2 else set(range(1, h + 2))
+        projection = everything.any(axis=tuple(axes - kept))
+        assert truth.masks[name].dtype == bool
+        assert np.array_equal(truth.masks[name], projection), name
+
+
+def test_the_conditional_masks_are_the_legal_set_and_no_more(truth: Truth) -> None:
+    """Given op and slot the heads are independent: their product is the legal set.
+
+    So a policy that draws head after head under these masks can never draw an illegal action.
+    """
+    # (states, op, slot, 1, ..., 1) times one axis of options per head
+    product = truth.masks["slot"].reshape(*truth.masks["slot"].shape, 1, 1, 1, 1, 1, 1)
+    for h, name in enumerate(HEAD_NAMES[2:]):
+        shape = [1] * 6
+        shape[h] = -1
+        product = product & truth.masks[name].reshape(*truth.masks["slot"].shape, *shape)
+    assert np.array_equal(product, truth.table)
+
+
+def test_the_marginal_mask_is_the_projection_on_each_head(truth: Truth) -> None:
+    marginal = truth.space.marginal_mask(truth.masks)
+    assert marginal.shape == (len(truth.is_legal), truth.space.nvec.sum())
+    parts = np.split(marginal, np.cumsum(truth.space.nvec)[:-1], axis=1)
+    for h, part in enumerate(parts):
+        others = tuple(axis for axis in range(1, 9) if axis != h + 1)
+        assert np.array_equal(part, truth.table.any(axis=others)), HEAD_NAMES[h]
+        assert part.any(axis=1).all(), HEAD_NAMES[h]
+
+
+def test_waiting_is_always_legal(truth: Truth) -> None:
+    waits = wait_actions(len(truth.is_legal))
+    assert truth.space.is_legal(truth.masks, waits).all()
+    assert (truth.space.decode(waits).op == Op.WAIT).all()
+
+
+def test_a_legal_action_always_succeeds(truth: Truth) -> None:
+    """Every legal joint action of every state is carried out, and its slot shows it."""
+    rows, actions = np.nonzero(truth.is_legal)
+    state, measured = _take(truth.state, rows), _take(truth.measured, rows)
+    before = copy.deepcopy(state)
+    asked = truth.space.decode(truth.joint[actions])
+    lifecycle.apply(state, measured, asked, truth.rules)
+
+    env = np.arange(len(rows))
+    source, target = before.stage[env, asked.slot], state.stage[env, asked.slot]
+    is_slow = asked.speed > 0
+    ends = {
+        Op.WAIT: source,
+        Op.GERMINATE: np.full(len(rows), Stage.GERMINATED),
+        Op.ADVANCE: source + 1,
+        Op.SET_ALPHA: np.full(len(rows), Stage.BLENDING),
+        Op.PRUNE: np.where(is_slow, Stage.BLENDING, Stage.EMBARGOED),
+        Op.FOSSILIZE: np.full(len(rows), Stage.FOSSILIZED),
+    }
+    for op, expected in ends.items():
+        assert (target == expected)[asked.op == op].all(), op.name
+    ramps = ((asked.op == Op.SET_ALPHA) | (asked.op == Op.PRUNE)) & is_slow
+    assert (state.mode[env, asked.slot][ramps] != HOLD).all()
+    untouched = np.ones(state.stage.shape, dtype=bool)
+    untouched[env, asked.slot] = asked.op == Op.WAIT
+    for f in dataclasses.fields(state):
+        same = getattr(state, f.name) == getattr(before, f.name)
+        assert same[untouched].all(), f.name
+    lifecycle.tick(state, measured, np.ones(len(rows), dtype=bool), truth.rules)
+
+
+def test_sampled_actions_are_legal_and_reach_every_legal_action(truth: Truth) -> None:
+    """60 draws for each of 200 states; every op, slot and option that is legal comes up."""
+    rng = np.random.default_rng(1)
+    rows = np.repeat(np.arange(len(truth.is_legal)), 60)
+    masks = {name: mask[rows] for name, mask in truth.masks.items()}
+    actions = truth.space.sample(masks, rng)
+    assert actions.shape == (len(rows), 8)
+    assert actions.dtype == np.int64
+    assert truth.table[(rows, *actions.T)].all()
+    for h, head in enumerate(truth.space.heads):
+        others = tuple(axis for axis in range(9) if axis != h + 1)
+        legal = np.flatnonzero(truth.table.any(axis=others))
+        assert set(actions[:, h].tolist()) == set(legal.tolist()), head.name
+
+
+# ------------------------------------------------------------------ sampling
+
+
+def _unrestricted(stages: list[Stage], **rules: Any) -> tuple[ActionSpace, dict[str, BoolArray]]:
+    """Return the full space over given slots of one member, and its masks."""
+    space = ActionSpace(len(stages), BLUEPRINTS, {})
+    state, measured = LifecycleState.empty(1, len(stages)), Measurements.empty(1, len(stages))
+    state.stage[0] = stages
+    is_live = state.is_live
+    for name, value in (("blueprint", 0), ("style", 0), ("age", 9), ("stage_steps", 9)):
+        getattr(state, name)[is_live] = value
+    state.alpha[state.stage >= Stage.BLENDING] = 1.0
+    state.alpha_target[:] = state.alpha
+    measured.has_contribution[:] = True
+    table = SEED_PARAMETERS[: len(stages)]
+    masks = space.conditional_masks(state, measured, table, HOST_PARAMETERS, EnvConfig(**rules))
+    return space, masks
+
+
+def _assert_uniform(draws: npt.NDArray[np.int64], options: list[int]) -> None:
+    """Each option's count lies within 5 standard deviations of its mean under uniformity.
+
+    A right sampler fails this about once in two million counts, and the draws are seeded.
+    """
+    p = 1 / len(options)
+    bound = 5 * np.sqrt(len(draws) * p * (1 - p))
+    counts = [int((draws == option).sum()) for option in options]
+    assert sum(counts) == len(draws)
+    assert max(abs(count - p * len(draws)) for count in counts) <= bound
+
+
+def test_samples_are_uniform_over_ops_then_slots_then_options() -> None:
+    """Slots DORMANT, HOLDING, DORMANT: all ops but ADVANCE are legal, GERMINATE in two slots.
+
+    A draw uniform over joint actions would nearly always germinate (2 * 3 * 4 * 3 * 3 = 216 joint
+    actions) and hardly ever wait (1).
+    """
+    space, masks = _unrestricted([Stage.DORMANT, Stage.HOLDING, Stage.DORMANT])
+    n = 20_000
+    many = {name: np.repeat(mask, n, axis=0) for name, mask in masks.items()}
+    actions = space.sample(many, np.random.default_rng(2))
+    _assert_uniform(actions[:, 0], [Op.WAIT, Op.GERMINATE, Op.SET_ALPHA, Op.PRUNE, Op.FOSSILIZE])
+    germinates = actions[actions[:, 0] == Op.GERMINATE]
+    _assert_uniform(germinates[:, 1], [0, 2])
+    for slot in (0, 2):
+        chosen = germinates[germinates[:, 1] == slot]
+        for h, options in ((2, [0, 1, 2]), (3, [0, 1, 2, 3]), (4, [0, 1, 2]), (5, [0, 1, 2])):
+            _assert_uniform(chosen[:, h], options)
+    sets = actions[actions[:, 0] == Op.SET_ALPHA]
+    _assert_uniform(sets[:, 5], [0, 1])
+    _assert_uniform(sets[:, 6], [0, 1, 2, 3])
+    _assert_uniform(sets[:, 7], [0, 1, 2, 3, 4])
+
+
+def test_samples_depend_on_the_generator_alone() -> None:
+    space, masks = _unrestricted([Stage.DORMANT, Stage.HOLDING])
+    many = {name: np.repeat(mask, 50, axis=0) for name, mask in masks.items()}
+    draws = [space.sample(many, np.random.default_rng(seed)) for seed in (3, 3, 4)]
+    assert np.array_equal(draws[0], draws[1])
+    assert not np.array_equal(draws[0], draws[2])
+
+
+# ------------------------------------------------------------------ single facts
+
+
+def test_masks_after_a_germination_differ_from_before() -> None:
+    """The slot is taken, so GERMINATE is gone and ADVANCE is there. Finding SYN-H4."""
+    rules = EnvConfig(automatic_training=False)
+    space = ActionSpace(1, BLUEPRINTS, {})
+    state, measured = LifecycleState.empty(1, 1), Measurements.empty(1, 1)
+    place = (SEED_PARAMETERS[:1], HOST_PARAMETERS, rules)
+    before = space.conditional_masks(state, measured, *place)
+    assert np.flatnonzero(before["op"][0]).tolist() == [Op.WAIT, Op.GERMINATE]
+    germinate = np.array([[Op.GERMINATE, 0, 1, 2, 1, 2, 0, 0]])
+    assert space.is_legal(before, germinate).all()
+    lifecycle.apply(state, measured, space.decode(germinate), rules)
+    lifecycle.tick(state, measured, np.array([True]), rules)
+    after = space.conditional_masks(state, measured, *place)
+    assert np.flatnonzero(after["op"][0]).tolist() == [Op.WAIT, Op.ADVANCE, Op.PRUNE]
+    assert not np.array_equal(space.marginal_mask(before), space.marginal_mask(after))
+
+
+def test_the_relevance_of_heads_is_that_of_the_design() -> None:
+    assert {op.name: set(names) for op, names in RELEVANT_HEADS.items()} == RELEVANCE
+    space = ActionSpace(2, BLUEPRINTS, {"op": ["WAIT", "PRUNE"]})
+    expected = [[name in RELEVANCE[op] for name in OPTIONS] for op in ("WAIT", "PRUNE")]
+    assert space.is_relevant.tolist() == expected
+
+
+def test_heads_and_options_are_those_of_the_design() -> None:
+    space = ActionSpace(3, BLUEPRINTS, {})
+    assert [(head.name, head.options) for head in space.heads] == list(OPTIONS.items())
+    assert space.nvec.tolist() == [6, 3, 3, 4, 3, 3, 4, 5]
+
+
+def test_restricted_heads_keep_the_order_of_the_design() -> None:
+    heads = {"style": ["LINEAR_GATE", "LINEAR_ADD"], "op": ("PRUNE", "WAIT"), "tempo": 8}
+    got = {head.name: head.options for head in ActionSpace(2, BLUEPRINTS, heads).heads}
+    assert got["style"] == ("LINEAR_ADD", "LINEAR_GATE")
+    assert got["op"] == ("WAIT", "PRUNE")
+    assert got["tempo"] == (8,)
+    assert got["slot"] == (0, 1)
+
+
+def test_options_decode_to_what_they_stand_for() -> None:
+    """With restricted heads index 0 may stand for any value."""
+    heads = {
+        "slot": [1, 2],
+        "blueprint": "large",
+        "style": ["SIGMOID_ADD", "LINEAR_GATE"],
+        "tempo": [5, 8],
+        "alpha_target": [0.7, 1.0],
+        "alpha_speed": [3, 8],
+        "alpha_curve": ["COSINE", "SIGMOID_24"],
+    }
+    space = ActionSpace(3, BLUEPRINTS, heads)
+    got = space.decode(np.array([[Op.GERMINATE, 0, 0, 0, 0, 0, 0, 0], [3, 1, 0, 1, 1, 1, 1, 1]]))
+    assert {f.name: getattr(got, f.name).tolist() for f in dataclasses.fields(got)} == {
+        "op": [Op.GERMINATE, Op.SET_ALPHA],
+        "slot": [1, 2],
+        "blueprint": [2, 2],
+        "style": [2, 3],
+        "style_curve": [Curve.SIGMOID_12, Curve.LINEAR],
+        "tempo": [5, 8],
+        "first_target": [0.7, 1.0],
+        "target": [0.7, 1.0],
+        "speed": [3, 8],
+        "curve": [Curve.COSINE, Curve.SIGMOID_24],
+    }
+
+
+@pytest.mark.parametrize(
+    ("heads", "named"),
+    [
+        ({"colour": "red"}, "alpha_curve"),
+        ({"style": "LINEAR"}, "LINEAR_MULTIPLY"),
+        ({"style": ["LINEAR_ADD", "LINEAR"]}, "LINEAR_MULTIPLY"),
+        ({"blueprint": "huge"}, "middle"),
+        ({"slot": 2}, r"\(0, 1\)"),
+        ({"slot": [0, 0]}, r"\(0, 1\)"),
+        ({"slot": []}, r"\(0, 1\)"),
+        ({"tempo": 4}, r"\(3, 5, 8\)"),
+        ({"tempo": "3"}, r"\(3, 5, 8\)"),
+        ({"alpha_target": None}, r"\(0\.5, 0\.7, 1\.0\)"),
+        ({"alpha_speed": {"fast": 0}}, r"\(0, 3, 5, 8\)"),
+        ({"op": "GROW"}, "GERMINATE"),
+        ({"op": ["GERMINATE", "PRUNE"]}, "WAIT"),
+    ],
+)
+def test_a_bad_restriction_raises_and_names_the_options(heads: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named) as caught:
+        ActionSpace(2, BLUEPRINTS, heads)
+    assert str(next(iter(heads))) in str(caught.value)

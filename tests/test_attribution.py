@@ -1,0 +1,299 @@
+"""Which coalitions are evaluated, and what is concluded from their accuracies.
+
+Blend weights are powers of 1/2, so that every sum and product here is exact.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from esper_env.attribution import Coalitions, plan_coalitions, record_contributions
+from esper_env.config import EnvConfig, FloatArray, Stage
+from esper_env.lifecycle import LifecycleState, Measurements
+from tests.test_lifecycle import walk
+
+D, T, B, H, F = Stage.DORMANT, Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED
+EXACT = 1e-12
+"""Tolerance of a sum of four float64 accuracies."""
+
+
+def slots(stages: list[list[Stage]], alpha: list[list[float]]) -> LifecycleState:
+    """Return members with given stages and blend weights. Both (members, slots)."""
+    state = LifecycleState.empty(*np.shape(stages))
+    state.stage[:] = stages
+    state.alpha[:] = alpha
+    return state
+
+
+def everyone(state: LifecycleState) -> npt.NDArray[np.int64]:
+    return np.arange(len(state.stage))
+
+
+def networks(plan: Coalitions) -> list[tuple[int, tuple[float, ...]]]:
+    """Return each row as (member, blend weights)."""
+    return [(int(m), tuple(a)) for m, a in zip(plan.member, plan.alpha.tolist(), strict=True)]
+
+
+def network(plan: Coalitions, row: Any) -> tuple[int, tuple[float, ...]]:
+    return networks(plan)[int(row)]
+
+
+# ------------------------------------------------------------------ what is evaluated
+
+
+@pytest.mark.parametrize(
+    ("stages", "alpha", "expected"),
+    [
+        ([D, D, D], [0, 0, 0], {(0, 0, 0)}),
+        ([T, D, D], [0, 0, 0], {(0, 0, 0)}),
+        ([F, D, F], [1, 0, 1], {(1, 0, 1)}),
+        ([B, D, D], [0.5, 0, 0], {(0.5, 0, 0), (0, 0, 0)}),
+        ([B, F, D], [0.5, 1, 0], {(0.5, 1, 0), (0, 1, 0)}),
+        ([B, H, D], [0.5, 1, 0], {(0.5, 1, 0), (0, 1, 0), (0.5, 0, 0), (0, 0, 0)}),
+        ([B, H, F], [0.5, 1, 1], {(0.5, 1, 1), (0, 1, 1), (0.5, 0, 1), (0, 0, 1)}),
+        (
+            [B, H, B],
+            [0.5, 1, 0.25],
+            {(0.5, 1, 0.25), (0, 1, 0.25), (0.5, 0, 0.25), (0.5, 1, 0), (0, 0, 0)},
+        ),
+    ],
+)
+def test_each_distinct_network_is_listed_once(
+    stages: list[Stage], alpha: list[float], expected: set[tuple[float, ...]]
+) -> None:
+    """Live, only fossils, and live without each blended trial seed; equal ones share a row.
+
+    A seed that trains behind the host has no weight, so leaving it out changes nothing. The
+    predecessor evaluated 12 networks where 8 differ. Finding PRE-16.
+    """
+    state = slots([stages], [alpha])
+    plan = plan_coalitions(everyone(state), state, leave_one_out=True)
+    rows = networks(plan)
+    assert len(rows) == len(expected)
+    assert {a for _, a in rows} == expected
+
+
+def test_live_and_committed_share_a_row_when_all_weight_is_fossilized() -> None:
+    """Member 0 has a fossil and a seed in training, member 1 a seed that blends."""
+    state = slots([[F, T], [F, B]], [[1, 0], [1, 0.5]])
+    plan = plan_coalitions(everyone(state), state, leave_one_out=True)
+    assert plan.live[0] == plan.committed[0]
+    assert plan.live[1] != plan.committed[1]
+    assert network(plan, plan.live[1]) == (1, (1.0, 0.5))
+    assert network(plan, plan.committed[1]) == (1, (1.0, 0.0))
+
+
+def test_the_rows_without_a_seed_lack_that_seed_alone() -> None:
+    state = slots([[B, F, H]], [[0.5, 1, 1]])
+    plan = plan_coalitions(everyone(state), state, leave_one_out=True)
+    assert network(plan, plan.live[0]) == (0, (0.5, 1.0, 1.0))
+    assert network(plan, plan.committed[0]) == (0, (0.0, 1.0, 0.0))
+    assert network(plan, plan.without[0, 0]) == (0, (0.0, 1.0, 1.0))
+    assert plan.without[0, 1] == -1
+    assert network(plan, plan.without[0, 2]) == (0, (0.5, 1.0, 0.0))
+
+
+def test_without_leave_one_out_only_live_and_committed_are_listed() -> None:
+    state = slots([[B, H, F], [D, T, D]], [[0.5, 1, 1], [0, 0, 0]])
+    plan = plan_coalitions(everyone(state), state, leave_one_out=False)
+    assert (plan.without == -1).all()
+    assert set(networks(plan)) == {
+        (0, (0.5, 1.0, 1.0)),
+        (0, (0.0, 0.0, 1.0)),
+        (1, (0.0, 0.0, 0.0)),
+    }
+    assert len(plan.member) == 3
+
+
+def test_equal_weights_of_two_members_are_two_networks() -> None:
+    state = slots([[B, D], [B, D]], [[0.5, 0], [0.5, 0]])
+    plan = plan_coalitions(everyone(state), state, leave_one_out=True)
+    assert len(networks(plan)) == len(set(networks(plan))) == 4
+
+
+def test_rows_name_the_members_that_were_asked_for_in_their_order() -> None:
+    state = slots([[B, D], [H, D], [D, B]], [[0.5, 0], [1, 0], [0, 0.25]])
+    plan = plan_coalitions(np.array([2, 0]), state, leave_one_out=True)
+    assert set(plan.member.tolist()) == {0, 2}
+    assert network(plan, plan.live[0]) == (2, (0.0, 0.25))
+    assert network(plan, plan.live[1]) == (0, (0.5, 0.0))
+    assert network(plan, plan.without[0, 1]) == (2, (0.0, 0.0))
+    assert network(plan, plan.without[1, 0]) == (0, (0.0, 0.0))
+
+
+@pytest.mark.parametrize("leave_one_out", [True, False])
+def test_random_lives_list_what_scalar_code_lists(leave_one_out: bool) -> None:
+    """The same plan, written again with one loop per member and slot and a set."""
+    rng = np.random.default_rng(0)
+    steps = walk(EnvConfig(), rng, num_envs=12, num_steps=80, num_slots=3, restart_share=0.02)
+    sizes = set()
+    for step in steps:
+        state = step.after
+        members = rng.permutation(12)[:7]
+        plan = plan_coalitions(members, state, leave_one_out=leave_one_out)
+        expected = set()
+        for k, i in enumerate(members.tolist()):
+            live = tuple(state.alpha[i].tolist())
+            fossils = tuple(a if state.stage[i, s] == F else 0.0 for s, a in enumerate(live))
+            expected |= {(i, live), (i, fossils)}
+            assert network(plan, plan.live[k]) == (i, live)
+            assert network(plan, plan.committed[k]) == (i, fossils)
+            for s in range(3):
+                is_tested = leave_one_out and live[s] > 0 and state.stage[i, s] != F
+                assert (plan.without[k, s] >= 0) == is_tested
+                if is_tested:
+                    rest = (i, (*live[:s], 0.0, *live[s + 1 :]))
+                    assert network(plan, plan.without[k, s]) == rest
+                    expected.add(rest)
+        rows = networks(plan)
+        assert len(rows) == len(set(rows))
+        assert set(rows) == expected
+        sizes.add(len(rows))
+    assert len(sizes) > 3, "the lives are too much alike to show anything"
+
+
+# ------------------------------------------------------------------ what is concluded
+
+
+def record(
+    state: LifecycleState, measured: Measurements, accuracy: dict[tuple[float, ...], float]
+) -> None:
+    """Evaluate all members; every member has the same accuracy for the same blend weights."""
+    plan = plan_coalitions(everyone(state), state, leave_one_out=True)
+    values = np.array([accuracy[alpha] for _, alpha in networks(plan)])
+    record_contributions(measured, everyone(state), plan, values)
+
+
+def of(measured: Measurements, name: str) -> FloatArray:
+    """Return a measurement of member 0, (slots,)."""
+    return np.asarray(getattr(measured, name)[0])
+
+
+def test_contribution_is_what_the_network_loses_without_the_seed() -> None:
+    """0.75 with both, 0.5 without the first, 0.875 without the second: 0.25 and -0.125.
+
+    By inclusion and exclusion the pair interacts with 0.75 - 0.5 - 0.875 + 0.25 = -0.375, where
+    0.25 is the accuracy without both.
+    """
+    state = slots([[B, H, D]], [[0.5, 1, 0]])
+    measured = Measurements.empty(1, 3)
+    accuracy = {(0.5, 1, 0): 0.75, (0, 1, 0): 0.5, (0.5, 0, 0): 0.875, (0, 0, 0): 0.25}
+    record(state, measured, accuracy)
+    assert of(measured, "contribution").tolist() == [0.25, -0.125, 0.0]
+    assert of(measured, "has_contribution").tolist() == [True, True, False]
+    assert of(measured, "contribution_velocity").tolist() == [0.0, 0.0, 0.0]
+    assert of(measured, "contribution_age").tolist() == [0, 0, 0]
+    assert of(measured, "interaction").tolist() == [-0.375, -0.375, 0.0]
+    assert of(measured, "has_interaction").tolist() == [True, True, False]
+
+
+def test_interaction_of_two_seeds_beside_a_fossil_keeps_the_fossil_in() -> None:
+    """0.9 - 0.6 - 0.7 + 0.5 = 0.1, where 0.5 is the accuracy of host and fossil."""
+    state = slots([[B, F, H]], [[0.5, 1, 1]])
+    measured = Measurements.empty(1, 3)
+    accuracy = {(0.5, 1, 1): 0.9, (0, 1, 1): 0.6, (0.5, 1, 0): 0.7, (0, 1, 0): 0.5}
+    record(state, measured, accuracy)
+    np.testing.assert_allclose(of(measured, "interaction"), [0.1, 0, 0.1], rtol=0, atol=EXACT)
+    assert of(measured, "has_interaction").tolist() == [True, False, True]
+    assert of(measured, "has_contribution").tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("stages", "alpha"),
+    [([B, D, D], [0.5, 0, 0]), ([B, T, F], [0.5, 0, 1]), ([B, H, B], [0.5, 1, 0.25])],
+)
+def test_interaction_is_measured_only_between_exactly_two_seeds(
+    stages: list[Stage], alpha: list[float]
+) -> None:
+    """With one seed there is no pair; with three the network without two is not evaluated."""
+    state = slots([stages], [alpha])
+    measured = Measurements.empty(1, 3)
+    plan = plan_coalitions(everyone(state), state, leave_one_out=True)
+    values = np.random.default_rng(0).random(len(plan.member))
+    record_contributions(measured, everyone(state), plan, values)
+    assert measured.has_contribution.any()
+    assert not measured.has_interaction.any()
+    assert (measured.interaction == 0).all()
+
+
+def test_an_interaction_is_forgotten_when_the_pair_is_gone() -> None:
+    measured = Measurements.empty(1, 2)
+    pair = slots([[B, H]], [[0.5, 1]])
+    accuracy = {(0.5, 1): 0.9, (0, 1): 0.6, (0.5, 0): 0.7, (0, 0): 0.5}
+    record(pair, measured, accuracy)
+    assert measured.has_interaction.all()
+    record(slots([[B, F]], [[0.5, 1]]), measured, accuracy)
+    assert not measured.has_interaction.any()
+    assert (measured.interaction == 0).all()
+
+
+def test_velocity_and_freshness_follow_the_measurements() -> None:
+    """Contributions 0.25, 0.375, 0.3125, then the seed becomes a fossil and is not measured again.
+
+    The velocity of the first is 0, then 0.125 and -0.0625, then 0 because nothing was measured.
+    The last contribution stays, and its age counts on.
+    """
+    state = slots([[H]], [[1]])
+    measured = Measurements.empty(1, 1)
+    seen = []
+    for step in range(5):
+        live = [0.75, 0.875, 0.8125, 0.9, 0.9][step]
+        if step == 3:
+            state.stage[:] = F
+        record(state, measured, {(1.0,): live, (0.0,): 0.5})
+        names = ("contribution", "contribution_velocity", "contribution_age", "has_contribution")
+        seen.append(tuple(of(measured, name)[0] for name in names))
+    assert seen == [
+        (0.25, 0.0, 0, True),
+        (0.375, 0.125, 0, True),
+        (0.3125, -0.0625, 0, True),
+        (0.3125, 0.0, 1, True),
+        (0.3125, 0.0, 2, True),
+    ]
+
+
+def test_a_seed_never_measured_has_no_age() -> None:
+    state = slots([[T, D]], [[0, 0]])
+    measured = Measurements.empty(1, 2)
+    for _ in range(3):
+        record(state, measured, {(0.0, 0.0): 0.5})
+    assert (measured.contribution_age == 0).all()
+    assert not measured.has_contribution.any()
+
+
+def test_a_member_that_is_not_in_the_list_keeps_its_measurements() -> None:
+    """All four members are alike; 3 and 1 are evaluated, with accuracies of their own."""
+    state = slots([[B, H]] * 4, [[0.5, 1]] * 4)
+    measured = Measurements.empty(4, 2)
+    for f in dataclasses.fields(measured):
+        getattr(measured, f.name)[:] = 1
+    kept = copy.deepcopy(measured)
+    members = np.array([3, 1])
+    plan = plan_coalitions(members, state, leave_one_out=True)
+    base = {3: 0.0, 1: 0.25}
+    values = np.array([base[m] + 0.5 * (a[0] > 0) for m, a in networks(plan)])
+    record_contributions(measured, members, plan, values)
+    for f in dataclasses.fields(measured):
+        now, before = getattr(measured, f.name), getattr(kept, f.name)
+        assert np.array_equal(now[[0, 2]], before[[0, 2]]), f.name
+    assert measured.contribution[[1, 3]].tolist() == [[0.5, 0.0], [0.5, 0.0]]
+    assert measured.contribution_velocity[[1, 3]].tolist() == [[-0.5, -1.0], [-0.5, -1.0]]
+
+
+def test_recording_leaves_gradients_alone() -> None:
+    """Attribution and gradients are measured by different parts of a step."""
+    state = slots([[B, H]], [[0.5, 1]])
+    measured = Measurements.empty(1, 2)
+    names = ("has_gradient", "gradient_norm", "vanishing", "exploding", "health")
+    for name in names:
+        getattr(measured, name)[:] = 1
+    accuracy = {(0.5, 1): 0.9, (0, 1): 0.6, (0.5, 0): 0.7, (0, 0): 0.5}
+    record(state, measured, accuracy)
+    for name in names:
+        assert (getattr(measured, name) == 1).all(), name

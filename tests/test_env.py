@@ -1,0 +1,590 @@
+"""The Gymnasium contract: spaces, seeding, autoreset, info, errors, and what a step does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import warnings
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+
+import esper_env
+from esper_env import EnvConfig, EsperEnv, EsperVectorEnv, Op, Stage
+
+SMALL: dict[str, Any] = {"batches_per_step": 2, "batch_size": 16, "episode_steps": 12}
+ID = "Esper-Digits-v0"
+INFO_KEYS = {
+    "action_mask",
+    "action_valid",
+    "op",
+    "accuracy",
+    "loss",
+    "committed_accuracy",
+    "score",
+    "committed_score",
+    "contribution",
+    "contribution_valid",
+    "stage",
+    "alpha",
+    "blueprint",
+    "parameters",
+    "host_parameters",
+    "flops",
+    "samples",
+    "reward_terms",
+    "test_accuracy",
+    "committed_test_accuracy",
+}
+# A member of a batch and a single environment differ by float32 rounding, which training
+# amplifies; over a short episode of 12 steps an accuracy may move by a few images of 350.
+ACCURACY_TOLERANCE = 0.02
+
+
+def make(num_envs: int = 3, **options: Any) -> EsperVectorEnv:
+    envs = gym.make_vec(ID, num_envs=num_envs, **(SMALL | options)).unwrapped
+    assert isinstance(envs, EsperVectorEnv)
+    return envs
+
+
+def action(op: Op, slot: int = 0, **options: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    names = [head.name for head in make_single().heads]
+    result = np.zeros(len(names), dtype=np.int64)
+    result[:2] = op, slot
+    for name, value in options.items():
+        result[names.index(name)] = value
+    return result
+
+
+def make_single(**options: Any) -> EsperEnv:
+    env = gym.make(ID, **(SMALL | options)).unwrapped
+    assert isinstance(env, EsperEnv)
+    return env
+
+
+CONV_LIGHT, FULL_ALPHA = 5, 2
+
+
+def grow(env: EsperEnv, slot: int = 0) -> list[dict[str, Any]]:
+    """Germinate, advance and wait until the seed holds; return the infos."""
+    infos = [env.step(action(Op.GERMINATE, slot, blueprint=CONV_LIGHT, alpha_target=FULL_ALPHA))[4]]
+    while infos[-1]["stage"][slot] != Stage.HOLDING:
+        can_advance = env.conditional_masks()["slot"][Op.ADVANCE, slot]
+        infos.append(
+            env.step(action(Op.ADVANCE if can_advance else Op.WAIT, slot * can_advance))[4]
+        )
+    return infos
+
+
+@pytest.mark.parametrize("horizon", ["truncate", "terminal"])
+def test_check_env_passes_without_warning(horizon: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(make_single(horizon=horizon), skip_render_check=True)
+
+
+def test_the_id_works_with_a_module_prefix() -> None:
+    env = gym.make(f"esper_env:{ID}", **SMALL)
+    assert isinstance(env.unwrapped, EsperEnv)
+
+
+@pytest.mark.slow
+def test_a_new_process_reaches_its_first_step_offline_in_ten_seconds() -> None:
+    code = (
+        "import gymnasium as gym\n"
+        f"env = gym.make('esper_env:{ID}')\n"
+        "env.reset(seed=0)\n"
+        "env.step(env.action_space.sample() * 0)\n"
+    )
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert time.perf_counter() - begin < 10
+
+
+def test_constructing_reads_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("the constructor read data")
+
+    monkeypatch.setattr("esper_env.vector_env._load_splits", fail)
+    envs = make()
+    assert envs.single_observation_space.shape == (len(envs.observation_names),)
+    with pytest.raises(AssertionError, match="read data"):
+        envs.reset(seed=0)
+
+
+def test_spaces_names_and_heads_agree() -> None:
+    envs = make(2)
+    observation, info = envs.reset(seed=0)
+    assert observation in envs.observation_space
+    assert len(set(envs.observation_names)) == observation.shape[1]
+    assert [len(head.options) for head in envs.heads] == envs.single_action_space.nvec.tolist()
+    assert info["action_mask"].shape == (2, sum(envs.single_action_space.nvec))
+    assert [head.name for head in envs.heads] == [
+        "op",
+        "slot",
+        "blueprint",
+        "style",
+        "tempo",
+        "alpha_target",
+        "alpha_speed",
+        "alpha_curve",
+    ]
+
+
+def rollout(envs: EsperVectorEnv, steps: int, seed: int = 0) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    observation, info = envs.reset(seed=seed)
+    record: list[Any] = [(observation, info)]
+    for _ in range(steps):
+        record.append(envs.step(envs.sample_valid_actions(rng)))
+    return record
+
+
+def assert_same(a: Any, b: Any) -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (tuple, list)):
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, np.ndarray) and a.dtype == object:
+        assert_same(list(a), list(b))
+    else:
+        np.testing.assert_array_equal(a, b)
+
+
+def test_same_seed_and_actions_give_the_same_trajectory_bitwise() -> None:
+    for mode in ("NextStep", "SameStep"):
+        first = rollout(make(autoreset_mode=mode), 20)
+        second = rollout(make(autoreset_mode=mode), 20)
+        assert_same(first, second)
+
+
+def test_global_random_state_is_neither_read_nor_written() -> None:
+    np.random.seed(1)  # noqa: NPY002 - the legacy global state is what must not matter
+    torch.manual_seed(1)
+    states = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    first = rollout(make(), 5)
+    np.testing.assert_array_equal(np.random.get_state()[1], states[0])  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), states[1])
+    np.random.seed(2)  # noqa: NPY002
+    torch.manual_seed(2)
+    assert_same(first, rollout(make(), 5))
+
+
+def test_member_i_of_a_batch_is_the_single_environment_with_seed_plus_i() -> None:
+    """Same discrete state for a whole episode, accuracies within the tolerance."""
+    envs = make(4, autoreset_mode="SameStep")
+    envs.reset(seed=5)
+    single = make_single()
+    observation, _ = single.reset(seed=5 + 2)
+    rng = np.random.default_rng(0)
+    for _ in range(SMALL["episode_steps"]):
+        actions = envs.sample_valid_actions(rng)
+        _, _, _, truncated, infos = envs.step(actions)
+        observation, _, _, _, info = single.step(actions[2])
+        source = infos["final_info"] if truncated.any() else infos
+        assert info["action_valid"]
+        for key in ("stage", "blueprint", "alpha", "op", "parameters", "action_mask"):
+            np.testing.assert_array_equal(source[key][2], info[key])
+        for key in ("accuracy", "committed_accuracy"):
+            assert source[key][2] == pytest.approx(info[key], abs=ACCURACY_TOLERANCE)
+
+
+def test_members_with_different_seeds_differ_and_episodes_follow_their_own_stream() -> None:
+    envs = make(2)
+    first, _ = envs.reset(seed=0)
+    assert not np.array_equal(first[0], first[1])
+    second, _ = envs.reset()
+    assert not np.array_equal(first, second)
+    again, _ = envs.reset(seed=0)
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(envs.reset()[0], second)
+
+
+def test_without_a_seed_resets_differ_between_environments() -> None:
+    assert not np.array_equal(make(2).reset()[0], make(2).reset()[0])
+
+
+def test_reset_takes_a_list_of_seeds_and_a_mask() -> None:
+    envs = make(3)
+    expected, _ = envs.reset(seed=10)
+    listed, _ = make(3).reset(seed=[10, 11, 12])
+    np.testing.assert_array_equal(expected, listed)
+    envs.step(np.zeros((3, 8), dtype=np.int64))
+    before = envs._observe()
+    options = {"reset_mask": np.array([False, True, False])}
+    after, _ = envs.reset(seed=10, options=options)
+    assert "reset_mask" in options
+    np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
+    np.testing.assert_array_equal(after[1], expected[1])
+
+
+def episodes_of(mode: str, episodes: int) -> list[list[Any]]:
+    """Return per episode of member 0 its observations, rewards and end, under an autoreset mode.
+
+    Actions depend on the episode and its step alone, so that all modes see the same.
+    """
+    envs = make(2, autoreset_mode=mode)
+    observation, _ = envs.reset(seed=3)
+    result: list[list[Any]] = []
+    for episode in range(episodes):
+        rng = np.random.default_rng(episode)
+        record: list[Any] = [observation[0].copy()]
+        while True:
+            actions = envs.sample_valid_actions(rng)
+            observation, reward, terminated, truncated, info = envs.step(actions)
+            is_over = terminated[0] or truncated[0]
+            shown = observation[0]
+            if is_over and mode == "SameStep":
+                shown = info["final_obs"][0]
+                info = info["final_info"]
+            record += [shown.copy(), reward[0], terminated[0], truncated[0]]
+            if is_over:
+                record.append(info["committed_test_accuracy"][0])
+                break
+        result.append(record)
+        if mode == "NextStep":
+            observation, reward, terminated, truncated, _ = envs.step(np.zeros((2, 8), np.int64))
+            assert not reward.any()
+            assert not (terminated | truncated).any()
+        elif mode == "Disabled":
+            observation, _ = envs.reset(options={"reset_mask": np.array([True, True])})
+    return result
+
+
+def test_all_autoreset_modes_give_the_same_episodes() -> None:
+    expected = episodes_of("NextStep", 2)
+    assert_same(episodes_of("SameStep", 2), expected)
+    assert_same(episodes_of("Disabled", 2), expected)
+
+
+def test_autoreset_of_one_member_leaves_the_others_in_their_episode() -> None:
+    """Members that were started at different times end at different times."""
+    for mode in ("NextStep", "SameStep"):
+        envs = make(2, autoreset_mode=mode, episode_steps=5)
+        envs.reset(seed=0)
+        wait = np.zeros((2, 8), dtype=np.int64)
+        envs.step(wait)
+        envs.step(wait)
+        envs.reset(options={"reset_mask": np.array([False, True])})
+        ends = [envs.step(wait)[3].tolist() for _ in range(6)]
+        assert ends[:5] == [
+            [False, False],
+            [False, False],
+            [True, False],
+            [False, False],
+            [False, True],
+        ]
+
+
+def test_info_has_every_key_every_step_with_masks() -> None:
+    for mode in ("NextStep", "SameStep"):
+        for _, *_, info in rollout(make(autoreset_mode=mode), 14):
+            keys = {key for key in info if not key.startswith("_")}
+            assert keys - {"final_obs", "final_info"} == INFO_KEYS
+            assert "episode" not in keys
+            for key in keys:
+                assert info[f"_{key}"].dtype == bool
+            assert all(
+                isinstance(value, np.ndarray)
+                for key, value in info.items()
+                if key not in ("reward_terms", "final_info")
+            )
+
+
+def test_test_accuracy_is_shown_only_at_the_end_of_an_episode() -> None:
+    """Finding PRE-12: the test split never reaches agent, gates or reward during an episode."""
+    env = make_single()
+    env.reset(seed=0)
+    wait = np.zeros(8, dtype=np.int64)
+    for step in range(SMALL["episode_steps"]):
+        *_, truncated, info = env.step(wait)
+        assert ("test_accuracy" in info) == truncated == (step == SMALL["episode_steps"] - 1)
+    assert 0 <= info["test_accuracy"] <= 1
+
+
+def test_splits_are_disjoint_and_shared_by_all_members() -> None:
+    """Finding PRE-12: three splits; validation is not test, and is one for all members."""
+    splits = esper_env.vector_env.TASKS["digits"].load()
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (1097, 350, 350)
+    rows = [
+        {bytes(image.numpy().tobytes()) for image in split.images}
+        for split in (splits.train, splits.validation, splits.test)
+    ]
+    from sklearn.datasets import load_digits
+
+    everything = load_digits().images.astype(np.uint8)
+    assert sum(len(split.images) for split in vars(splits).values()) == len(everything)
+    duplicates = len(everything) - len({image.tobytes() for image in everything})
+    union = set.union(*rows)
+    assert sum(map(len, rows)) - len(union) <= duplicates
+
+
+def test_work_per_step_does_not_depend_on_the_number_of_members() -> None:
+    """Finding PRE-12: the same samples per step and member, whatever num_envs is."""
+    for num_envs in (1, 5):
+        envs = make(num_envs)
+        envs.reset(seed=0)
+        *_, info = envs.step(np.zeros((num_envs, 8), dtype=np.int64))
+        assert (info["samples"] == 2 * 16).all()
+
+
+def test_the_reward_contains_what_the_training_after_the_action_did() -> None:
+    """Finding PRE-8: reward = score after the step - score before it."""
+    env = make_single()
+    _, info = env.reset(seed=0)
+    before = info["score"]
+    _, reward, _, _, info = env.step(action(Op.GERMINATE, 1, blueprint=CONV_LIGHT))
+    assert info["parameters"] > 0
+    assert reward == pytest.approx(info["score"] - before, abs=1e-12)
+    assert info["score"] < info["accuracy"], "the rent of the new seed is charged at once"
+
+
+def test_episode_return_telescopes_to_the_committed_score() -> None:
+    """Finding PRE-10: hoarding pays nothing; random legal play, uncommitted seeds included."""
+    envs = make(4, autoreset_mode="SameStep")
+    _, info = envs.reset(seed=0)
+    start, total = info["score"], np.zeros(4)
+    rng = np.random.default_rng(1)
+    for _ in range(SMALL["episode_steps"]):
+        _, reward, _, truncated, info = envs.step(envs.sample_valid_actions(rng))
+        total += reward
+    assert truncated.all()
+    final = info["final_info"]
+    assert (final["parameters"] > 0).any()
+    np.testing.assert_allclose(total, final["committed_score"] - start, atol=1e-12)
+
+
+def test_reward_is_paid_for_seeds_in_any_slot_while_waiting() -> None:
+    """Finding PRE-9: on WAIT the score change of a seed in slot 1 is paid like one in slot 0."""
+    for slot in (0, 1):
+        env = make_single(episode_steps=60)
+        env.reset(seed=0)
+        infos = grow(env, slot)
+        _, reward, _, _, info = env.step(action(Op.WAIT))
+        assert info["op"] == Op.WAIT
+        assert reward == pytest.approx(info["score"] - infos[-1]["score"], abs=1e-12)
+
+
+def test_contribution_is_measured_for_blended_seeds_only() -> None:
+    env = make_single(episode_steps=60)
+    env.reset(seed=0)
+    for info in grow(env):
+        assert info["contribution_valid"][0] == (info["alpha"][0] > 0)
+
+
+def test_a_seed_can_be_grown_and_fossilized() -> None:
+    env = make_single(episode_steps=60)
+    env.reset(seed=0)
+    infos = grow(env)
+    assert [Stage(s) for s in dict.fromkeys(info["stage"][0] for info in infos)] == [
+        Stage.TRAINING,
+        Stage.BLENDING,
+        Stage.HOLDING,
+    ]
+    *_, info = env.step(action(Op.FOSSILIZE))
+    assert info["stage"][0] == Stage.FOSSILIZED
+    assert info["committed_accuracy"] == info["accuracy"]
+    assert info["parameters"] == 172
+    assert not env.conditional_masks()["slot"][1:, 0].any(), "a fossil stays"
+
+
+def test_a_germinated_seed_waits_for_advance_if_asked() -> None:
+    env = make_single(automatic_training=False)
+    env.reset(seed=0)
+    *_, info = env.step(action(Op.GERMINATE, blueprint=CONV_LIGHT))
+    assert info["stage"][0] == Stage.GERMINATED
+    *_, info = env.step(action(Op.ADVANCE))
+    assert info["stage"][0] == Stage.TRAINING
+
+
+def test_an_illegal_action_becomes_wait_or_raises() -> None:
+    env = make_single()
+    env.reset(seed=0)
+    *_, info = env.step(action(Op.FOSSILIZE))
+    assert not info["action_valid"]
+    assert info["op"] == Op.WAIT
+    env = make_single(illegal_actions="raise")
+    env.reset(seed=0)
+    before = env._env._progress.steps.copy()
+    with pytest.raises(ValueError, match="FOSSILIZE.*conditional_masks"):
+        env.step(action(Op.FOSSILIZE))
+    np.testing.assert_array_equal(env._env._progress.steps, before)
+
+
+def test_masks_after_germination_differ_from_those_before() -> None:
+    """Finding SYN-H4: masks belong to the observation after the action."""
+    env = make_single()
+    _, info = env.reset(seed=0)
+    before = info["action_mask"]
+    *_, info = env.step(action(Op.GERMINATE, blueprint=CONV_LIGHT))
+    assert not np.array_equal(before, info["action_mask"])
+    np.testing.assert_array_equal(env.action_masks(), info["action_mask"])
+
+
+def test_stepping_works_inside_no_grad_and_inference_mode() -> None:
+    for context in (torch.no_grad(), torch.inference_mode()):
+        envs = make(2)
+        with context:
+            envs.reset(seed=0)
+            *_, info = envs.step(np.zeros((2, 8), dtype=np.int64))
+        expected = make(2)
+        expected.reset(seed=0)
+        *_, info_expected = expected.step(np.zeros((2, 8), dtype=np.int64))
+        np.testing.assert_array_equal(info["accuracy"], info_expected["accuracy"])
+
+
+def test_horizon_chooses_between_truncated_and_terminated() -> None:
+    for horizon in ("truncate", "terminal"):
+        envs = make(1, horizon=horizon, episode_steps=1)
+        envs.reset(seed=0)
+        _, _, terminated, truncated, _ = envs.step(np.zeros((1, 8), dtype=np.int64))
+        assert (terminated[0], truncated[0]) == (horizon == "terminal", horizon == "truncate")
+
+
+def test_make_vec_max_episode_steps_shortens_an_episode() -> None:
+    envs = gym.make_vec(ID, num_envs=1, max_episode_steps=2, batches_per_step=1)
+    envs.reset(seed=0)
+    wait = np.zeros((1, 8), dtype=np.int64)
+    assert [bool(envs.step(wait)[3][0]) for _ in range(2)] == [False, True]
+
+
+def test_one_tensor_program_serves_mixed_step_counts_with_the_right_learning_rates() -> None:
+    """A member that starts later has the rates of its own step."""
+    envs = make(2, episode_steps=12)
+    envs.reset(seed=0)
+    wait = np.zeros((2, 8), dtype=np.int64)
+    for _ in range(3):
+        envs.step(wait)
+    envs.reset(seed=0, options={"reset_mask": np.array([False, True])})
+    *_, info = envs.step(wait)
+    fresh = make(2, episode_steps=12)
+    fresh.reset(seed=0)
+    *_, expected = fresh.step(wait)
+    assert info["accuracy"][1] == pytest.approx(expected["accuracy"][1], abs=1e-6)
+
+
+ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"num_envs": 0}, ValueError, "num_envs: expected an integer of at least 1, got 0"),
+    ({"gama": 0.9}, TypeError, "unknown configuration field 'gama'; did you mean 'gamma'"),
+    ({"gamma": 1.5}, ValueError, r"gamma: expected in \(0, 1\], got 1.5"),
+    ({"heads": {"blueprint": "conv_huge"}}, ValueError, "conv_heavy.*got 'conv_huge'"),
+    ({"reward": "profit"}, ValueError, r"reward: expected one of \['gain'\], got 'profit'"),
+    ({"reward_weights": {"fun": 1.0}}, ValueError, "expected terms among.*got 'fun'"),
+    ({"horizon": "never"}, ValueError, "horizon: expected one of"),
+    ({"autoreset_mode": "Sometimes"}, ValueError, "Sometimes"),
+    ({"task": "mnist"}, ValueError, r"task: expected one of \['digits'\], got 'mnist'"),
+    ({"batch_size": 1}, ValueError, "batch_size: expected at least 2"),
+    ({"isolated_stages": ("DORMANT",)}, ValueError, "isolated_stages: expected names among"),
+    ({"strict_fossilize": True, "attribution": "none"}, ValueError, "attribution='leave_one_out'"),
+    ({"render_mode": "human"}, ValueError, "render_mode: expected None"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"), ERRORS, ids=[next(iter(e[0])) for e in ERRORS]
+)
+def test_bad_configuration_gives_a_clear_error(
+    options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        EsperVectorEnv(**({"num_envs": 1} | options))
+
+
+def test_bad_actions_give_a_clear_error_and_lose_nothing() -> None:
+    envs = make(2)
+    envs.reset(seed=0)
+    before = envs._observe()
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (np.zeros((2, 7), dtype=np.int64), ValueError, r"expected shape \(2, 8\).*got \(2, 7\)"),
+        (np.zeros((2, 8)), TypeError, "expected integers.*got dtype float64"),
+        (np.full((2, 8), 99), ValueError, r"actions\[0\]: head 'op' expected 0 to 5, got 99"),
+        (np.full((2, 8), -1), ValueError, "head 'op' expected 0 to 5, got -1"),
+        (3, ValueError, r"expected shape \(2, 8\)"),
+    ]
+    for actions, error, text in cases:
+        with pytest.raises(error, match=text):
+            envs.step(actions)
+    np.testing.assert_array_equal(envs._observe(), before)
+    single = make_single()
+    single.reset(seed=0)
+    with pytest.raises(ValueError, match=r"action: expected shape \(8,\)"):
+        single.step(np.zeros((1, 8), dtype=np.int64))
+
+
+def test_using_an_environment_before_reset_is_refused() -> None:
+    for use in (
+        lambda envs: envs.step(np.zeros((3, 8), dtype=np.int64)),
+        lambda envs: envs.action_masks(),
+        lambda envs: envs.conditional_masks(),
+        lambda envs: envs.sample_valid_actions(np.random.default_rng(0)),
+    ):
+        with pytest.raises(gym.error.ResetNeeded, match=r"reset\(\)"):
+            use(make(3))
+    with pytest.raises(gym.error.ResetNeeded):
+        make_single().step(np.zeros(8, dtype=np.int64))
+
+
+def test_stepping_a_finished_member_without_autoreset_is_refused() -> None:
+    envs = make(2, autoreset_mode="Disabled", episode_steps=1)
+    envs.reset(seed=0)
+    wait = np.zeros((2, 8), dtype=np.int64)
+    envs.step(wait)
+    with pytest.raises(gym.error.ResetNeeded, match=r"members \[0, 1\] have finished"):
+        envs.step(wait)
+
+
+def test_bad_reset_arguments_are_refused() -> None:
+    envs = make(2)
+    with pytest.raises(gym.error.ResetNeeded, match="first reset"):
+        envs.reset(options={"reset_mask": np.array([True, False])})
+    envs.reset(seed=0)
+    with pytest.raises(ValueError, match=r"reset_mask: expected bool of shape \(2,\)"):
+        envs.reset(options={"reset_mask": np.array([1, 0])})
+    with pytest.raises(ValueError, match="options: expected only 'reset_mask'"):
+        envs.reset(options={"mask": None})
+    with pytest.raises(ValueError, match="expected one integer or 2 entries, got 1"):
+        envs.reset(seed=[1])
+    with pytest.raises(ValueError, match="non-negative"):
+        envs.reset(seed=-1)
+
+
+def test_restricted_heads_shrink_the_space() -> None:
+    heads = {"style": "LINEAR_ADD", "blueprint": ["norm", "conv_light"], "slot": [1]}
+    envs = make(2, heads=heads)
+    assert envs.single_action_space.nvec.tolist() == [6, 1, 2, 1, 3, 3, 4, 5]
+    envs.reset(seed=0)
+    actions = np.zeros((2, 8), dtype=np.int64)
+    actions[:, 0], actions[:, 2] = Op.GERMINATE, 1
+    *_, info = envs.step(actions)
+    assert (info["stage"][:, 1] == Stage.TRAINING).all(), "option 0 of the slot head is slot 1"
+    assert (info["blueprint"][:, 1] == CONV_LIGHT).all()
+
+
+def test_config_is_frozen_and_exported() -> None:
+    config = make().config
+    assert isinstance(config, EnvConfig)
+    with pytest.raises(AttributeError):
+        config.gamma = 0.5  # type: ignore[misc]
+    env = gym.make(ID, gamma=0.9)
+    assert env.get_wrapper_attr("gamma") == 0.9
+
+
+def test_records_of_gymnasiums_statistics_wrapper_agree_with_ours() -> None:
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(
+        gym.make_vec(ID, num_envs=2, **(SMALL | {"episode_steps": 3}))
+    )
+    envs.reset(seed=0)
+    total = np.zeros(2)
+    for _ in range(3):
+        _, reward, _, _, info = envs.step(np.zeros((2, 8), dtype=np.int64))
+        total += reward
+    np.testing.assert_allclose(info["episode"]["r"], total)
+    assert (info["episode"]["l"] == 3).all()

@@ -1,0 +1,454 @@
+"""Baselines and their comparison on the same episodes, in tiny environments.
+
+Statistics are checked by hand, episodes against the single environment, and the table and JSON
+that a user gets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from rich.console import Console
+
+from esper_agent import evaluate
+from esper_agent.baselines import NeverGrow, PlateauHeuristic, RandomLegal
+from esper_agent.evaluate import (
+    FIGURES,
+    bootstrap_interval,
+    evaluate_agents,
+    interquartile_mean,
+    make_policy,
+    print_table,
+    run_episodes,
+)
+from esper_agent.ppo_lstm import make_envs
+from esper_env import EnvConfig, Op, Stage
+
+TINY = EnvConfig(batches_per_step=1, batch_size=8, episode_steps=6)
+LIFE = EnvConfig(batches_per_step=1, batch_size=8, episode_steps=16, illegal_actions="raise")
+"""Long enough for a seed to germinate, train, blend over 3 steps, hold and be settled."""
+ENV_ID = "Esper-Digits-v0"
+REPOSITORY = Path(__file__).parents[1]
+SAME_FIGURE = 1e-6
+"""Tolerance of accuracies, which are counts of images: no image may change its class."""
+
+Steps = list[dict[str, Any]]
+
+
+def play(policy: Any, config: EnvConfig, num_envs: int = 2, seed: int = 0) -> Steps:
+    """Run one episode; return the info of every step (the last from before the reset)."""
+    envs = make_envs(ENV_ID, num_envs, "cpu", config)
+    observation, info = envs.reset(seed=seed)
+    policy.begin(envs, seed)
+    steps = []
+    for _ in range(config.episode_steps):
+        observation, _, _, truncated, info = envs.step(policy.act(observation, info))
+        steps.append(info["final_info"] if truncated.all() else info)
+    envs.close()
+    return steps
+
+
+def ops_of(steps: Steps) -> set[int]:
+    """Return the ops that occurred."""
+    return {int(op) for info in steps for op in info["op"]}
+
+
+# ------------------------------------------------------------------------------ statistics
+
+
+def test_interquartile_mean_is_the_mean_of_the_middle_half() -> None:
+    """Of 8 sorted values the lowest and the highest 2 go: (2 + 3 + 5 + 6) / 4 = 4.
+
+    Of 6 values, a quarter is 1.5, and whole values go: (1 + 2 + 4 + 5) / 4 = 3. Exact.
+    """
+    assert interquartile_mean(np.array([100.0, 2.0, 6.0, -50.0, 3.0, 1.0, 5.0, 7.0])) == 4.0
+    assert interquartile_mean(np.array([5.0, -9.0, 1.0, 4.0, 2.0, 99.0])) == 3.0
+
+
+def test_interquartile_mean_works_along_the_last_axis() -> None:
+    """(1 + 2) / 2 and (20 + 30) / 2."""
+    values = np.array([[0.0, 1.0, 2.0, 900.0], [30.0, 20.0, -900.0, 50.0]])
+    assert interquartile_mean(values).tolist() == [1.5, 25.0]
+
+
+def test_the_bootstrap_interval_holds_the_interquartile_mean_and_shrinks_with_data() -> None:
+    """Its width falls with 1 / sqrt(n): for 25 times the data to a fifth, within a factor of 2."""
+    values = np.random.default_rng(0).normal(size=1000)
+    widths = []
+    for count in (40, 1000):
+        low, high = bootstrap_interval(values[:count], np.random.default_rng(1))
+        assert low < interquartile_mean(values[:count]) < high
+        widths.append(high - low)
+    assert 2.5 < widths[0] / widths[1] < 10
+
+
+def test_the_bootstrap_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
+    """The IQM of a normal distribution is its mean, 0; 95 % of the intervals should hold it.
+
+    Of 200 intervals 190 are expected, with a standard error of 3.1; the percentile bootstrap is
+    known to be a little short at n = 40. At least 170 is 6 standard errors below, and a 50 %
+    interval (100) fails. At most 199, so an interval that is always too wide fails.
+    """
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(200):
+        low, high = bootstrap_interval(rng.normal(size=40), rng)
+        covered += low <= 0.0 <= high
+    assert 170 <= covered <= 199
+
+
+def test_the_bootstrap_interval_is_a_function_of_the_generators_seed() -> None:
+    """The same seed gives the same resamples, another one others."""
+    values = np.random.default_rng(0).normal(size=30)
+    first, second, other = (
+        bootstrap_interval(values, np.random.default_rng(seed)) for seed in (5, 5, 6)
+    )
+    assert first == second != other
+
+
+# ------------------------------------------------------------------------------ episodes
+
+
+def test_episode_k_of_never_grow_is_the_single_environment_with_seed_plus_k() -> None:
+    """Also with fewer members than episodes: the second batch starts at seed + num_envs."""
+    envs = make_envs(ENV_ID, 2, "cpu", TINY)
+    result = run_episodes(NeverGrow(), envs, num_episodes=3, seed=40)
+    envs.close()
+    assert result["seed"] == [40, 41, 42]
+    changed = {"batches_per_step": 1, "batch_size": 8, "episode_steps": 6}
+    for k in range(3):
+        env = gym.make(ENV_ID, **changed)
+        env.reset(seed=40 + k)
+        is_over = False
+        while not is_over:
+            _, _, terminated, truncated, info = env.step(np.zeros(8, dtype=np.int64))
+            is_over = terminated or truncated
+        env.close()
+        for name in ("committed_score", "committed_accuracy", "committed_test_accuracy"):
+            assert result[name][k] == pytest.approx(float(info[name]), abs=SAME_FIGURE)
+        assert result["parameters"][k] == 0.0
+        assert result["flops"][k] == float(info["flops"]) > 0
+    assert len(set(result["committed_test_accuracy"])) > 1, "episodes differ"
+
+
+def test_agents_start_from_the_same_hosts() -> None:
+    """Finding LOOP-8: the losses before the first step are the same, agent by agent.
+
+    The environment is reset after random growth, of which nothing may be left.
+    """
+    starts: list[list[float]] = []
+
+    class Watched:
+        """Another policy, noting the first info of every batch of episodes."""
+
+        def __init__(self, policy: Any) -> None:
+            self.policy = policy
+
+        def begin(self, envs: Any, seed: int) -> None:
+            self.policy.begin(envs, seed)
+            self.is_first = True
+
+        def act(self, observation: Any, info: dict[str, Any]) -> Any:
+            if self.is_first:
+                starts.append(info["loss"].tolist())
+            self.is_first = False
+            return self.policy.act(observation, info)
+
+    envs = make_envs(ENV_ID, 2, "cpu", TINY)
+    for policy in (RandomLegal(), NeverGrow()):
+        run_episodes(Watched(policy), envs, num_episodes=4, seed=3)
+    envs.close()
+    assert len(starts) == 4
+    assert starts[:2] == starts[2:]
+    assert starts[0] != starts[1]
+
+
+def test_more_episodes_than_members_give_the_same_figures_as_in_one_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """5 episodes of never-grow in batches of 2 (2, 2 and 1 of 2) and in one of 5."""
+    results = []
+    for limit in (2, 64):
+        monkeypatch.setattr(evaluate, "MAX_ENVS", limit)
+        result = evaluate_agents(["never-grow"], ENV_ID, TINY, 5, 7, "cpu")
+        results.append(result["agents"]["never-grow"]["episodes"])
+    few, many = results
+    assert few["seed"] == many["seed"] == [7, 8, 9, 10, 11]
+    for name in FIGURES:
+        assert len(few[name]) == 5
+        assert few[name] == pytest.approx(many[name], abs=SAME_FIGURE), name
+
+
+def test_the_test_score_is_the_committed_score_with_test_images() -> None:
+    """Both pay the same rent: test score - score = test accuracy - accuracy, per episode.
+
+    The heuristic fossilizes, so the rent is not 0. Tolerance 1e-9: float64.
+    """
+    policy = PlateauHeuristic(patience=1, margin=1.0, min_contribution=-1.0, steps_to_live=1)
+    envs = make_envs(ENV_ID, 2, "cpu", LIFE)
+    result = {name: np.array(v) for name, v in run_episodes(policy, envs, 2, seed=0).items()}
+    envs.close()
+    rent = result["committed_accuracy"] - result["committed_score"]
+    assert (rent > 0).all() and (result["parameters"] > 0).all()
+    assert result["committed_test_accuracy"] - result["test_score"] == pytest.approx(rent, abs=1e-9)
+
+
+def test_an_episode_that_terminates_is_evaluated_like_one_that_is_truncated() -> None:
+    """`horizon` only changes the flag, so never-grow gets the same figures, bit by bit."""
+    results = []
+    for horizon in ("truncate", "terminal"):
+        config = dataclasses.replace(TINY, horizon=horizon)
+        envs = make_envs(ENV_ID, 2, "cpu", config)
+        results.append(run_episodes(NeverGrow(), envs, 2, seed=0))
+        envs.close()
+    assert results[0] == results[1]
+
+
+def test_summaries_and_paired_differences_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores 1, 2, 3, 10 against 0, 0, 4, 1, episode by episode.
+
+    Means 4 and 1.25; IQMs (2 + 3) / 2 and (0 + 1) / 2; differences, first minus other, 1, 2, -1,
+    9 with IQM (1 + 2) / 2. All exact in binary.
+    """
+    scores = {RandomLegal: [1.0, 2.0, 3.0, 10.0], NeverGrow: [0.0, 0.0, 4.0, 1.0]}
+
+    def known(policy: Any, *arguments: Any) -> dict[str, list[float]]:
+        return dict.fromkeys(("seed", *FIGURES), scores[type(policy)])
+
+    monkeypatch.setattr(evaluate, "run_episodes", known)
+    result = evaluate_agents(["random", "never-grow"], ENV_ID, TINY, 4, 0, "cpu")
+    for name, mean, iqm in (("random", 4.0, 2.5), ("never-grow", 1.25, 0.5)):
+        summary = result["agents"][name]["summary"]
+        assert (summary["mean"], summary["iqm"], summary["parameters_mean"]) == (mean, iqm, mean)
+        assert summary["low"] < iqm < summary["high"]
+    assert list(result["paired"]) == ["random - never-grow"]
+    pair = result["paired"]["random - never-grow"]
+    assert pair["difference"] == 1.5
+    assert -1.0 <= pair["low"] < 1.5 < pair["high"] <= 9.0
+
+
+def test_the_same_call_gives_the_same_result() -> None:
+    """Random actions and bootstrap resamples are seeded."""
+    first, second = (
+        evaluate_agents(["random"], ENV_ID, TINY, 2, 11, "cpu")["agents"] for _ in range(2)
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize("name", ["grow-never", "ppo", ""])
+def test_an_unknown_agent_raises_with_the_known_names(name: str) -> None:
+    """And does so before any episode is run."""
+    expected = r"agents: expected \['heuristic', 'never-grow', 'random'\] or ppo:RUN_DIR, got "
+    with pytest.raises(ValueError, match=expected + repr(name)):
+        make_policy(name)
+
+
+def test_no_episodes_raise() -> None:
+    """A mean over nothing would be NaN."""
+    with pytest.raises(ValueError, match="episodes: expected at least 1, got 0"):
+        evaluate_agents(["never-grow"], ENV_ID, TINY, 0, 0, "cpu")
+
+
+def test_no_agents_raise() -> None:
+    """An empty list has no first agent to compare with."""
+    with pytest.raises(ValueError, match="agents"):
+        evaluate_agents([], ENV_ID, TINY, 1, 0, "cpu")
+
+
+def test_a_missing_checkpoint_raises_before_any_episode_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A typing error in the second agent's directory must not cost the first agent's run."""
+    calls = []
+
+    def watched(policy: Any, *arguments: Any) -> Any:
+        calls.append(policy)
+        return run_episodes(policy, *arguments)
+
+    monkeypatch.setattr(evaluate, "run_episodes", watched)
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        evaluate_agents(["never-grow", f"ppo:{tmp_path / 'no'}"], ENV_ID, TINY, 1, 0, "cpu")
+    assert calls == []
+
+
+# ------------------------------------------------------------------------------ baselines
+
+
+def test_never_grow_waits() -> None:
+    """No seed, no parameters."""
+    steps = play(NeverGrow(), LIFE)
+    assert ops_of(steps) == {Op.WAIT}
+    assert (steps[-1]["parameters"] == 0).all()
+
+
+def test_random_takes_only_legal_actions_of_every_op() -> None:
+    """An illegal action would raise; 4 members and 4 episodes meet all six ops."""
+    seen = set()
+    for seed in range(0, 16, 4):
+        seen |= ops_of(play(RandomLegal(), LIFE, num_envs=4, seed=seed))
+    assert seen == set(Op)
+
+
+def test_the_heuristic_germinates_blends_fully_and_fossilizes() -> None:
+    """An illegal action would raise. Everything counts as stalled, every contribution as good.
+
+    It takes its blueprint and full alpha, so each fossil has alpha 1.
+    """
+    steps = play(
+        PlateauHeuristic(patience=1, margin=1.0, min_contribution=-1.0, steps_to_live=1), LIFE
+    )
+    assert ops_of(steps) == {Op.WAIT, Op.GERMINATE, Op.ADVANCE, Op.FOSSILIZE}
+    final = steps[-1]
+    is_fossil = final["stage"] == Stage.FOSSILIZED
+    assert is_fossil.any(axis=1).all()
+    assert (final["alpha"][is_fossil] == 1.0).all()
+    envs = make_envs(ENV_ID, 1, "cpu", LIFE)
+    names = next(head.options for head in envs.heads if head.name == "blueprint")
+    envs.close()
+    assert {names[b] for b in final["blueprint"][is_fossil]} == {"conv_light"}
+
+
+def test_the_heuristic_prunes_what_does_not_contribute_after_its_trial() -> None:
+    """A contribution of 2 is impossible, so every seed that held for `trial_steps` goes.
+
+    HOLDING is seen in exactly 2 decisions, the second of which prunes.
+    """
+    steps = play(
+        PlateauHeuristic(
+            patience=1, margin=1.0, min_contribution=2.0, trial_steps=2, steps_to_live=1
+        ),
+        LIFE,
+    )
+    assert Op.PRUNE in ops_of(steps) and Op.FOSSILIZE not in ops_of(steps)
+    for member in range(2):
+        held = [int(info["stage"][member, 0] == Stage.HOLDING) for info in steps]
+        first = held.index(1)
+        prune = next(t for t, info in enumerate(steps) if info["op"][member] == Op.PRUNE)
+        assert held[first:prune] == [1, 1] and steps[prune]["stage"][member, 0] == Stage.EMBARGOED
+
+
+def test_the_heuristic_waits_while_the_accuracy_rises_or_too_little_time_is_left() -> None:
+    """With patience above the episode's length, or more steps to live than there are."""
+    for settings in ({"patience": 17}, {"patience": 1, "margin": 1.0, "steps_to_live": 17}):
+        assert ops_of(play(PlateauHeuristic(**settings), LIFE)) == {Op.WAIT}, settings
+
+
+def test_the_heuristic_germinates_after_exactly_its_patience() -> None:
+    """With a margin of 1 nothing counts as a rise, so decision 4 (index 3) is the first stalled 4.
+
+    It germinates no earlier and no later, in all members.
+    """
+    steps = play(PlateauHeuristic(patience=4, margin=1.0, steps_to_live=1), LIFE)
+    ops = np.stack([info["op"] for info in steps])
+    assert (ops[:3] == Op.WAIT).all() and (ops[3] == Op.GERMINATE).all()
+
+
+def test_the_heuristic_forgets_the_past_when_it_begins_again() -> None:
+    """The same object gives the same episode twice."""
+    policy = PlateauHeuristic(patience=2, margin=1.0, steps_to_live=1)
+    first, second = (np.stack([info["op"] for info in play(policy, LIFE)]) for _ in range(2))
+    assert Op.GERMINATE in first
+    assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("heads", "ops"),
+    [
+        ({"slot": 1, "blueprint": ["norm", "conv_light"]}, {0, 1, 2, 5}),
+        ({"style": "LINEAR_GATE", "tempo": 3, "alpha_target": 1.0}, {0, 1, 2, 5}),
+        ({"alpha_target": 0.5}, {0, 1, 2}),
+        ({"op": ["WAIT", "GERMINATE"]}, {0, 1}),
+        ({"op": ["WAIT", "PRUNE"]}, {0}),
+    ],
+)
+def test_the_heuristic_works_with_restricted_heads(heads: dict[str, Any], ops: set[int]) -> None:
+    """It does what is left: without full alpha, for example, no seed can hold or be fossilized."""
+    config = dataclasses.replace(LIFE, heads=heads)
+    policy = PlateauHeuristic(patience=1, margin=1.0, min_contribution=-1.0, steps_to_live=1)
+    steps = play(policy, config)
+    assert ops_of(steps) == ops
+    if "slot" in heads:
+        assert (steps[-1]["stage"][:, 0] == Stage.DORMANT).all()
+        assert (steps[-1]["stage"][:, 1] != Stage.DORMANT).all()
+
+
+def test_the_heuristic_names_the_blueprints_it_could_take() -> None:
+    """When its own is not among the options."""
+    config = dataclasses.replace(LIFE, heads={"blueprint": ["norm", "conv_heavy"]})
+    message = r"blueprint: expected one of \('norm', 'conv_heavy'\), got 'conv_light'"
+    with pytest.raises(ValueError, match=message):
+        play(PlateauHeuristic(), config)
+    steps = play(
+        PlateauHeuristic(blueprint="conv_heavy", patience=1, margin=1.0, steps_to_live=1), config
+    )
+    assert Op.GERMINATE in ops_of(steps)
+
+
+# ------------------------------------------------------------------------------ output
+
+
+def record_of(name: str, score: float) -> dict[str, Any]:
+    """A record as `evaluate_agents` makes it, with widest plausible numbers."""
+    summary = {"mean": -score, "iqm": score, "low": -0.9876, "high": 0.9876}
+    summary |= {f"{figure}_mean": score for figure in FIGURES[1:]}
+    return {"summary": summary | {"parameters_mean": 123_456.0}, "episodes": {}}
+
+
+def test_the_table_shows_every_name_and_number_in_full() -> None:
+    """At 140 characters, the width that the command sets."""
+    names = ("never-grow", "random", "heuristic")
+    pair = {"difference": -0.1234, "low": -0.2345, "high": 0.3456}
+    result = {
+        "env_id": ENV_ID,
+        "episodes": 64,
+        "agents": {name: record_of(name, 0.5) for name in names},
+        "paired": {f"never-grow - {name}": pair for name in names[1:]},
+    }
+    console = Console(file=io.StringIO(), width=140)
+    print_table(result, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    for part in (*names, "-0.5000", "123456", "-0.1234", "-0.2345", "+0.3456"):
+        assert part in text, part
+
+
+def test_the_table_tells_two_checkpoints_apart() -> None:
+    """Two rows with the same name could not be read."""
+    names = ("ppo:runs/one", "ppo:runs/two")
+    pair = {"difference": 0.0, "low": 0.0, "high": 0.0}
+    result = {
+        "env_id": ENV_ID,
+        "episodes": 1,
+        "agents": {name: record_of(name, 0.5) for name in names},
+        "paired": {"ppo:runs/one - ppo:runs/two": pair},
+    }
+    console = Console(file=io.StringIO(), width=200)
+    print_table(result, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "one" in text and "two" in text
+
+
+def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
+    """`python -m esper_agent.evaluate` as a user runs it, into a directory not there yet."""
+    out = tmp_path / "results" / "evaluation.json"
+    command = [sys.executable, "-m", "esper_agent.evaluate", "--agents", "random", "never-grow"]
+    command += ["--episodes", "2", "--seed", "5", "--out", str(out)]
+    command += ["--env.batches-per-step", "1", "--env.batch-size", "8", "--env.episode-steps", "6"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "never-grow" in done.stdout and "…" not in done.stdout
+    result = json.loads(out.read_text())
+    assert list(result["agents"]) == ["random", "never-grow"]
+    assert result["env"]["episode_steps"] == 6
+    assert set(result["agents"]["random"]["episodes"]) == {"seed", *FIGURES}
+    assert all(len(v) == 2 for v in result["agents"]["random"]["episodes"].values())
+    assert result["agents"]["random"]["episodes"]["seed"] == [5, 6]

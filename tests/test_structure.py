@@ -1,0 +1,135 @@
+"""Who may import whom, and that what the README and the entry points promise works."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CONFIG = {"config", "streams"}
+ALLOWED: dict[str, set[str]] = {
+    "config": set(),
+    "streams": set(),
+    "lifecycle": CONFIG,
+    "actions": CONFIG | {"lifecycle"},
+    "attribution": CONFIG | {"lifecycle"},
+    "observation": CONFIG | {"lifecycle"},
+    "rewards": CONFIG,
+    "population": CONFIG,
+    "tasks": CONFIG | {"population"},
+    "vector_env": CONFIG
+    | {"lifecycle", "actions", "attribution", "observation", "rewards", "population", "tasks"},
+    "env": CONFIG | {"actions", "vector_env"},
+    "registration": set(),
+    "__init__": CONFIG | {"actions", "env", "registration", "vector_env"},
+}
+"""Design 14: config <- the parts <- vector_env <- env."""
+WITHOUT_TORCH = {"config", "streams", "lifecycle", "actions", "attribution", "observation"} | {
+    "rewards"
+}
+WITHOUT_GYMNASIUM = WITHOUT_TORCH | {"population", "tasks"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return dotted names of everything a file imports, deferred imports included."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def part_of(path: Path) -> str:
+    """Return the top-level module or subpackage of `esper_env` that a file belongs to."""
+    return path.relative_to(ROOT / "esper_env").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "esper_env").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_environment_files_import_only_what_their_layer_may(path: Path) -> None:
+    own = part_of(path)
+    imports = imports_of(path)
+    parts = {name.split(".")[1] for name in imports if name.startswith("esper_env.")}
+    assert parts - {own} <= ALLOWED[own]
+    assert not any(name.split(".")[0] in ("esper_agent", "benchmarks") for name in imports)
+    roots = {name.split(".")[0] for name in imports}
+    assert own not in WITHOUT_TORCH or not roots & {"torch", "torchvision"}
+    assert own not in WITHOUT_GYMNASIUM or "gymnasium" not in roots
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "esper_agent").rglob("*.py")), ids=lambda p: p.name)
+def test_the_agent_uses_only_public_names_of_the_environment(path: Path) -> None:
+    import esper_env
+
+    for name in imports_of(path):
+        root, _, rest = name.partition(".")
+        if root == "esper_env" and rest:
+            assert rest in esper_env.__all__, name
+    tree = ast.parse(path.read_text())
+    private = [
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and not (isinstance(node.value, ast.Name) and node.value.id == "self")
+    ]
+    assert private == []
+
+
+def test_exported_names_are_those_of_the_design() -> None:
+    import esper_env
+
+    expected = {"EsperEnv", "EsperVectorEnv", "EnvConfig", "Op", "Stage", "ActionHead"}
+    assert set(esper_env.__all__) == expected
+
+
+def test_the_readmes_example_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    example = next(block for block in blocks if "gym.make(" in block)
+    assert len(example.strip().splitlines()) <= 12
+    # A shorter episode than the README's, the same code.
+    result = subprocess.run(
+        [sys.executable, "-c", example], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert "committed score" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "esper_agent.ppo_lstm"],
+        ["esper_agent/ppo_lstm.py"],
+        ["-m", "esper_agent.evaluate"],
+        ["-m", "benchmarks.throughput"],
+        ["-m", "benchmarks.headroom"],
+    ],
+    ids=lambda c: c[-1],
+)
+def test_entry_points_explain_themselves(command: list[str]) -> None:
+    result = subprocess.run(
+        [sys.executable, *command, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert "--env-id" in result.stdout
+
+
+def test_every_finding_that_this_stage_proves_is_cited_by_a_test() -> None:
+    """The findings named by the issue of the walking skeleton."""
+    wanted = "SYN-C1 SYN-C3 SYN-C4 SYN-C5 SYN-H3 SYN-H4 SYN-H5 SYN-H6 LOOP-2 LOOP-3 LOOP-4 LOOP-5"
+    wanted += " PRE-1 PRE-2 PRE-3 PRE-4 PRE-8 PRE-9 PRE-10 PRE-11 PRE-12 PRE-15 PRE-18"
+    texts = [
+        path.read_text()
+        for path in (ROOT / "tests").glob("test_*.py")
+        if path.name != "test_structure.py"
+    ]
+    cited = set(re.findall(r"\b(?:SYN|LOOP|PRE|TRN|GRD|TEL)-[A-Z]*\d+\b", "\n".join(texts)))
+    assert set(wanted.split()) <= cited
