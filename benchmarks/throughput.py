@@ -92,7 +92,7 @@ class PlainLoop:
 
     def __init__(self, envs: EsperVectorEnv, seed: int) -> None:
         self.envs, self.config = envs, envs.config
-        population, seeds, splits = envs._population, envs._seeds(), envs._splits
+        population, seeds, splits = envs._population, envs._seeds, envs._splits
         assert population is not None
         assert splits is not None
         self.train_set, self.validation = splits.train, splits.validation

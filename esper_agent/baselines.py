@@ -62,7 +62,7 @@ class PlateauHeuristic:
     Args:
         patience: Stalled env steps before growing.
         margin: Rise that counts [accuracy, 0 to 1].
-        blueprint: What to germinate.
+        blueprint: What to germinate; None for conv_light, or the first one if that is not offered.
         min_contribution: Contribution that a seed must have to stay [accuracy, 0 to 1].
         trial_steps: Time that a holding seed has to prove itself [env steps].
         steps_to_live: Time left below which nothing is germinated [env steps].
@@ -73,7 +73,7 @@ class PlateauHeuristic:
         *,
         patience: int = 5,
         margin: float = 0.01,
-        blueprint: str = "conv_light",
+        blueprint: str | None = None,
         min_contribution: float = 0.005,
         trial_steps: int = 5,
         steps_to_live: int = 15,
@@ -90,10 +90,11 @@ class PlateauHeuristic:
         del seed
         self._envs = envs
         self._options = {head.name: head.options for head in envs.heads}
-        if self.blueprint not in self._options["blueprint"]:
-            raise ValueError(
-                f"blueprint: expected one of {self._options['blueprint']}, got {self.blueprint!r}"
-            )
+        offered = self._options["blueprint"]
+        default = "conv_light" if "conv_light" in offered else offered[0]
+        self._blueprint = self.blueprint or default
+        if self._blueprint not in offered:
+            raise ValueError(f"blueprint: expected one of {offered}, got {self.blueprint!r}")
         self._best = np.zeros(envs.num_envs)
         self._stalled = np.zeros(envs.num_envs, dtype=np.int64)
         self._holding = np.zeros((envs.num_envs, len(self._options["slot"])), dtype=np.int64)
@@ -130,7 +131,7 @@ class PlateauHeuristic:
             o = self._options["op"].index(op.name)
             possible = masks["slot"][:, o] & wanted
             if op == Op.GERMINATE:
-                b = self._options["blueprint"].index(self.blueprint)
+                b = self._options["blueprint"].index(self._blueprint)
                 possible &= masks["blueprint"][:, o, :, b]
             now = possible.any(axis=1) & ~has_acted
             slot = possible.argmax(axis=1)
@@ -147,7 +148,7 @@ class PlateauHeuristic:
         """Fill the other heads: the wanted blueprint, full alpha, otherwise the first legal."""
         action = np.zeros(len(self._options), dtype=np.int64)
         action[:2] = op, slot
-        wanted = {"blueprint": self.blueprint, "alpha_target": 1.0}
+        wanted = {"blueprint": self._blueprint, "alpha_target": 1.0}
         for h, (name, options) in enumerate(self._options.items()):
             if h < 2:
                 continue

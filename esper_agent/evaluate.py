@@ -27,6 +27,8 @@ from esper_env import EnvConfig, EsperVectorEnv
 
 MAX_ENVS = 64
 """Episodes that run side by side."""
+TABLE_WIDTH = 140
+"""Columns of the terminal that the table needs."""
 NUM_RESAMPLES = 2000
 """Bootstrap resamples."""
 FIGURES = (
@@ -64,13 +66,12 @@ class Args:
 class TrainedPolicy:
     """A checkpoint of `ppo_lstm`, drawing from its policy with a seeded generator."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, envs: EsperVectorEnv) -> None:
+        self._agent = load_agent(directory, envs)
 
     def begin(self, envs: EsperVectorEnv, seed: int) -> None:
-        """Load the checkpoint and start from a zero state."""
+        """Start from a zero state."""
         self._envs = envs
-        self._agent = load_agent(self.directory, envs)
         self._state = self._agent.initial_state(envs.num_envs)
         self._start = torch.ones(envs.num_envs, dtype=torch.bool)
         self._generator = torch.Generator().manual_seed(seed)
@@ -91,14 +92,15 @@ class TrainedPolicy:
         return result
 
 
-def make_policy(name: str) -> Policy:
+def make_policy(name: str, envs: EsperVectorEnv) -> Policy:
     """Return the policy of a name: a baseline, or ppo:RUN_DIR.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is unknown or a checkpoint does not fit the environment.
+        FileNotFoundError: If there is no checkpoint.
     """
     if name.startswith("ppo:"):
-        return TrainedPolicy(Path(name.removeprefix("ppo:")))
+        return TrainedPolicy(Path(name.removeprefix("ppo:")), envs)
     if name not in BASELINES:
         raise ValueError(f"agents: expected {sorted(BASELINES)} or ppo:RUN_DIR, got {name!r}")
     return BASELINES[name]()
@@ -168,9 +170,10 @@ def evaluate_agents(
     """
     if episodes < 1:
         raise ValueError(f"episodes: expected at least 1, got {episodes}")
-    policies = {name: make_policy(name) for name in names}
+    if not names:
+        raise ValueError(f"agents: expected at least one of {sorted(BASELINES)} or ppo:RUN_DIR")
     envs = make_envs(env_id, min(episodes, MAX_ENVS), device, config)
-    # What agents read of contributions is measured; what they score must not depend on it.
+    policies = {name: make_policy(name, envs) for name in names}
     agents: dict[str, Any] = {}
     for name, policy in policies.items():
         agents[name] = {"episodes": run_episodes(policy, envs, episodes, seed)}
@@ -209,18 +212,20 @@ def evaluate_agents(
 
 def print_table(result: dict[str, Any], console: Console) -> None:
     """Print the summary of `evaluate_agents`."""
-    title = f"{result['env_id']}: committed score over {result['episodes']} episodes"
-    table = Table(title=title, caption="intervals: 95 % bootstrap of the interquartile mean (IQM)")
-    for column in ("agent", "mean", "IQM", "95 % interval", "first minus it, paired"):
-        table.add_column(column, justify="left" if column == "agent" else "right")
-    for column in ("test score", "test accuracy", "parameters grown"):
-        table.add_column(column, justify="right")
     first = next(iter(result["agents"]))
+    table = Table(
+        title=f"{result['env_id']}: committed score over {result['episodes']} episodes",
+        caption="intervals: 95 % bootstrap of the interquartile mean (IQM)",
+    )
+    table.add_column("agent", no_wrap=True)
+    columns = ("mean", "IQM", "interval", f"{_label(first)} minus it, paired", "test score")
+    for column in (*columns, "parameters grown"):
+        table.add_column(column, justify="right")
     for name, record in result["agents"].items():
         summary = record["summary"]
         pair = result["paired"].get(f"{first} - {name}")
         table.add_row(
-            "ppo_lstm" if name.startswith("ppo:") else name,
+            _label(name),
             f"{summary['mean']:.4f}",
             f"{summary['iqm']:.4f}",
             f"{summary['low']:.4f} .. {summary['high']:.4f}",
@@ -228,10 +233,14 @@ def print_table(result: dict[str, Any], console: Console) -> None:
             if pair
             else "",
             f"{summary['test_score_mean']:.4f}",
-            f"{summary['committed_test_accuracy_mean']:.4f}",
             f"{summary['parameters_mean']:.0f}",
         )
     console.print(table)
+
+
+def _label(name: str) -> str:
+    """Return a short name: a checkpoint's is that of its directory."""
+    return Path(name.removeprefix("ppo:")).name if name.startswith("ppo:") else name
 
 
 def main() -> None:
@@ -240,7 +249,7 @@ def main() -> None:
     result = evaluate_agents(
         list(args.agents), args.env_id, args.env, args.episodes, args.seed, args.device
     )
-    print_table(result, Console(width=140))
+    print_table(result, Console(width=max(Console().width, TABLE_WIDTH)))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1))

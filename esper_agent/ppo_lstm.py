@@ -108,6 +108,10 @@ class Args:
         for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.eval_episodes < 0:
+            raise ValueError(f"eval_episodes: expected at least 0, got {self.eval_episodes}")
+        if self.target_kl is not None and self.target_kl <= 0:
+            raise ValueError(f"target_kl: expected None or above 0, got {self.target_kl}")
         if self.num_envs % self.num_minibatches:
             raise ValueError(
                 f"num_minibatches: expected a divisor of num_envs={self.num_envs} (a minibatch is "
@@ -176,8 +180,8 @@ class ConditionalMasks:
 class Agent(nn.Module):
     """Slot encoder shared over slots, LSTM core, critic, and autoregressive heads.
 
-    Heads: op from the core; slot from core, op and each slot's encoding; all others from core, op
-    and the chosen slot's encoding.
+    Heads: op from the core; slot from core, slot encodings and op; all others from these and the
+    slot.
 
     Args:
         observation_names: Names of the features; those of slots start with "slot_<s>.".
@@ -191,7 +195,7 @@ class Agent(nn.Module):
         super().__init__()
         self.nvec = nvec
         self.hidden_size = hidden_size
-        prefixes = sorted({n.split(".")[0] for n in observation_names if "." in n})
+        prefixes = list(dict.fromkeys(n.split(".")[0] for n in observation_names if "." in n))
         slots = [
             [i for i, n in enumerate(observation_names) if n.startswith(f"{prefix}.")]
             for prefix in prefixes
@@ -347,6 +351,15 @@ class Agent(nn.Module):
         """(..., heads - 2, width)."""
         logits: Tensor = self.rest_head(torch.relu(joint + self.slot_embedding(slot)))
         return logits.view(*logits.shape[:-1], self.num_rest, self.width)
+
+
+def make_agent(envs: EsperVectorEnv, hidden_size: int, seed: int) -> Agent:
+    """Build an agent for an environment; global random state stays as it was."""
+    nvec = tuple(len(head.options) for head in envs.heads)
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would seed CUDA too, which is not forked.
+        torch.default_generator.manual_seed(seed)
+        return Agent(envs.observation_names, nvec, hidden_size)
 
 
 def run_lstm(lstm: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
@@ -776,8 +789,7 @@ def load_agent(directory: Path, envs: EsperVectorEnv, device: str = "cpu") -> Ag
                 f"{_first_difference(known[name], value)}; make the environment with the settings "
                 "in its config.json"
             )
-    nvec = tuple(len(head.options) for head in envs.heads)
-    agent = Agent(envs.observation_names, nvec, known["hidden_size"])
+    agent = make_agent(envs, known["hidden_size"], seed=0)
     agent.load_state_dict(load_file(directory / "agent.safetensors"))
     return agent.to(device)
 
@@ -818,16 +830,14 @@ def prepare_run_directory(args: Args) -> Path:
     """
     name = f"{args.env_id}__ppo_lstm__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     directory = args.run_dir or Path("runs") / name
+    if (directory / "config.json").exists():
+        raise FileExistsError(
+            f"--run-dir {directory} holds a run already; choose another directory"
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if (directory / "config.json").exists():
-            raise FileExistsError(
-                f"--run-dir {directory} holds a run already; choose another directory"
-            )
         text = json.dumps(dataclasses.asdict(args), indent=1, default=str)
         (directory / "config.json").write_text(text)
-    except FileExistsError:
-        raise
     except OSError as error:
         raise OSError(
             f"--run-dir {directory} cannot be written ({error.strerror}); choose another directory"
@@ -847,10 +857,7 @@ def train(args: Args) -> Path:
     console = Console(file=sys.stdout)
     console.print(f"run directory: {directory}", soft_wrap=True)
     device = torch.device(args.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
-        nvec = tuple(len(head.options) for head in envs.heads)
-        agent = Agent(envs.observation_names, nvec, args.hidden_size).to(device)
+    agent = make_agent(envs, args.hidden_size, args.seed).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
     collector = Collector(envs, agent, args)
     head_names = [head.name for head in envs.heads]
@@ -916,7 +923,7 @@ def _report(
 def _evaluate(args: Args, directory: Path, console: Console) -> None:
     """Compare the trained agent with the baselines on the same reset seeds."""
     # Imported here because `evaluate` imports this file to load checkpoints.
-    from esper_agent.evaluate import evaluate_agents, print_table
+    from esper_agent.evaluate import TABLE_WIDTH, evaluate_agents, print_table
 
     agents = [f"ppo:{directory}", "never-grow", "random", "heuristic"]
     result = evaluate_agents(
@@ -924,7 +931,7 @@ def _evaluate(args: Args, directory: Path, console: Console) -> None:
     )
     (directory / "evaluation.json").write_text(json.dumps(result, indent=1))
     console.print()
-    print_table(result, console)
+    print_table(result, Console(file=sys.stdout, width=max(console.width, TABLE_WIDTH)))
     console.print(f"saved: {directory / 'evaluation.json'}", soft_wrap=True)
 
 

@@ -96,8 +96,13 @@ class ActionSpace:
             [[name in RELEVANT_HEADS[op] for name in HEAD_NAMES] for op in ops]
         )
         """(ops, heads) bool."""
-        targets = np.array([ALPHA_TARGETS[i] for i in self.index["alpha_target"]])
-        self._targets = targets
+        self._targets = np.array([ALPHA_TARGETS[i] for i in self.index["alpha_target"]])
+        # By head: all options for the ops that read it, option 0 for the others. (ops, 1, n)
+        self._unconditional = {
+            head.name: self.is_relevant[:, h, None, None] | (np.arange(len(head.options)) == 0)
+            for h, head in enumerate(self.heads)
+            if h >= 2
+        }
 
     def conditional_masks(
         self,
@@ -121,46 +126,39 @@ class ActionSpace:
             action is legal exactly if its op, its slot given the op, and every other option given
             op and slot are True. Rows of an illegal op or (op, slot) are all False.
         """
-        num_envs = len(state.stage)
         slots = self.index["slot"]
-        shape = (num_envs, len(self.index["op"]), len(slots))
-        masks = {
-            head.name: np.zeros((*shape, len(head.options)), dtype=bool) for head in self.heads[2:]
-        }
-        legal: BoolArray = np.zeros(shape, dtype=bool)
+        shape = (len(state.stage), len(self.index["op"]), len(slots))
         germinate: BoolArray = lifecycle.can_germinate(
             state, seed_parameters, host_parameters, config
         )
-        is_new_target = state.alpha_target[:, slots, None] != self._targets
-        has_weight = state.alpha[:, slots] > 0
         gates: dict[Op, BoolArray] = {
+            Op.WAIT: np.zeros(state.stage.shape, dtype=bool),
             Op.GERMINATE: np.any(germinate, axis=2),
             Op.ADVANCE: lifecycle.can_advance(state, measured, config),
             Op.SET_ALPHA: lifecycle.can_set_alpha(state),
             Op.PRUNE: lifecycle.can_prune(state, config),
             Op.FOSSILIZE: lifecycle.can_fossilize(state, measured, config),
         }
-        for o, op in enumerate(self.index["op"]):
-            if op == Op.WAIT:
-                legal[:, o, 0] = True
-            else:
-                legal[:, o] = gates[Op(op)][:, slots]
-            for h, name in enumerate(HEAD_NAMES):
-                if h < 2:
-                    continue
-                mask = masks[name][:, o]
-                if not self.is_relevant[o, h]:
-                    mask[..., 0] = True
-                elif op == Op.GERMINATE and name == "blueprint":
-                    mask[:] = germinate[:, slots][:, :, self.index["blueprint"]]
-                elif op == Op.SET_ALPHA and name == "alpha_target":
-                    mask[:] = is_new_target
-                elif op == Op.PRUNE and name == "alpha_speed":
-                    # A seed without weight has no ramp to run: it goes at once.
-                    mask[:] = has_weight[:, :, None] | (self.index["alpha_speed"] == 0)
-                else:
-                    mask[:] = True
-                legal[:, o] &= mask.any(axis=2)
+        legal: BoolArray = np.stack([gates[Op(op)][:, slots] for op in self.index["op"]], axis=1)
+        legal[:, 0, 0] = True  # WAIT reads no slot, so its slot is option 0.
+        masks = {
+            name: np.broadcast_to(base, (*shape, base.shape[-1])).copy()
+            for name, base in self._unconditional.items()
+        }
+        # What an option needs beyond its op's gate. A seed without weight has no ramp to run.
+        needs = (
+            (Op.GERMINATE, "blueprint", germinate[:, slots][:, :, self.index["blueprint"]]),
+            (Op.SET_ALPHA, "alpha_target", state.alpha_target[:, slots, None] != self._targets),
+            (
+                Op.PRUNE,
+                "alpha_speed",
+                (state.alpha[:, slots, None] > 0) | (self.index["alpha_speed"] == 0),
+            ),
+        )
+        for op, name, is_met in needs:
+            for o in np.nonzero(self.index["op"] == op)[0]:
+                masks[name][:, o] = is_met
+                legal[:, o] &= is_met.any(axis=2)
         for mask in masks.values():
             mask &= legal[..., None]
         is_op_legal: BoolArray = np.any(legal, axis=2)

@@ -44,6 +44,9 @@ def plan_coalitions(members: IntArray, state: LifecycleState, *, leave_one_out: 
     m, num_slots = len(members), state.stage.shape[1]
     alpha = state.alpha[members]
     is_fossil = state.stage[members] == Stage.FOSSILIZED
+    if not ((alpha > 0) & ~is_fossil).any():
+        own = np.arange(m)
+        return Coalitions(members, alpha, own, own, np.full((m, num_slots), -1))
     wanted = [alpha, np.where(is_fossil, alpha, 0.0)]
     is_tested = (alpha > 0) & ~is_fossil & leave_one_out
     wanted += [np.where(np.arange(num_slots) == s, 0.0, alpha) for s in range(num_slots)]
@@ -78,6 +81,8 @@ def record_contributions(
     """
     live = accuracy[coalitions.live]
     is_new: BoolArray = coalitions.without >= 0
+    if not is_new.any() and not measured.has_contribution.any():
+        return
     without = np.where(is_new, accuracy[coalitions.without], 0.0)
     contribution = np.where(is_new, live[:, None] - without, 0.0)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -89,7 +90,7 @@ class EnvConfig:
     task: str = "digits"
     """Which data and host to train; a name of `esper_env.tasks.TASKS`."""
     episode_steps: int = 60
-    """Length of an episode [env steps]. Gymnasium's `max_episode_steps` can only shorten it."""
+    """Length of an episode [env steps]."""
     batches_per_step: int = 4
     """Training batches per env step and member."""
     batch_size: int = 32
@@ -157,6 +158,9 @@ class EnvConfig:
 
     def __post_init__(self) -> None:
         """Check every field and the relations between them."""
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            _require(self, f.name, not isinstance(value, float) or math.isfinite(value), "finite")
         for name in ("episode_steps", "batches_per_step", "batch_size", "embargo_steps"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("min_training_steps", "min_prune_age"):

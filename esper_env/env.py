@@ -36,8 +36,9 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
 
     ## Episode end
     After `episode_steps` steps, as `truncated` (or `terminated` with `horizon="terminal"`).
-    Gymnasium's own `max_episode_steps` can only cut an episode short from outside, in which case
-    its last step is not settled; use `episode_steps` to change the length.
+    `gym.make` puts a `TimeLimit` of `max_episode_steps` around the environment, which can only cut
+    an episode short from outside, without its settlement. Change the length with `episode_steps`;
+    to lengthen it, give both: `gym.make(id, episode_steps=90, max_episode_steps=90)`.
 
     ## Arguments
     Every field of `EnvConfig`, and `device`.

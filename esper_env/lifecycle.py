@@ -278,8 +278,8 @@ def apply(
     Args:
         state: The slots, changed in place.
         measured: What the last step measured; forgotten for slots that get or lose a seed.
-        request: One decoded action per member, already checked against the masks. (An op that its
-            gate refuses is a defect of the caller and fails an assertion.)
+        request: One decoded action per member, already checked against the masks; anything else
+            is a defect of the caller.
         config: Timing rules.
     """
     rows = np.arange(len(request.op))
@@ -342,7 +342,9 @@ def tick(
         active: Members that take part in the step. (num_envs,) bool.
         config: Timing rules.
     """
-    here = active[:, None]
+    here = active[:, None] & (state.stage != Stage.DORMANT)
+    if not here.any():
+        return
     # A slot embargoed by this step's own action has stage_steps 0 and does not count down yet.
     is_cooling = here & (state.stage == Stage.EMBARGOED) & (state.stage_steps > 0)
     state.cooldown[is_cooling] -= 1
@@ -392,11 +394,16 @@ def gradient_health(
         tensor at all.
     """
     exists = ~np.isnan(tensor_norms)
+    if not exists.any():
+        nothing = np.zeros(tensor_norms.shape[:2])
+        return nothing, nothing, nothing
     count = np.maximum(exists.sum(axis=2), 1)
     with np.errstate(divide="ignore"):
         decades = np.log10(np.where(exists, tensor_norms / config.clip_norm, 1.0))
+    vanishing = np.zeros_like(decades)
+    if config.vanishing_gradient_norm > 0:
         floor = np.log10(config.vanishing_gradient_norm)
-    vanishing = np.where(exists, np.clip((floor - decades) / 2, 0, 1), 0)
+        vanishing = np.where(exists, np.clip((floor - decades) / 2, 0, 1), 0)
     exploding = np.clip((decades - np.log10(config.exploding_gradient_norm)) / 2, 0, 1)
     exploding = np.where(exists, exploding, 0).max(axis=2, initial=0)
     mean_vanishing = vanishing.sum(axis=2) / count

@@ -51,7 +51,8 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         device: Where all tensors live, e.g. "cpu" or "cuda".
         autoreset_mode: Gymnasium's `AutoresetMode` or its value; NEXT_STEP by default.
         render_mode: Only None.
-        max_episode_steps: Upper limit of `episode_steps`, as passed by `gym.make_vec`.
+        max_episode_steps: Gymnasium's name for `episode_steps`, passed by `gym.make_vec`; if both
+            are given, an upper limit.
         **config: Fields of `EnvConfig`.
 
     Raises:
@@ -74,8 +75,13 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         if render_mode is not None:
             raise ValueError(f"render_mode: expected None, got {render_mode!r}")
         if max_episode_steps is not None:
-            own = config.get("episode_steps", EnvConfig.episode_steps)
-            config["episode_steps"] = min(own, max_episode_steps)
+            own = config.setdefault("episode_steps", max_episode_steps)
+            if own > max_episode_steps:
+                raise ValueError(
+                    f"episode_steps: expected at most max_episode_steps={max_episode_steps}, got "
+                    f"{own}; gym.make_vec passes the limit of the id unless you name another: "
+                    f"max_episode_steps={own}"
+                )
         self.config = EnvConfig.from_keywords(config)
         if self.config.task not in TASKS:
             raise ValueError(f"task: expected one of {sorted(TASKS)}, got {self.config.task!r}")
@@ -109,6 +115,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self._splits: Splits | None = None
         self._is_done: BoolArray = np.zeros(self.num_envs, dtype=bool)
         self._episode_key: streams.KeyArray = np.zeros(self.num_envs, dtype=np.uint64)
+        self._standing: Standing
 
     # ------------------------------------------------------------------ Gymnasium
 
@@ -243,7 +250,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
     ) -> tuple[FloatArray, BoolArray, BoolArray, dict[str, FloatArray]]:
         """Act, tick, train and evaluate the active members."""
         config, state, progress = self.config, self._state, self._progress
-        before = self._standing()
+        before = self._standing
         acts = active & is_legal
         request = self._actions.decode(np.where(acts[:, None], actions, 0))
         lifecycle.apply(state, self._measured, request, config)
@@ -254,6 +261,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             key = streams.make_key(self._episode_key[new], _STREAM_SEED, progress.steps[new])
             self._pop.germinate(new, request.slot[new], request.blueprint[new], key)
         lifecycle.tick(state, self._measured, active, config)
+        self._seeds = self._view_seeds()
 
         members = np.nonzero(active)[0]
         if len(members):
@@ -268,7 +276,8 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self._has_test = is_last
         if is_last.any():
             self._test(np.nonzero(is_last)[0])
-        transition = Transition(before, self._standing(), is_last, terminated)
+        self._take_stock()
+        transition = Transition(before, self._standing, is_last, terminated)
         reward, terms = compute_reward(transition, self._weights, config)
         for array in (reward, *terms.values()):
             array[~active] = 0.0
@@ -287,7 +296,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             decay -= progress.steps[members] / config.episode_steps
         report = self._pop.train(
             members,
-            self._seeds(),
+            self._seeds,
             train,
             indices,
             config.host_learning_rate * decay,
@@ -330,10 +339,10 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self, members: IntArray, images: Any, leave_one_out: bool
     ) -> tuple[Coalitions, Evaluation]:
         coalitions = plan_coalitions(members, self._state, leave_one_out=leave_one_out)
-        result = self._pop.evaluate(coalitions.member, coalitions.alpha, self._seeds(), images)
+        result = self._pop.evaluate(coalitions.member, coalitions.alpha, self._seeds, images)
         return coalitions, result
 
-    def _seeds(self) -> Seeds:
+    def _view_seeds(self) -> Seeds:
         """Translate stages into what the population needs."""
         state = self._state
         stage = state.stage
@@ -348,22 +357,21 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             is_frozen=state.mode == DOWN,
         )
 
-    def _standing(self) -> Standing:
-        """Return scores and potential of the present state."""
+    def _take_stock(self) -> None:
+        """Work out sizes, scores and potential of the present state, which several parts read."""
         host = self._task.host.num_parameters
         rent = self.config.rent_weight
-        live, committed = self._grown()
-        return Standing(
+        state = self._state
+        self._seed_sizes = self._seed_numbers(self._pop.seed_parameters, self._pop.gate_parameters)
+        self._committed_size = np.where(state.stage == Stage.FOSSILIZED, self._seed_sizes, 0).sum(1)
+        live = self._seed_sizes.sum(axis=1)
+        self._standing = Standing(
             score=score(self._progress.accuracy, live, host, rent),
-            committed_score=score(self._progress.committed_accuracy, committed, host, rent),
-            potential=potential(self._state.stage, self._state.stage_steps),
+            committed_score=score(
+                self._progress.committed_accuracy, self._committed_size, host, rent
+            ),
+            potential=potential(state.stage, state.stage_steps),
         )
-
-    def _grown(self) -> tuple[FloatArray, FloatArray]:
-        """Return the parameters of all seeds and of the fossilized ones. (num_envs,) each."""
-        each = self._seed_numbers(self._pop.seed_parameters, self._pop.gate_parameters)
-        is_fossil = self._state.stage == Stage.FOSSILIZED
-        return each.sum(axis=1).astype(float), (each * is_fossil).sum(axis=1).astype(float)
 
     def _seed_numbers(self, table: IntArray, gate: IntArray | None = None) -> IntArray:
         """Look up a number of each live seed, 0 where there is none. (num_envs, num_slots)."""
@@ -452,12 +460,14 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self._has_test = np.zeros(self.num_envs, dtype=bool)
         key = streams.make_key(self._episode_key[members], _STREAM_HOST)
         self._pop.reset(members, key)
+        self._seeds = self._view_seeds()
         _, result = self._run_coalitions(members, self._data.validation, False)
         progress = self._progress
         progress.accuracy[members] = result.accuracy
         progress.committed_accuracy[members] = result.accuracy
         progress.best_accuracy[members] = result.accuracy
         progress.loss[members] = result.loss
+        self._take_stock()
 
     # ------------------------------------------------------------------ what is shown
 
@@ -472,16 +482,14 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self._marginal = self._actions.marginal_mask(self._conditional)
 
     def _observe(self) -> npt.NDArray[np.float32]:
-        each = self._seed_numbers(self._pop.seed_parameters, self._pop.gate_parameters)
-        _, committed = self._grown()
         return self._observations.build(
-            self._progress, self._state, self._measured, each, committed.astype(np.int64)
+            self._progress, self._state, self._measured, self._seed_sizes, self._committed_size
         )
 
     def _info(self, terms: dict[str, FloatArray] | None = None) -> dict[str, Any]:
         """Build info: copies, NumPy only, with Gymnasium's `_key` masks."""
         state, measured, progress = self._state, self._measured, self._progress
-        standing = self._standing()
+        standing = self._standing
         if terms is None:
             terms = {name: np.zeros(self.num_envs) for name in self._weights}
         everyone = np.ones(self.num_envs, dtype=bool)
@@ -499,7 +507,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             "stage": state.stage,
             "alpha": state.alpha,
             "blueprint": state.blueprint,
-            "parameters": self._grown()[0].astype(np.int64),
+            "parameters": self._seed_sizes.sum(axis=1),
             "host_parameters": np.full(self.num_envs, self._task.host.num_parameters),
             "flops": progress.flops,
             "samples": progress.samples.astype(np.int64),

@@ -99,7 +99,8 @@ def test_advantages_of_one_member_do_not_depend_on_another() -> None:
     terminations = torch.from_numpy(rng.random((9, 3)) < 0.2)
     truncations = torch.from_numpy(rng.random((9, 3)) < 0.2)
     together = compute_gae(rewards, values, next_values, terminations, truncations, 0.9, 0.8)
-    assert terminations.any() and truncations.any()
+    assert terminations.any()
+    assert truncations.any()
     for i in range(3):
         one = slice(i, i + 1)
         alone = compute_gae(
@@ -346,12 +347,16 @@ def test_a_head_with_one_legal_option_has_no_probability_entropy_or_gradient() -
     )
     log_probs, entropies, choices = agent.evaluate_actions(core, slots, actions, masks)
     assert choices.tolist() == [[True, False, False, False]] * 4
-    assert (log_probs[:, 1:] == 0).all() and (entropies[:, 1:] == 0).all()
-    assert (log_probs[:, 0] < 0).all() and (entropies[:, 0] > 0).all()
+    assert (log_probs[:, 1:] == 0).all()
+    assert (entropies[:, 1:] == 0).all()
+    assert (log_probs[:, 0] < 0).all()
+    assert (entropies[:, 0] > 0).all()
     (log_probs.sum() + entropies.sum()).backward()
     for head in (agent.slot_head, agent.rest_head, agent.slots_to_joint, agent.core_to_joint):
-        assert head.weight.grad is not None and (head.weight.grad == 0).all()
-    assert agent.op_head.weight.grad is not None and (agent.op_head.weight.grad != 0).any()
+        assert head.weight.grad is not None
+        assert (head.weight.grad == 0).all()
+    assert agent.op_head.weight.grad is not None
+    assert (agent.op_head.weight.grad != 0).any()
 
 
 def test_entropy_is_that_of_the_legal_options_alone() -> None:
@@ -603,7 +608,8 @@ def test_nothing_before_an_episode_starts_reaches_it() -> None:
         before, after = run_lstm(lstm, x, state, starts), run_lstm(lstm, changed, state, starts)
     assert torch.equal(before[3:, 0], after[3:, 0])
     assert torch.equal(before[5:, 1], after[5:, 1])
-    assert (before[2, 0] != after[2, 0]).any() and (before[4, 1] != after[4, 1]).any()
+    assert (before[2, 0] != after[2, 0]).any()
+    assert (before[4, 1] != after[4, 1]).any()
 
 
 def test_one_step_of_the_core_equals_a_sequence_of_one_with_and_without_a_reset() -> None:

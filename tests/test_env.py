@@ -140,8 +140,7 @@ def rollout(envs: EsperVectorEnv, steps: int, seed: int = 0) -> list[Any]:
     rng = np.random.default_rng(seed)
     observation, info = envs.reset(seed=seed)
     record: list[Any] = [(observation, info)]
-    for _ in range(steps):
-        record.append(envs.step(envs.sample_valid_actions(rng)))
+    record.extend(envs.step(envs.sample_valid_actions(rng)) for _ in range(steps))
     return record
 
 
@@ -183,12 +182,12 @@ def test_member_i_of_a_batch_is_the_single_environment_with_seed_plus_i() -> Non
     envs = make(4, autoreset_mode="SameStep")
     envs.reset(seed=5)
     single = make_single()
-    observation, _ = single.reset(seed=5 + 2)
+    single.reset(seed=5 + 2)
     rng = np.random.default_rng(0)
     for _ in range(SMALL["episode_steps"]):
         actions = envs.sample_valid_actions(rng)
         _, _, _, truncated, infos = envs.step(actions)
-        observation, _, _, _, info = single.step(actions[2])
+        *_, info = single.step(actions[2])
         source = infos["final_info"] if truncated.any() else infos
         assert info["action_valid"]
         for key in ("stage", "blueprint", "alpha", "op", "parameters", "action_mask"):
@@ -414,7 +413,7 @@ def test_an_illegal_action_becomes_wait_or_raises() -> None:
     env = make_single(illegal_actions="raise")
     env.reset(seed=0)
     before = env._env._progress.steps.copy()
-    with pytest.raises(ValueError, match="FOSSILIZE.*conditional_masks"):
+    with pytest.raises(ValueError, match=r"FOSSILIZE.*conditional_masks"):
         env.step(action(Op.FOSSILIZE))
     np.testing.assert_array_equal(env._env._progress.steps, before)
 

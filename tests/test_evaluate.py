@@ -198,7 +198,8 @@ def test_the_test_score_is_the_committed_score_with_test_images() -> None:
     result = {name: np.array(v) for name, v in run_episodes(policy, envs, 2, seed=0).items()}
     envs.close()
     rent = result["committed_accuracy"] - result["committed_score"]
-    assert (rent > 0).all() and (result["parameters"] > 0).all()
+    assert (rent > 0).all()
+    assert (result["parameters"] > 0).all()
     assert result["committed_test_accuracy"] - result["test_score"] == pytest.approx(rent, abs=1e-9)
 
 
@@ -248,8 +249,9 @@ def test_the_same_call_gives_the_same_result() -> None:
 def test_an_unknown_agent_raises_with_the_known_names(name: str) -> None:
     """And does so before any episode is run."""
     expected = r"agents: expected \['heuristic', 'never-grow', 'random'\] or ppo:RUN_DIR, got "
+    envs = make_envs(ENV_ID, 1, "cpu", LIFE)
     with pytest.raises(ValueError, match=expected + repr(name)):
-        make_policy(name)
+        make_policy(name, envs)
 
 
 def test_no_episodes_raise() -> None:
@@ -328,12 +330,14 @@ def test_the_heuristic_prunes_what_does_not_contribute_after_its_trial() -> None
         ),
         LIFE,
     )
-    assert Op.PRUNE in ops_of(steps) and Op.FOSSILIZE not in ops_of(steps)
+    assert Op.PRUNE in ops_of(steps)
+    assert Op.FOSSILIZE not in ops_of(steps)
     for member in range(2):
         held = [int(info["stage"][member, 0] == Stage.HOLDING) for info in steps]
         first = held.index(1)
         prune = next(t for t, info in enumerate(steps) if info["op"][member] == Op.PRUNE)
-        assert held[first:prune] == [1, 1] and steps[prune]["stage"][member, 0] == Stage.EMBARGOED
+        assert held[first:prune] == [1, 1]
+        assert steps[prune]["stage"][member, 0] == Stage.EMBARGOED
 
 
 def test_the_heuristic_waits_while_the_accuracy_rises_or_too_little_time_is_left() -> None:
@@ -349,7 +353,8 @@ def test_the_heuristic_germinates_after_exactly_its_patience() -> None:
     """
     steps = play(PlateauHeuristic(patience=4, margin=1.0, steps_to_live=1), LIFE)
     ops = np.stack([info["op"] for info in steps])
-    assert (ops[:3] == Op.WAIT).all() and (ops[3] == Op.GERMINATE).all()
+    assert (ops[:3] == Op.WAIT).all()
+    assert (ops[3] == Op.GERMINATE).all()
 
 
 def test_the_heuristic_forgets_the_past_when_it_begins_again() -> None:
@@ -382,11 +387,11 @@ def test_the_heuristic_works_with_restricted_heads(heads: dict[str, Any], ops: s
 
 
 def test_the_heuristic_names_the_blueprints_it_could_take() -> None:
-    """When its own is not among the options."""
+    """When the one it was given is not among the options."""
     config = dataclasses.replace(LIFE, heads={"blueprint": ["norm", "conv_heavy"]})
     message = r"blueprint: expected one of \('norm', 'conv_heavy'\), got 'conv_light'"
     with pytest.raises(ValueError, match=message):
-        play(PlateauHeuristic(), config)
+        play(PlateauHeuristic(blueprint="conv_light"), config)
     steps = play(
         PlateauHeuristic(blueprint="conv_heavy", patience=1, margin=1.0, steps_to_live=1), config
     )
@@ -434,7 +439,8 @@ def test_the_table_tells_two_checkpoints_apart() -> None:
     console = Console(file=io.StringIO(), width=200)
     print_table(result, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "one" in text and "two" in text
+    assert "one" in text
+    assert "two" in text
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
@@ -445,7 +451,8 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     command += ["--env.batches-per-step", "1", "--env.batch-size", "8", "--env.episode-steps", "6"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "never-grow" in done.stdout and "…" not in done.stdout
+    assert "never-grow" in done.stdout
+    assert "…" not in done.stdout
     result = json.loads(out.read_text())
     assert list(result["agents"]) == ["random", "never-grow"]
     assert result["env"]["episode_steps"] == 6

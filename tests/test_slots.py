@@ -56,7 +56,7 @@ def test_mix_has_the_gradient_of_its_formula_when_beta_is_alpha() -> None:
 
 
 def test_a_training_seed_is_invisible_forward_and_fully_visible_backward() -> None:
-    """h + r - sg(r): alpha 0, beta 1."""
+    """The mix h + r - sg(r): alpha 0, beta 1."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
         features, branch = tensor(B, H, W, M, C), tensor(B, H, W, 1, C)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from esper_env.config import BoolArray, EnvConfig, FloatArray
+from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Transition:
 
 
 def score(
-    accuracy: FloatArray, parameters: FloatArray, host_parameters: int, rent_weight: float
+    accuracy: FloatArray, parameters: IntArray, host_parameters: int, rent_weight: float
 ) -> FloatArray:
     """Return accuracy - rent_weight * log2(1 + parameters / host_parameters).
 
