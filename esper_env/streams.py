@@ -15,6 +15,7 @@ KeyArray = npt.NDArray[np.uint64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+_SHIFT_27, _SHIFT_30, _SHIFT_31 = np.uint64(27), np.uint64(30), np.uint64(31)
 
 
 def make_key(key: npt.ArrayLike, *words: npt.ArrayLike) -> KeyArray:
@@ -25,12 +26,11 @@ def make_key(key: npt.ArrayLike, *words: npt.ArrayLike) -> KeyArray:
         words: What the sub-stream is for: numbers or arrays of numbers that broadcast to (n,).
 
     Returns:
-        One key per parent and word. (n,) uint64.
+        One key per parent and word. (n,) uint64; n is 1 if all are scalars.
     """
-    result = _mix(np.asarray(key, dtype=np.uint64))
-    with np.errstate(over="ignore"):
-        for word in words:
-            result = _mix(result + _mix(np.asarray(word, dtype=np.uint64) + _GOLDEN))
+    result = _mix(_as_keys(key))
+    for word in words:
+        result = _mix(result + _mix(_as_keys(word) + _GOLDEN))
     return result
 
 
@@ -45,15 +45,17 @@ def uniform(key: KeyArray, count: int) -> npt.NDArray[np.float64]:
         (n, count) float64, in steps of 2**-53.
     """
     counter = np.arange(1, count + 1, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        bits = _mix(key[:, None] + counter * _GOLDEN)
+    bits = _mix(key[:, None] + counter * _GOLDEN)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mix(z: KeyArray) -> KeyArray:
     """Finaliser of SplitMix64. Source: Steele, Lea, Flood (2014), figure 16, variant 13."""
-    with np.errstate(over="ignore"):
-        z = (z ^ (z >> np.uint64(30))) * _MIX_1
-        z = (z ^ (z >> np.uint64(27))) * _MIX_2
-        mixed: KeyArray = z ^ (z >> np.uint64(31))
-    return mixed
+    z = (z ^ (z >> _SHIFT_30)) * _MIX_1
+    z = (z ^ (z >> _SHIFT_27)) * _MIX_2
+    return z ^ (z >> _SHIFT_31)
+
+
+def _as_keys(values: npt.ArrayLike) -> KeyArray:
+    """Return at least one-dimensional uint64: arrays wrap around in silence, scalars warn."""
+    return np.atleast_1d(np.asarray(values, dtype=np.uint64))

@@ -98,6 +98,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         names = [blueprint.name for blueprint in self._blueprints]
         host = self._task.host
         self._weights = resolve_weights(self.config)
+        self._isolates = np.array([stage.name in self.config.isolated_stages for stage in Stage])
         self._actions = ActionSpace(host.num_slots, names, self.config.heads)
         self._observations = ObservationBuilder(
             host.num_slots, names, host.num_parameters, host.num_classes, self.config
@@ -261,7 +262,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             key = streams.make_key(self._episode_key[new], _STREAM_SEED, progress.steps[new])
             self._pop.germinate(new, request.slot[new], request.blueprint[new], key)
         lifecycle.tick(state, self._measured, active, config)
-        self._seeds = self._view_seeds()
+        self._take_inventory()
 
         members = np.nonzero(active)[0]
         if len(members):
@@ -302,21 +303,23 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             config.host_learning_rate * decay,
             config.seed_learning_rate * decay,
         )
-        norms = report.seed_gradient_norms
+        progress.train_loss[members] = report.loss
+        progress.samples[members] += size
+        macs = self._task.host.multiply_adds + self._seed_macs.sum(axis=1)
+        progress.flops[members] += 6.0 * macs[members] * size
+        if self._state.is_live.any():
+            self._judge_gradients(members, report.seed_gradient_norms)
+
+    def _judge_gradients(self, members: IntArray, norms: FloatArray) -> None:
+        """Write what training measured of the seeds of members; norms are (m, slots, tensors)."""
         measured = self._measured
-        vanishing, exploding, health = lifecycle.gradient_health(norms, config)
+        vanishing, exploding, health = lifecycle.gradient_health(norms, self.config)
         measured.has_gradient[members] = ~np.isnan(norms).all(axis=2)
         finite = np.nan_to_num(norms, nan=0.0, posinf=1e9)
         measured.gradient_norm[members] = np.sqrt((finite**2).sum(axis=2))
         measured.vanishing[members] = vanishing
         measured.exploding[members] = exploding
         measured.health[members] = health
-        progress.train_loss[members] = report.loss
-        progress.samples[members] += size
-        macs = self._task.host.multiply_adds + self._seed_numbers(self._pop.seed_multiply_adds).sum(
-            axis=1
-        )
-        progress.flops[members] += 6.0 * macs[members] * size
 
     def _evaluate(self, members: IntArray) -> None:
         """Evaluate the coalitions of members on the validation split."""
@@ -342,45 +345,36 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         result = self._pop.evaluate(coalitions.member, coalitions.alpha, self._seeds, images)
         return coalitions, result
 
-    def _view_seeds(self) -> Seeds:
-        """Translate stages into what the population needs."""
+    def _take_inventory(self) -> None:
+        """Work out what the slots hold, once per change of the lifecycle state."""
         state = self._state
-        stage = state.stage
-        isolated = [Stage[name] for name in self.config.isolated_stages]
+        stage, population = state.stage, self._pop
         is_mixed = (stage >= Stage.BLENDING) & (stage <= Stage.FOSSILIZED)
-        return Seeds(
+        alpha = np.where(is_mixed, state.alpha, 0.0)
+        self._seeds = Seeds(
             blueprint=state.blueprint,
             blend=_STYLE_BLEND[state.style],
-            alpha=np.where(is_mixed, state.alpha, 0.0),
-            beta=np.where(stage == Stage.TRAINING, 1.0, np.where(is_mixed, state.alpha, 0.0)),
-            is_isolated=np.isin(stage, isolated),
+            alpha=alpha,
+            beta=np.where(stage == Stage.TRAINING, 1.0, alpha),
+            is_isolated=self._isolates[stage],
             is_frozen=state.mode == DOWN,
         )
+        slots, index = np.arange(stage.shape[1]), np.maximum(state.blueprint, 0)
+        gate = population.gate_parameters * (self._seeds.blend == Blend.GATE)
+        sizes = population.seed_parameters[slots, index] + gate
+        self._seed_sizes = np.where(state.is_live, sizes, 0)
+        self._seed_macs = np.where(state.is_live, population.seed_multiply_adds[slots, index], 0)
+        self._committed_size = np.where(stage == Stage.FOSSILIZED, self._seed_sizes, 0).sum(axis=1)
 
     def _take_stock(self) -> None:
-        """Work out sizes, scores and potential of the present state, which several parts read."""
-        host = self._task.host.num_parameters
-        rent = self.config.rent_weight
-        state = self._state
-        self._seed_sizes = self._seed_numbers(self._pop.seed_parameters, self._pop.gate_parameters)
-        self._committed_size = np.where(state.stage == Stage.FOSSILIZED, self._seed_sizes, 0).sum(1)
-        live = self._seed_sizes.sum(axis=1)
+        """Work out scores and potential of the present state."""
+        host, rent = self._task.host.num_parameters, self.config.rent_weight
+        progress, state = self._progress, self._state
         self._standing = Standing(
-            score=score(self._progress.accuracy, live, host, rent),
-            committed_score=score(
-                self._progress.committed_accuracy, self._committed_size, host, rent
-            ),
+            score=score(progress.accuracy, self._seed_sizes.sum(axis=1), host, rent),
+            committed_score=score(progress.committed_accuracy, self._committed_size, host, rent),
             potential=potential(state.stage, state.stage_steps),
         )
-
-    def _seed_numbers(self, table: IntArray, gate: IntArray | None = None) -> IntArray:
-        """Look up a number of each live seed, 0 where there is none. (num_envs, num_slots)."""
-        state = self._state
-        slots = np.arange(table.shape[0])
-        each = table[slots, np.maximum(state.blueprint, 0)]
-        if gate is not None:
-            each = each + gate * (_STYLE_BLEND[state.style] == Blend.GATE)
-        return np.where(state.is_live, each, 0)
 
     # ------------------------------------------------------------------ episodes
 
@@ -442,7 +436,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
                 continue
             if value is None:
                 value = int(self.np_random.integers(2**62))
-            self._member_key[i] = streams.make_key(value % 2**64)
+            self._member_key[i] = streams.make_key(value % 2**64)[0]
             self._episode[i] = 0
 
     def _begin_episodes(self, members: IntArray) -> None:
@@ -460,7 +454,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self._has_test = np.zeros(self.num_envs, dtype=bool)
         key = streams.make_key(self._episode_key[members], _STREAM_HOST)
         self._pop.reset(members, key)
-        self._seeds = self._view_seeds()
+        self._take_inventory()
         _, result = self._run_coalitions(members, self._data.validation, False)
         progress = self._progress
         progress.accuracy[members] = result.accuracy
