@@ -28,8 +28,8 @@ from esper_env.population.tree import Tree
 CHUNK_BYTES = 4 * 2**20
 """Activations of one block that a chunk may have, by default: about what stays in cache."""
 EVALUATION_BYTES = 2**20
-"""Likewise for one slice of an evaluation. Larger slices make glibc return and fetch pages each step:
-8 MiB took twice as long (16 members, 350 digits)."""
+"""Likewise for one slice of an evaluation. Larger slices make glibc return and fetch memory pages
+in every step: 8 MiB took twice as long (16 members, 350 digits)."""
 
 
 @dataclass(frozen=True)
