@@ -92,9 +92,8 @@ class PlainLoop:
 
     def __init__(self, envs: EsperVectorEnv, seed: int) -> None:
         self.envs, self.config = envs, envs.config
-        population, seeds, splits = envs._population, envs._seeds, envs._splits
-        assert population is not None
-        assert splits is not None
+        sim = envs._sim
+        population, seeds, splits = sim.population, sim.seeds, sim.splits
         self.train_set, self.validation = splits.train, splits.validation
         self.rng = np.random.default_rng(seed)
         self.networks, self.optimizers = [], []
@@ -104,7 +103,7 @@ class PlainLoop:
             for slot in np.nonzero(seeds.blueprint[i] >= 0)[0].tolist():
                 kind = int(seeds.blueprint[i, slot]), int(seeds.blend[i, slot])
                 seed_module = network.add_seed(population, i, slot, *kind)
-                seed_module.is_training_stage = envs._state.stage[i, slot] == Stage.TRAINING
+                seed_module.is_training_stage = sim.state.stage[i, slot] == Stage.TRAINING
                 seed_module.is_isolated = bool(seeds.is_isolated[i, slot])
                 seed_module.alpha = float(seeds.alpha[i, slot])
             self.networks.append(network.to(memory_format=torch.channels_last))
@@ -112,7 +111,7 @@ class PlainLoop:
             self.optimizers.append(network.optimizer(*rates, self.config.host_weight_decay))
         everyone = np.arange(envs.num_envs)
         leave_one_out = self.config.attribution == "leave_one_out"
-        plan = plan_coalitions(everyone, envs._state, leave_one_out=leave_one_out)
+        plan = plan_coalitions(everyone, sim.state, leave_one_out=leave_one_out)
         self.coalitions = [plan.alpha[plan.member == i] for i in everyone]
 
     def step(self) -> None:
@@ -175,7 +174,7 @@ def measure(args: Args, num_envs: int, mode: str) -> dict[str, Any]:
 
 def _share_outside(envs: EsperVectorEnv, env_step: Callable[[], None]) -> float:
     """Return the share of `step` spent outside the population's train and evaluate."""
-    population: Any = envs._population
+    population: Any = envs._sim.population
     inside = 0.0
     for name in ("train", "evaluate"):
         method = getattr(population, name)

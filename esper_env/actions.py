@@ -176,6 +176,43 @@ class ActionSpace:
         parts += [conditional[head.name].any(axis=(1, 2)) for head in self.heads[2:]]
         return np.concatenate(parts, axis=1)
 
+    def check(self, actions: Any, num_envs: int) -> IntArray:
+        """Return actions as int64 after checking type, shape and range.
+
+        Raises:
+            TypeError: If they are not integers.
+            ValueError: If shape or range are wrong.
+        """
+        array = np.asarray(actions)
+        shape = (num_envs, len(HEAD_NAMES))
+        if not np.issubdtype(array.dtype, np.integer):
+            raise TypeError(
+                f"actions: expected integers of shape {shape}, got dtype {array.dtype}; "
+                "pass option indices, for example from sample_valid_actions"
+            )
+        if array.shape != shape:
+            raise ValueError(
+                f"actions: expected shape {shape} (num_envs, heads), got {array.shape}; "
+                f"the heads are {', '.join(HEAD_NAMES)}"
+            )
+        outside = (array < 0) | (array >= self.nvec)
+        if outside.any():
+            member, head = (int(x) for x in np.argwhere(outside)[0])
+            raise ValueError(
+                f"actions[{member}]: head {HEAD_NAMES[head]!r} expected 0 to "
+                f"{self.nvec[head] - 1}, got {array[member, head]}"
+            )
+        return array.astype(np.int64)
+
+    def refuse(self, actions: IntArray, where: BoolArray) -> None:
+        """Raise ValueError about the first of the illegal actions in `where` (num_envs,)."""
+        member = int(np.nonzero(where)[0][0])
+        chosen = {head.name: head.options[actions[member, h]] for h, head in enumerate(self.heads)}
+        raise ValueError(
+            f"actions[{member}] is illegal in the present state: {chosen}. Choose by "
+            "conditional_masks() or sample_valid_actions(rng), or set illegal_actions='wait'"
+        )
+
     def is_legal(self, conditional: dict[str, BoolArray], actions: IntArray) -> BoolArray:
         """Check joint actions (num_envs, 8) against the masks. (num_envs,) bool."""
         rows = np.arange(len(actions))
@@ -215,11 +252,6 @@ class ActionSpace:
             speed=np.array(ALPHA_SPEEDS)[value["alpha_speed"]],
             curve=value["alpha_curve"],
         )
-
-
-def wait_actions(num_envs: int) -> npt.NDArray[np.int64]:
-    """Return WAIT for every member (with unrestricted ops, option 0 of every head)."""
-    return np.zeros((num_envs, len(HEAD_NAMES)), dtype=np.int64)
 
 
 def _restrict(name: str, canonical: tuple[Any, ...], wanted: Any) -> tuple[Any, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import gymnasium as gym
@@ -12,32 +11,13 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from esper_env import lifecycle, streams
-from esper_env.actions import HEAD_NAMES, ActionHead, ActionSpace
-from esper_env.attribution import Coalitions, plan_coalitions, record_contributions
-from esper_env.config import (
-    STYLES,
-    Blend,
-    BoolArray,
-    EnvConfig,
-    FloatArray,
-    IntArray,
-    Op,
-    Stage,
-)
-from esper_env.lifecycle import DOWN, LifecycleState, Measurements
-from esper_env.observation import ObservationBuilder, Progress
+from esper_env.actions import ActionHead, ActionSpace
+from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray
+from esper_env.observation import ObservationBuilder
 from esper_env.population.blueprints import CNN_BLUEPRINTS
-from esper_env.population.optimizer import SGDSettings
-from esper_env.population.population import Evaluation, Population
-from esper_env.population.slots import Seeds
-from esper_env.rewards.potential import potential
 from esper_env.rewards.presets import compute_reward, resolve_weights
-from esper_env.rewards.terms import Standing, Transition, score
-from esper_env.tasks import TASKS, Splits
-
-_STREAM_HOST, _STREAM_DATA, _STREAM_SEED = 0, 1, 2
-_STYLE_BLEND = np.array([style.blend for style in STYLES])
+from esper_env.simulation import Simulation
+from esper_env.tasks import TASKS
 
 
 class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[Any]]):
@@ -93,12 +73,9 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self.gamma = self.config.gamma
         """Discount factor of the shaping reward; an agent must use the same."""
 
-        self._task = TASKS[self.config.task]
-        self._blueprints = CNN_BLUEPRINTS
-        names = [blueprint.name for blueprint in self._blueprints]
-        host = self._task.host
+        names = [blueprint.name for blueprint in CNN_BLUEPRINTS]
+        host = TASKS[self.config.task].host
         self._weights = resolve_weights(self.config)
-        self._isolates = np.array([stage.name in self.config.isolated_stages for stage in Stage])
         self._actions = ActionSpace(host.num_slots, names, self.config.heads)
         self._observations = ObservationBuilder(
             host.num_slots, names, host.num_parameters, host.num_classes, self.config
@@ -112,11 +89,8 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self.single_action_space = gym.spaces.MultiDiscrete(self._actions.nvec)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self._population: Population | None = None
-        self._splits: Splits | None = None
+        self._simulation: Simulation | None = None
         self._is_done: BoolArray = np.zeros(self.num_envs, dtype=bool)
-        self._episode_key: streams.KeyArray = np.zeros(self.num_envs, dtype=np.uint64)
-        self._standing: Standing
 
     # ------------------------------------------------------------------ Gymnasium
 
@@ -142,15 +116,15 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         mask = options.pop("reset_mask", None)
         if options:
             raise ValueError(f"options: expected only 'reset_mask', got also {sorted(options)}")
-        is_first = self._population is None
+        is_first = self._simulation is None
         if is_first:
-            self._build()
+            self._simulation = Simulation(self.num_envs, self.device, self.config)
         if mask is None:
             members = np.arange(self.num_envs)
         else:
             members = self._members_of_mask(mask, is_first)
         self._seed(seed, members, is_first)
-        self._begin_episodes(members)
+        self._begin(members)
         self._refresh_masks()
         return self._observe(), self._info()
 
@@ -179,7 +153,8 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             ValueError: If shape or range are wrong, or an action is illegal while
                 `illegal_actions="raise"`.
         """
-        actions = self._check_actions(actions)
+        assert self._sim
+        actions = self._actions.check(actions, self.num_envs)
         resetting = np.zeros(self.num_envs, dtype=bool)
         if self._is_done.any():
             if self.autoreset_mode == AutoresetMode.DISABLED:
@@ -192,9 +167,9 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         active = ~resetting
         is_legal = self._actions.is_legal(self._conditional, actions)
         if self.config.illegal_actions == "raise" and (active & ~is_legal).any():
-            self._raise_illegal(actions, active & ~is_legal)
+            self._actions.refuse(actions, active & ~is_legal)
         if resetting.any():
-            self._begin_episodes(np.nonzero(resetting)[0])
+            self._begin(np.nonzero(resetting)[0])
         rewards, terminations, truncations, terms = self._advance(actions, is_legal, active)
         self._refresh_masks()
         observations, info = self._observe(), self._info(terms)
@@ -202,7 +177,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         if self._is_done.any() and self.autoreset_mode == AutoresetMode.SAME_STEP:
             final_observations, final_info = observations, info
             ended = self._is_done.copy()
-            self._begin_episodes(np.nonzero(ended)[0])
+            self._begin(np.nonzero(ended)[0])
             self._refresh_masks()
             observations, info = self._observe(), self._info(terms)
             rows = np.full(self.num_envs, None, dtype=object)
@@ -215,7 +190,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
     def close_extras(self, **kwargs: Any) -> None:
         """Release the tensors."""
         del kwargs
-        self._population = None
+        self._simulation = None
 
     # ------------------------------------------------------------------ masks and samples
 
@@ -225,7 +200,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         Returns:
             (num_envs, sum(nvec)) bool; also in `info["action_mask"]`.
         """
-        self._require_reset()
+        assert self._sim
         return self._marginal.copy()
 
     def conditional_masks(self) -> dict[str, BoolArray]:
@@ -236,12 +211,12 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             (num_envs, ops, slots, options). All bool; True is legal. Rows below an illegal op or
             (op, slot) are all False.
         """
-        self._require_reset()
+        assert self._sim
         return {name: mask.copy() for name, mask in self._conditional.items()}
 
     def sample_valid_actions(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
         """Draw legal actions: uniform over ops, then slots, then options. (num_envs, 8) int64."""
-        self._require_reset()
+        assert self._sim
         return self._actions.sample(self._conditional, rng)
 
     # ------------------------------------------------------------------ one step
@@ -249,166 +224,14 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
     def _advance(
         self, actions: IntArray, is_legal: BoolArray, active: BoolArray
     ) -> tuple[FloatArray, BoolArray, BoolArray, dict[str, FloatArray]]:
-        """Act, tick, train and evaluate the active members."""
-        config, state, progress = self.config, self._state, self._progress
-        before = self._standing
+        """Step the active members and reward them; the others get 0."""
         acts = active & is_legal
         request = self._actions.decode(np.where(acts[:, None], actions, 0))
-        lifecycle.apply(state, self._measured, request, config)
-        progress.last_op[active] = request.op[active]
-        progress.last_valid[active] = is_legal[active]
-        new = np.nonzero(request.op == Op.GERMINATE)[0]
-        if len(new):
-            key = streams.make_key(self._episode_key[new], _STREAM_SEED, progress.steps[new])
-            self._pop.germinate(new, request.slot[new], request.blueprint[new], key)
-        lifecycle.tick(state, self._measured, active, config)
-        self._take_inventory()
-
-        members = np.nonzero(active)[0]
-        if len(members):
-            self._train(members)
-            progress.steps[members] += 1
-            self._evaluate(members)
-        truncated = active & (progress.steps >= config.episode_steps)
-        terminated = np.zeros(self.num_envs, dtype=bool)
-        if config.horizon == "terminal":
-            terminated, truncated = truncated, terminated
-        is_last = terminated | truncated
-        self._has_test = is_last
-        if is_last.any():
-            self._test(np.nonzero(is_last)[0])
-        self._take_stock()
-        transition = Transition(before, self._standing, is_last, terminated)
-        reward, terms = compute_reward(transition, self._weights, config)
+        transition, truncated = self._sim.advance(request, is_legal, active)
+        reward, terms = compute_reward(transition, self._weights, self.config)
         for array in (reward, *terms.values()):
             array[~active] = 0.0
-        return reward, terminated, truncated, terms
-
-    def _train(self, members: IntArray) -> None:
-        """Train members on their own batches and judge the gradients of their seeds."""
-        config, progress = self.config, self._progress
-        train = self._data.train
-        size = config.batches_per_step * config.batch_size
-        key = streams.make_key(self._episode_key[members], _STREAM_DATA, progress.steps[members])
-        drawn = (streams.uniform(key, size) * len(train)).astype(np.int64)
-        indices = drawn.T.reshape(config.batches_per_step, config.batch_size, len(members))
-        decay = np.ones(len(members))
-        if config.learning_rate_decay == "linear":
-            decay -= progress.steps[members] / config.episode_steps
-        report = self._pop.train(
-            members,
-            self._seeds,
-            train,
-            indices,
-            config.host_learning_rate * decay,
-            config.seed_learning_rate * decay,
-        )
-        progress.train_loss[members] = report.loss
-        progress.samples[members] += size
-        macs = self._task.host.multiply_adds + self._seed_macs.sum(axis=1)
-        progress.flops[members] += 6.0 * macs[members] * size
-        if self._state.is_live.any():
-            self._judge_gradients(members, report.seed_gradient_norms)
-
-    def _judge_gradients(self, members: IntArray, norms: FloatArray) -> None:
-        """Write what training measured of the seeds of members; norms are (m, slots, tensors)."""
-        measured = self._measured
-        vanishing, exploding, health = lifecycle.gradient_health(norms, self.config)
-        measured.has_gradient[members] = ~np.isnan(norms).all(axis=2)
-        finite = np.nan_to_num(norms, nan=0.0, posinf=1e9)
-        measured.gradient_norm[members] = np.sqrt((finite**2).sum(axis=2))
-        measured.vanishing[members] = vanishing
-        measured.exploding[members] = exploding
-        measured.health[members] = health
-
-    def _evaluate(self, members: IntArray) -> None:
-        """Evaluate the coalitions of members on the validation split."""
-        coalitions, result = self._run_coalitions(
-            members, self._data.validation, self.config.attribution == "leave_one_out"
-        )
-        live, committed = coalitions.live, coalitions.committed
-        self._progress.record(
-            members, result.accuracy[live], result.loss[live], result.accuracy[committed]
-        )
-        record_contributions(self._measured, members, coalitions, result.accuracy)
-
-    def _test(self, members: IntArray) -> None:
-        """Evaluate finished members on the test split."""
-        coalitions, result = self._run_coalitions(members, self._data.test, False)
-        self._test_accuracy[members] = result.accuracy[coalitions.live]
-        self._committed_test_accuracy[members] = result.accuracy[coalitions.committed]
-
-    def _run_coalitions(
-        self, members: IntArray, images: Any, leave_one_out: bool
-    ) -> tuple[Coalitions, Evaluation]:
-        coalitions = plan_coalitions(members, self._state, leave_one_out=leave_one_out)
-        result = self._pop.evaluate(coalitions.member, coalitions.alpha, self._seeds, images)
-        return coalitions, result
-
-    def _take_inventory(self) -> None:
-        """Work out what the slots hold, once per change of the lifecycle state."""
-        state = self._state
-        stage, population = state.stage, self._pop
-        is_mixed = (stage >= Stage.BLENDING) & (stage <= Stage.FOSSILIZED)
-        alpha = np.where(is_mixed, state.alpha, 0.0)
-        self._seeds = Seeds(
-            blueprint=state.blueprint,
-            blend=_STYLE_BLEND[state.style],
-            alpha=alpha,
-            beta=np.where(stage == Stage.TRAINING, 1.0, alpha),
-            is_isolated=self._isolates[stage],
-            is_frozen=state.mode == DOWN,
-        )
-        slots, index = np.arange(stage.shape[1]), np.maximum(state.blueprint, 0)
-        gate = population.gate_parameters * (self._seeds.blend == Blend.GATE)
-        sizes = population.seed_parameters[slots, index] + gate
-        self._seed_sizes = np.where(state.is_live, sizes, 0)
-        self._seed_macs = np.where(state.is_live, population.seed_multiply_adds[slots, index], 0)
-        self._committed_size = np.where(stage == Stage.FOSSILIZED, self._seed_sizes, 0).sum(axis=1)
-
-    def _take_stock(self) -> None:
-        """Work out scores and potential of the present state."""
-        host, rent = self._task.host.num_parameters, self.config.rent_weight
-        progress, state = self._progress, self._state
-        self._standing = Standing(
-            score=score(progress.accuracy, self._seed_sizes.sum(axis=1), host, rent),
-            committed_score=score(progress.committed_accuracy, self._committed_size, host, rent),
-            potential=potential(state.stage, state.stage_steps),
-        )
-
-    # ------------------------------------------------------------------ episodes
-
-    def _build(self) -> None:
-        """Read the data and allocate the population; done at the first reset."""
-        config = self.config
-        self._splits = _load_splits(config.task, str(self.device))
-        settings = SGDSettings(
-            momentum=config.momentum,
-            weight_decay=config.host_weight_decay,
-            clip_norm=config.clip_norm,
-        )
-        host = self._task.host
-        self._population = Population(
-            host,
-            self._blueprints,
-            self.num_envs,
-            settings,
-            self.device,
-            config.batch_size,
-            config.chunk_size,
-        )
-        # A gate is part of the price of every blueprint, so that no style can exceed the budget.
-        self._budget_table = (
-            self._population.seed_parameters + self._population.gate_parameters[:, None]
-        )
-        self._state = LifecycleState.empty(self.num_envs, host.num_slots)
-        self._measured = Measurements.empty(self.num_envs, host.num_slots)
-        self._progress = Progress.empty(self.num_envs)
-        self._has_test = np.zeros(self.num_envs, dtype=bool)
-        self._test_accuracy = np.zeros(self.num_envs)
-        self._committed_test_accuracy = np.zeros(self.num_envs)
-        self._member_key = np.zeros(self.num_envs, dtype=np.uint64)
-        self._episode = np.zeros(self.num_envs, dtype=np.int64)
+        return reward, transition.is_terminated, truncated, terms
 
     def _seed(self, seed: int | list[int | None] | None, members: IntArray, is_first: bool) -> None:
         """Give members new streams where a seed is given, or where there is none yet."""
@@ -430,60 +253,37 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
                 raise ValueError(f"seed: expected non-negative integers, got {value}")
         if isinstance(seed, (int, np.integer)):
             self._np_random, self._np_random_seed = gym.utils.seeding.np_random(int(seed))
-        for i in members:
+        for i in members.tolist():
             value = seeds[i]
-            if value is None and not is_first:
-                continue
-            if value is None:
+            if value is None and is_first:
                 value = int(self.np_random.integers(2**62))
-            self._member_key[i] = streams.make_key(value % 2**64)[0]
-            self._episode[i] = 0
-
-    def _begin_episodes(self, members: IntArray) -> None:
-        """Start a new episode for some members."""
-        self._episode_key[members] = streams.make_key(
-            self._member_key[members], self._episode[members]
-        )
-        self._episode[members] += 1
-        where = np.zeros(self._state.stage.shape, dtype=bool)
-        where[members] = True
-        self._state.clear(where)
-        self._measured.clear(where)
-        self._progress.begin(members, self._observations.initial_loss)
-        self._is_done[members] = False
-        self._has_test = np.zeros(self.num_envs, dtype=bool)
-        key = streams.make_key(self._episode_key[members], _STREAM_HOST)
-        self._pop.reset(members, key)
-        self._take_inventory()
-        _, result = self._run_coalitions(members, self._data.validation, False)
-        progress = self._progress
-        progress.accuracy[members] = result.accuracy
-        progress.committed_accuracy[members] = result.accuracy
-        progress.best_accuracy[members] = result.accuracy
-        progress.loss[members] = result.loss
-        self._take_stock()
+            if value is not None:
+                self._sim.seed(i, value)
 
     # ------------------------------------------------------------------ what is shown
 
+    def _begin(self, members: IntArray) -> None:
+        """Start a new episode for some members."""
+        self._sim.begin_episodes(members)
+        self._is_done[members] = False
+
     def _refresh_masks(self) -> None:
+        sim = self._sim
         self._conditional = self._actions.conditional_masks(
-            self._state,
-            self._measured,
-            self._budget_table,
-            self._task.host.num_parameters,
-            self.config,
+            sim.state, sim.measured, sim.budget_table, sim.host.num_parameters, self.config
         )
         self._marginal = self._actions.marginal_mask(self._conditional)
 
     def _observe(self) -> npt.NDArray[np.float32]:
+        sim = self._sim
         return self._observations.build(
-            self._progress, self._state, self._measured, self._seed_sizes, self._committed_size
+            sim.progress, sim.state, sim.measured, sim.seed_sizes, sim.committed_size
         )
 
     def _info(self, terms: dict[str, FloatArray] | None = None) -> dict[str, Any]:
         """Build info: copies, NumPy only, with Gymnasium's `_key` masks."""
-        state, measured, progress = self._state, self._measured, self._progress
-        standing = self._standing
+        sim = self._sim
+        state, measured, progress, standing = sim.state, sim.measured, sim.progress, sim.standing
         if terms is None:
             terms = {name: np.zeros(self.num_envs) for name in self._weights}
         everyone = np.ones(self.num_envs, dtype=bool)
@@ -501,8 +301,8 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             "stage": state.stage,
             "alpha": state.alpha,
             "blueprint": state.blueprint,
-            "parameters": self._seed_sizes.sum(axis=1),
-            "host_parameters": np.full(self.num_envs, self._task.host.num_parameters),
+            "parameters": sim.seed_sizes.sum(axis=1),
+            "host_parameters": np.full(self.num_envs, sim.host.num_parameters),
             "flops": progress.flops,
             "samples": progress.samples.astype(np.int64),
         }
@@ -514,52 +314,20 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             parts[name], parts[f"_{name}"] = value.copy(), everyone.copy()
         info["reward_terms"], info["_reward_terms"] = parts, everyone.copy()
         for name, value in (
-            ("test_accuracy", self._test_accuracy),
-            ("committed_test_accuracy", self._committed_test_accuracy),
+            ("test_accuracy", sim.test_accuracy),
+            ("committed_test_accuracy", sim.committed_test_accuracy),
         ):
-            info[name] = np.where(self._has_test, value, 0.0)
-            info[f"_{name}"] = self._has_test.copy()
+            info[name] = np.where(sim.has_test, value, 0.0)
+            info[f"_{name}"] = sim.has_test.copy()
         return info
 
     # ------------------------------------------------------------------ checks
 
     @property
-    def _pop(self) -> Population:
-        assert self._population is not None
-        return self._population
-
-    @property
-    def _data(self) -> Splits:
-        assert self._splits is not None
-        return self._splits
-
-    def _require_reset(self) -> None:
-        if self._population is None:
+    def _sim(self) -> Simulation:
+        if self._simulation is None:
             raise gym.error.ResetNeeded("call reset() before using the environment")
-
-    def _check_actions(self, actions: Any) -> IntArray:
-        """Return the actions as int64 after checking type, shape and range."""
-        self._require_reset()
-        array = np.asarray(actions)
-        shape = (self.num_envs, len(HEAD_NAMES))
-        if not np.issubdtype(array.dtype, np.integer):
-            raise TypeError(
-                f"actions: expected integers of shape {shape}, got dtype {array.dtype}; "
-                "pass option indices, for example from sample_valid_actions"
-            )
-        if array.shape != shape:
-            raise ValueError(
-                f"actions: expected shape {shape} (num_envs, heads), got {array.shape}; "
-                f"the heads are {', '.join(HEAD_NAMES)}"
-            )
-        outside = (array < 0) | (array >= self._actions.nvec)
-        if outside.any():
-            member, head = (int(x) for x in np.argwhere(outside)[0])
-            raise ValueError(
-                f"actions[{member}]: head {HEAD_NAMES[head]!r} expected 0 to "
-                f"{self._actions.nvec[head] - 1}, got {array[member, head]}"
-            )
-        return array.astype(np.int64)
+        return self._simulation
 
     def _members_of_mask(self, mask: Any, is_first: bool) -> IntArray:
         array = np.asarray(mask)
@@ -569,19 +337,11 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
                 f"got {array.dtype} of shape {array.shape}"
             )
         if is_first and not array.all():
-            self._population = None
+            self._simulation = None
             raise gym.error.ResetNeeded(
                 "the first reset must start all members: leave out the mask"
             )
         return np.nonzero(array)[0]
-
-    def _raise_illegal(self, actions: IntArray, where: BoolArray) -> None:
-        member = int(np.nonzero(where)[0][0])
-        chosen = {head.name: head.options[actions[member, h]] for h, head in enumerate(self.heads)}
-        raise ValueError(
-            f"actions[{member}] is illegal in the present state: {chosen}. Choose by "
-            "conditional_masks() or sample_valid_actions(rng), or set illegal_actions='wait'"
-        )
 
 
 def _masked_info(info: dict[str, Any], mask: BoolArray) -> dict[str, Any]:
@@ -595,15 +355,3 @@ def _masked_info(info: dict[str, Any], mask: BoolArray) -> dict[str, Any]:
         else:
             result[name] = value
     return result
-
-
-@functools.cache
-def _load_splits(task: str, device: str) -> Splits:
-    """Read a task's data once per process and device."""
-    splits = TASKS[task].load()
-    target = torch.device(device)
-    return Splits(
-        train=splits.train.to(target),
-        validation=splits.validation.to(target),
-        test=splits.test.to(target),
-    )

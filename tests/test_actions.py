@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 
 from esper_env import lifecycle
-from esper_env.actions import HEAD_NAMES, RELEVANT_HEADS, ActionSpace, wait_actions
+from esper_env.actions import HEAD_NAMES, RELEVANT_HEADS, ActionSpace
 from esper_env.config import BoolArray, Curve, EnvConfig, Op, Stage
 from esper_env.lifecycle import HOLD, LifecycleState, Measurements
 from tests.test_lifecycle import BLUEPRINTS, HOST_PARAMETERS, SEED_PARAMETERS, walk
@@ -340,7 +340,7 @@ def test_the_marginal_mask_is_the_projection_on_each_head(truth: Truth) -> None:
 
 
 def test_waiting_is_always_legal(truth: Truth) -> None:
-    waits = wait_actions(len(truth.is_legal))
+    waits = np.zeros((len(truth.is_legal), len(HEAD_NAMES)), dtype=np.int64)
     assert truth.space.is_legal(truth.masks, waits).all()
     assert (truth.space.decode(waits).op == Op.WAIT).all()
 

@@ -110,7 +110,7 @@ def test_constructing_reads_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("the constructor read data")
 
-    monkeypatch.setattr("esper_env.vector_env._load_splits", fail)
+    monkeypatch.setattr("esper_env.simulation.load_splits", fail)
     envs = make()
     assert envs.single_observation_space.shape == (len(envs.observation_names),)
     with pytest.raises(AssertionError, match="read data"):
@@ -412,10 +412,10 @@ def test_an_illegal_action_becomes_wait_or_raises() -> None:
     assert info["op"] == Op.WAIT
     env = make_single(illegal_actions="raise")
     env.reset(seed=0)
-    before = env._env._progress.steps.copy()
+    before = env._env._sim.progress.steps.copy()
     with pytest.raises(ValueError, match=r"FOSSILIZE.*conditional_masks"):
         env.step(action(Op.FOSSILIZE))
-    np.testing.assert_array_equal(env._env._progress.steps, before)
+    np.testing.assert_array_equal(env._env._sim.progress.steps, before)
 
 
 def test_masks_after_germination_differ_from_those_before() -> None:

@@ -1,0 +1,265 @@
+"""What happens in an env step: the lifecycle acts, hosts train, coalitions are evaluated.
+
+The Gymnasium side (spaces, autoreset, masks, info) is in `vector_env`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+
+from esper_env import lifecycle, streams
+from esper_env.attribution import Coalitions, plan_coalitions, record_contributions
+from esper_env.config import (
+    STYLES,
+    Blend,
+    BoolArray,
+    EnvConfig,
+    FloatArray,
+    IntArray,
+    Op,
+    Stage,
+)
+from esper_env.lifecycle import DOWN, LifecycleState, Measurements, Request
+from esper_env.observation import Progress
+from esper_env.population.blueprints import CNN_BLUEPRINTS
+from esper_env.population.images import ImageSet
+from esper_env.population.optimizer import SGDSettings
+from esper_env.population.population import Evaluation, Population
+from esper_env.population.slots import Seeds
+from esper_env.rewards.potential import potential
+from esper_env.rewards.terms import Standing, Transition, score
+from esper_env.tasks import TASKS, Splits
+
+_STREAM_HOST, _STREAM_DATA, _STREAM_SEED = 0, 1, 2
+_STYLE_BLEND = np.array([style.blend for style in STYLES])
+
+
+class Simulation:
+    """All members: their networks, lifecycle, measurements and progress.
+
+    Creating one reads the data and allocates the population.
+
+    Args:
+        num_envs: Number of members.
+        device: Where all tensors live.
+        config: The environment's settings.
+    """
+
+    def __init__(self, num_envs: int, device: torch.device, config: EnvConfig) -> None:
+        self.config = config
+        self.host = TASKS[config.task].host
+        self.splits = load_splits(config.task, str(device))
+        settings = SGDSettings(
+            momentum=config.momentum,
+            weight_decay=config.host_weight_decay,
+            clip_norm=config.clip_norm,
+        )
+        self.population = Population(
+            self.host,
+            CNN_BLUEPRINTS,
+            num_envs,
+            settings,
+            device,
+            config.batch_size,
+            config.chunk_size,
+        )
+        self.budget_table: IntArray = (
+            self.population.seed_parameters + self.population.gate_parameters[:, None]
+        )
+        """What each blueprint takes from the budget: a gate too, so that no style can exceed it.
+        (slots, blueprints)."""
+        self.state = LifecycleState.empty(num_envs, self.host.num_slots)
+        self.measured = Measurements.empty(num_envs, self.host.num_slots)
+        self.progress = Progress.empty(num_envs)
+        self.has_test = np.zeros(num_envs, dtype=bool)
+        """Which members have just ended, so that their test accuracies are known."""
+        self.test_accuracy = np.zeros(num_envs)
+        self.committed_test_accuracy = np.zeros(num_envs)
+        self.seeds: Seeds
+        """What the slots hold, as the population sees it."""
+        self.seed_sizes: IntArray
+        """Parameters of the seed in each slot, 0 where there is none. (num_envs, slots)."""
+        self.committed_size: IntArray
+        """Parameters of the fossilized seeds. (num_envs,)."""
+        self.standing: Standing
+        """Scores and potential of the present state."""
+        self._initial_loss = float(np.log(self.host.num_classes))
+        self._isolates = np.array([stage.name in config.isolated_stages for stage in Stage])
+        self._member_key = np.zeros(num_envs, dtype=np.uint64)
+        self._episode_key = np.zeros(num_envs, dtype=np.uint64)
+        self._episode = np.zeros(num_envs, dtype=np.int64)
+
+    def seed(self, member: int, value: int) -> None:
+        """Make a member's coming episodes a function of `value` alone."""
+        self._member_key[member] = streams.make_key(value % 2**64)[0]
+        self._episode[member] = 0
+
+    def begin_episodes(self, members: IntArray) -> None:
+        """Start a new episode for some members."""
+        self._episode_key[members] = streams.make_key(
+            self._member_key[members], self._episode[members]
+        )
+        self._episode[members] += 1
+        where = np.zeros(self.state.stage.shape, dtype=bool)
+        where[members] = True
+        self.state.clear(where)
+        self.measured.clear(where)
+        self.progress.begin(members, self._initial_loss)
+        self.has_test = np.zeros(len(self.has_test), dtype=bool)
+        key = streams.make_key(self._episode_key[members], _STREAM_HOST)
+        self.population.reset(members, key)
+        self._take_inventory()
+        _, result = self._run_coalitions(members, self.splits.validation, False)
+        progress = self.progress
+        progress.accuracy[members] = result.accuracy
+        progress.committed_accuracy[members] = result.accuracy
+        progress.best_accuracy[members] = result.accuracy
+        progress.loss[members] = result.loss
+        self._take_stock()
+
+    def advance(
+        self, request: Request, is_valid: BoolArray, active: BoolArray
+    ) -> tuple[Transition, BoolArray]:
+        """Act, tick, train and evaluate.
+
+        Args:
+            request: One legal decoded action per member; WAIT for members that are not active.
+            is_valid: Whether the action asked for was legal. (num_envs,) bool.
+            active: Members that take part in the step. (num_envs,) bool.
+
+        Returns:
+            The transition, for the reward, and which episodes were truncated.
+        """
+        config, state, progress = self.config, self.state, self.progress
+        before = self.standing
+        lifecycle.apply(state, self.measured, request, config)
+        progress.last_op[active] = request.op[active]
+        progress.last_valid[active] = is_valid[active]
+        new = np.nonzero(request.op == Op.GERMINATE)[0]
+        if len(new):
+            key = streams.make_key(self._episode_key[new], _STREAM_SEED, progress.steps[new])
+            self.population.germinate(new, request.slot[new], request.blueprint[new], key)
+        lifecycle.tick(state, self.measured, active, config)
+        self._take_inventory()
+
+        members = np.nonzero(active)[0]
+        if len(members):
+            self._train(members)
+            progress.steps[members] += 1
+            self._evaluate(members)
+        is_last = active & (progress.steps >= config.episode_steps)
+        self.has_test = is_last
+        if is_last.any():
+            self._test(np.nonzero(is_last)[0])
+        self._take_stock()
+        nobody = np.zeros(len(active), dtype=bool)
+        is_terminated = is_last if config.horizon == "terminal" else nobody
+        transition = Transition(before, self.standing, is_last, is_terminated)
+        return transition, is_last & ~is_terminated
+
+    def _train(self, members: IntArray) -> None:
+        """Train members on their own batches and judge the gradients of their seeds."""
+        config, progress = self.config, self.progress
+        train = self.splits.train
+        size = config.batches_per_step * config.batch_size
+        key = streams.make_key(self._episode_key[members], _STREAM_DATA, progress.steps[members])
+        drawn = (streams.uniform(key, size) * len(train)).astype(np.int64)
+        indices = drawn.T.reshape(config.batches_per_step, config.batch_size, len(members))
+        decay = np.ones(len(members))
+        if config.learning_rate_decay == "linear":
+            decay -= progress.steps[members] / config.episode_steps
+        report = self.population.train(
+            members,
+            self.seeds,
+            train,
+            indices,
+            config.host_learning_rate * decay,
+            config.seed_learning_rate * decay,
+        )
+        progress.train_loss[members] = report.loss
+        progress.samples[members] += size
+        macs = self.host.multiply_adds + self._seed_macs.sum(axis=1)
+        progress.flops[members] += 6.0 * macs[members] * size
+        if self.state.is_live.any():
+            self._judge_gradients(members, report.seed_gradient_norms)
+
+    def _judge_gradients(self, members: IntArray, norms: FloatArray) -> None:
+        """Write what training measured of the seeds of members; norms are (m, slots, tensors)."""
+        measured = self.measured
+        vanishing, exploding, health = lifecycle.gradient_health(norms, self.config)
+        measured.has_gradient[members] = ~np.isnan(norms).all(axis=2)
+        finite = np.nan_to_num(norms, nan=0.0, posinf=1e9)
+        measured.gradient_norm[members] = np.sqrt((finite**2).sum(axis=2))
+        measured.vanishing[members] = vanishing
+        measured.exploding[members] = exploding
+        measured.health[members] = health
+
+    def _evaluate(self, members: IntArray) -> None:
+        """Evaluate the coalitions of members on the validation split."""
+        coalitions, result = self._run_coalitions(
+            members, self.splits.validation, self.config.attribution == "leave_one_out"
+        )
+        live, committed = coalitions.live, coalitions.committed
+        self.progress.record(
+            members, result.accuracy[live], result.loss[live], result.accuracy[committed]
+        )
+        record_contributions(self.measured, members, coalitions, result.accuracy)
+
+    def _test(self, members: IntArray) -> None:
+        """Evaluate finished members on the test split."""
+        coalitions, result = self._run_coalitions(members, self.splits.test, False)
+        self.test_accuracy[members] = result.accuracy[coalitions.live]
+        self.committed_test_accuracy[members] = result.accuracy[coalitions.committed]
+
+    def _run_coalitions(
+        self, members: IntArray, images: ImageSet, leave_one_out: bool
+    ) -> tuple[Coalitions, Evaluation]:
+        coalitions = plan_coalitions(members, self.state, leave_one_out=leave_one_out)
+        result = self.population.evaluate(coalitions.member, coalitions.alpha, self.seeds, images)
+        return coalitions, result
+
+    def _take_inventory(self) -> None:
+        """Work out what the slots hold, once per change of the lifecycle state."""
+        state = self.state
+        stage, population = state.stage, self.population
+        is_mixed = (stage >= Stage.BLENDING) & (stage <= Stage.FOSSILIZED)
+        alpha = np.where(is_mixed, state.alpha, 0.0)
+        self.seeds = Seeds(
+            blueprint=state.blueprint,
+            blend=_STYLE_BLEND[state.style],
+            alpha=alpha,
+            beta=np.where(stage == Stage.TRAINING, 1.0, alpha),
+            is_isolated=self._isolates[stage],
+            is_frozen=state.mode == DOWN,
+        )
+        slots, index = np.arange(stage.shape[1]), np.maximum(state.blueprint, 0)
+        gate = population.gate_parameters * (self.seeds.blend == Blend.GATE)
+        sizes = population.seed_parameters[slots, index] + gate
+        self.seed_sizes = np.where(state.is_live, sizes, 0)
+        self._seed_macs = np.where(state.is_live, population.seed_multiply_adds[slots, index], 0)
+        self.committed_size = np.where(stage == Stage.FOSSILIZED, self.seed_sizes, 0).sum(axis=1)
+
+    def _take_stock(self) -> None:
+        """Work out scores and potential of the present state."""
+        host, rent = self.host.num_parameters, self.config.rent_weight
+        progress, state = self.progress, self.state
+        self.standing = Standing(
+            score=score(progress.accuracy, self.seed_sizes.sum(axis=1), host, rent),
+            committed_score=score(progress.committed_accuracy, self.committed_size, host, rent),
+            potential=potential(state.stage, state.stage_steps),
+        )
+
+
+@functools.cache
+def load_splits(task: str, device: str) -> Splits:
+    """Read a task's data once per process and device."""
+    splits = TASKS[task].load()
+    target = torch.device(device)
+    return Splits(
+        train=splits.train.to(target),
+        validation=splits.validation.to(target),
+        test=splits.test.to(target),
+    )
