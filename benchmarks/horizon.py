@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 
@@ -50,15 +49,12 @@ def run(args: Args, horizon: str, seed: int, directory: Path) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=environment, capture_output=True)
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    curve = [json.loads(line)["charts/episode_score"] for line in lines]
-    tenth = max(1, len(curve) // 10)
     evaluation = json.loads((directory / "evaluation.json").read_text())
     return {
         "horizon": horizon,
         "seed": seed,
-        "score_first_tenth": float(np.mean(curve[:tenth])),
-        "score_last_tenth": float(np.mean(curve[-tenth:])),
-        "curve": curve,
+        "training": evaluation["training"],
+        "curve": [json.loads(line)["charts/episode_score"] for line in lines],
         "agents": {
             name.split(":")[0]: record["summary"] for name, record in evaluation["agents"].items()
         },
@@ -76,10 +72,10 @@ def main() -> None:
         ]
         rows = [job.result() for job in jobs]
     for row in rows:
-        ppo = row["agents"]["ppo"]
+        ppo, training = row["agents"]["ppo"], row["training"]
         print(
-            f"{row['horizon']:9s} seed {row['seed']}: score {row['score_first_tenth']:.4f} -> "
-            f"{row['score_last_tenth']:.4f}, evaluated IQM {ppo['iqm']:.4f} with "
+            f"{row['horizon']:9s} seed {row['seed']}: score {training['score_first_tenth']:.4f} -> "
+            f"{training['score_last_tenth']:.4f}, evaluated IQM {ppo['iqm']:.4f} with "
             f"{ppo['parameters_mean']:.0f} parameters; never-grow "
             f"{row['agents']['never-grow']['iqm']:.4f}"
         )

@@ -862,6 +862,7 @@ def train(args: Args) -> Path:
     collector = Collector(envs, agent, args)
     head_names = [head.name for head in envs.heads]
     shuffler = torch.Generator(device).manual_seed(args.seed + 1)
+    scores: list[float] = []
     started = time.perf_counter()
     with SummaryWriter(str(directory)) as writer, (directory / "metrics.jsonl").open("w") as log:
         for index in range(args.num_updates):
@@ -887,10 +888,29 @@ def train(args: Args) -> Path:
             for key, value in metrics.items():
                 writer.add_scalar(key, value, step)
             _report(console, index + 1, args, metrics, ended - started)
+            scores += episodes["score"]
+    summary = {
+        "env_steps": step,
+        "seconds": ended - started,
+        "policy_share": metrics["time/policy_share"],
+    }
+    if scores:
+        tenth = max(1, len(scores) // 10)
+        summary["score_first_tenth"] = float(np.mean(scores[:tenth]))
+        summary["score_last_tenth"] = float(np.mean(scores[-tenth:]))
     save_agent(agent, envs, directory)
     envs.close()
+    console.print()
+    console.print(
+        f"trained for {summary['seconds'] / 60:.1f} min, {100 * summary['policy_share']:.1f} % of "
+        f"them in inference and update; mean score of the first tenth of the episodes "
+        f"{summary.get('score_first_tenth', float('nan')):.4f}, of the last tenth "
+        f"{summary.get('score_last_tenth', float('nan')):.4f}",
+        soft_wrap=True,
+        highlight=False,
+    )
     if args.eval_episodes:
-        _evaluate(args, directory, console)
+        _evaluate(args, summary, directory, console)
     return directory
 
 
@@ -920,7 +940,7 @@ def _report(
     console.print(line, end="\r" if console.is_terminal else "\n", soft_wrap=True, highlight=False)
 
 
-def _evaluate(args: Args, directory: Path, console: Console) -> None:
+def _evaluate(args: Args, training: dict[str, float], directory: Path, console: Console) -> None:
     """Compare the trained agent with the baselines on the same reset seeds."""
     # Imported here because `evaluate` imports this file to load checkpoints.
     from esper_agent.evaluate import TABLE_WIDTH, evaluate_agents, print_table
@@ -929,8 +949,8 @@ def _evaluate(args: Args, directory: Path, console: Console) -> None:
     result = evaluate_agents(
         agents, args.env_id, args.env, args.eval_episodes, args.eval_seed, args.device
     )
+    result["training"] = training
     (directory / "evaluation.json").write_text(json.dumps(result, indent=1))
-    console.print()
     print_table(result, Console(file=sys.stdout, width=max(console.width, TABLE_WIDTH)))
     console.print(f"saved: {directory / 'evaluation.json'}", soft_wrap=True)
 

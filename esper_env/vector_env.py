@@ -331,10 +331,10 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
 
     def _members_of_mask(self, mask: Any, is_first: bool) -> IntArray:
         array = np.asarray(mask)
-        if array.dtype != np.bool_ or array.shape != (self.num_envs,):
+        if array.dtype != np.bool_ or array.shape != (self.num_envs,) or not array.any():
             raise ValueError(
-                f"reset_mask: expected bool of shape ({self.num_envs},), "
-                f"got {array.dtype} of shape {array.shape}"
+                f"reset_mask: expected bool of shape ({self.num_envs},) with at least one True, "
+                f"got {array!r}"
             )
         if is_first and not array.all():
             self._simulation = None

@@ -545,8 +545,9 @@ def test_bad_reset_arguments_are_refused() -> None:
     with pytest.raises(gym.error.ResetNeeded, match="first reset"):
         envs.reset(options={"reset_mask": np.array([True, False])})
     envs.reset(seed=0)
-    with pytest.raises(ValueError, match=r"reset_mask: expected bool of shape \(2,\)"):
-        envs.reset(options={"reset_mask": np.array([1, 0])})
+    for mask in (np.array([1, 0]), np.array([True]), np.array([False, False])):
+        with pytest.raises(ValueError, match=r"reset_mask: expected bool of shape \(2,\)"):
+            envs.reset(options={"reset_mask": mask})
     with pytest.raises(ValueError, match="options: expected only 'reset_mask'"):
         envs.reset(options={"mask": None})
     with pytest.raises(ValueError, match="expected one integer or 2 entries, got 1"):
