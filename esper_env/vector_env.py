@@ -153,7 +153,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             ValueError: If shape or range are wrong, or an action is illegal while
                 `illegal_actions="raise"`.
         """
-        assert self._sim
+        self._require_reset()
         actions = self._actions.check(actions, self.num_envs)
         resetting = np.zeros(self.num_envs, dtype=bool)
         if self._is_done.any():
@@ -200,7 +200,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         Returns:
             (num_envs, sum(nvec)) bool; also in `info["action_mask"]`.
         """
-        assert self._sim
+        self._require_reset()
         return self._marginal.copy()
 
     def conditional_masks(self) -> dict[str, BoolArray]:
@@ -211,12 +211,12 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             (num_envs, ops, slots, options). All bool; True is legal. Rows below an illegal op or
             (op, slot) are all False.
         """
-        assert self._sim
+        self._require_reset()
         return {name: mask.copy() for name, mask in self._conditional.items()}
 
     def sample_valid_actions(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
         """Draw legal actions: uniform over ops, then slots, then options. (num_envs, 8) int64."""
-        assert self._sim
+        self._require_reset()
         return self._actions.sample(self._conditional, rng)
 
     # ------------------------------------------------------------------ one step
@@ -231,7 +231,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         reward, terms = compute_reward(transition, self._weights, self.config)
         for array in (reward, *terms.values()):
             array[~active] = 0.0
-        return reward, transition.is_terminated, truncated, terms
+        return reward, transition.is_terminated.copy(), truncated, terms
 
     def _seed(self, seed: int | list[int | None] | None, members: IntArray, is_first: bool) -> None:
         """Give members new streams where a seed is given, or where there is none yet."""
@@ -325,9 +325,12 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
 
     @property
     def _sim(self) -> Simulation:
+        assert self._simulation is not None
+        return self._simulation
+
+    def _require_reset(self) -> None:
         if self._simulation is None:
             raise gym.error.ResetNeeded("call reset() before using the environment")
-        return self._simulation
 
     def _members_of_mask(self, mask: Any, is_first: bool) -> IntArray:
         array = np.asarray(mask)
