@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -40,8 +40,32 @@ for _source, _target in TRANSITIONS:
     _IS_LEGAL[_source, _target] = True
 
 
+_DTYPES: dict[object, type] = {"BoolArray": np.bool_, "FloatArray": np.float64}
+_DEFAULTS = {"blueprint": -1, "style": -1}
+
+
 @dataclass
-class LifecycleState:
+class SlotArrays:
+    """Arrays of one value per slot, (num_envs, num_slots), with a default for empty slots."""
+
+    @classmethod
+    def empty(cls, num_envs: int, num_slots: int) -> Self:
+        """Return arrays that hold their defaults everywhere."""
+        shape = (num_envs, num_slots)
+        arrays: dict[str, Any] = {
+            f.name: np.full(shape, _DEFAULTS.get(f.name, 0), dtype=_DTYPES.get(f.type, np.int64))
+            for f in dataclasses.fields(cls)
+        }
+        return cls(**arrays)
+
+    def clear(self, where: BoolArray) -> None:
+        """Return the slots in `where` (num_envs, num_slots) to their defaults."""
+        for f in dataclasses.fields(self):
+            getattr(self, f.name)[where] = _DEFAULTS.get(f.name, 0)
+
+
+@dataclass
+class LifecycleState(SlotArrays):
     """State of every slot. All arrays have shape (num_envs, num_slots)."""
 
     stage: IntArray
@@ -77,21 +101,6 @@ class LifecycleState:
     cooldown: IntArray
     """Decisions left until an embargoed slot opens."""
 
-    @classmethod
-    def empty(cls, num_envs: int, num_slots: int) -> LifecycleState:
-        """Return a state with every slot dormant."""
-        shape = (num_envs, num_slots)
-        arrays: dict[str, Any] = {
-            f.name: np.full(shape, _DEFAULTS.get(f.name, 0), dtype=_DTYPES.get(f.type, np.int64))
-            for f in dataclasses.fields(cls)
-        }
-        return cls(**arrays)
-
-    def clear(self, where: BoolArray) -> None:
-        """Return the slots in `where` (num_envs, num_slots) to dormant defaults."""
-        for f in dataclasses.fields(self):
-            getattr(self, f.name)[where] = _DEFAULTS.get(f.name, 0)
-
     @property
     def is_live(self) -> BoolArray:
         """Where a seed module exists: GERMINATED to FOSSILIZED."""
@@ -103,12 +112,8 @@ class LifecycleState:
         return (self.stage >= Stage.GERMINATED) & (self.stage <= Stage.HOLDING)
 
 
-_DTYPES: dict[object, type] = {"BoolArray": np.bool_, "FloatArray": np.float64}
-_DEFAULTS = {"blueprint": -1, "style": -1}
-
-
 @dataclass
-class Measurements:
+class Measurements(SlotArrays):
     """What the last env step measured about each seed; the gates read it. (num_envs, num_slots)."""
 
     has_gradient: BoolArray
@@ -133,22 +138,6 @@ class Measurements:
     """acc(live) - acc(without i) - acc(without j) + acc(without both)."""
     has_interaction: BoolArray
     """Whether the interaction was measured in the last step."""
-
-    @classmethod
-    def empty(cls, num_envs: int, num_slots: int) -> Measurements:
-        """Return measurements that are all absent."""
-        shape = (num_envs, num_slots)
-        return cls(
-            **{
-                f.name: np.zeros(shape, dtype=_DTYPES.get(f.type, np.int64))
-                for f in dataclasses.fields(cls)
-            }
-        )
-
-    def clear(self, where: BoolArray) -> None:
-        """Forget what was measured in the slots of `where`."""
-        for f in dataclasses.fields(self):
-            getattr(self, f.name)[where] = 0
 
 
 @dataclass(frozen=True)

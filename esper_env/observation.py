@@ -184,7 +184,6 @@ class ObservationBuilder:
         ]
         slots = (f"slot_{s}.{name}" for s in range(num_slots) for name in slot)
         self.names = (*episode, *slots)
-        self.num_episode_features = len(episode)
 
     def build(
         self,
