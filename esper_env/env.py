@@ -139,6 +139,15 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
         action: npt.NDArray[np.int64] = self._env.sample_valid_actions(rng)[0]
         return action
 
+    def get_state(self) -> dict[str, Any]:
+        """Copy everything that the coming steps depend on; see `EsperVectorEnv.get_state`."""
+        return self._env.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        """Go on from a copy made by `get_state` and return its observation and info."""
+        observation, info = self._env.set_state(state)
+        return observation[0], _first(info)
+
     def close(self) -> None:
         """Release the tensors."""
         self._env.close()

@@ -6,8 +6,10 @@ The Gymnasium side (spaces, autoreset, masks, info) is in `vector_env`.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from esper_env import lifecycle, streams
@@ -96,6 +98,27 @@ class Simulation:
         """Make a member's coming episodes a function of `value` alone."""
         self._member_key[member] = streams.make_key(value % 2**64)[0]
         self._episode[member] = 0
+
+    def member_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return every NumPy array that has one row per member, by a unique name. No copies."""
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        for part in ("state", "measured", "progress"):
+            arrays |= {f"{part}.{name}": array for name, array in vars(getattr(self, part)).items()}
+        for name in ("_member_key", "_episode_key", "_episode", "has_test"):
+            arrays[name.removeprefix("_")] = getattr(self, name)
+        for name in ("test_accuracy", "committed_test_accuracy"):
+            arrays[name] = getattr(self, name)
+        return arrays
+
+    def member_tensors(self) -> dict[str, torch.Tensor]:
+        """Return every tensor that has one row per member, by name. No copies."""
+        storage = self.population.storage
+        return {name: getattr(storage, name) for name in ("parameters", "momentum", "buffers")}
+
+    def refresh(self) -> None:
+        """Work out what follows from the state, after it was written from outside."""
+        self._take_inventory()
+        self._take_stock()
 
     def begin_episodes(self, members: IntArray) -> None:
         """Start a new episode for some members."""

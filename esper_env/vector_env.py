@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
 from typing import Any
 
 import gymnasium as gym
@@ -192,6 +195,88 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         del kwargs
         self._simulation = None
 
+    # ------------------------------------------------------------------ state
+
+    def get_state(self) -> dict[str, Any]:
+        """Copy everything that the coming steps depend on.
+
+        Returns:
+            A dictionary of NumPy arrays, and JSON-able settings; `set_state` takes it in this or
+            another process. Continuing from it is bitwise the same on one device and thread count.
+        """
+        self._require_reset()
+        sim = self._sim
+        return {
+            "config": json.dumps(dataclasses.asdict(self.config), sort_keys=True),
+            "num_envs": self.num_envs,
+            "arrays": {name: array.copy() for name, array in sim.member_arrays().items()},
+            "tensors": {n: t.cpu().numpy().copy() for n, t in sim.member_tensors().items()},
+            "is_done": self._is_done.copy(),
+            "np_random": copy.deepcopy(self.np_random.bit_generator.state),
+        }
+
+    @torch.inference_mode(False)
+    def set_state(self, state: dict[str, Any]) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        """Go on from a copy made by `get_state`; works before the first `reset` too.
+
+        Returns:
+            Observations and info of the restored state.
+
+        Raises:
+            ValueError: If the copy was made with another configuration or number of members.
+        """
+        own = json.dumps(dataclasses.asdict(self.config), sort_keys=True)
+        if state["num_envs"] != self.num_envs or state["config"] != own:
+            raise ValueError(
+                f"state: expected one of {self.num_envs} members with configuration {own}, got "
+                f"one of {state['num_envs']} members with configuration {state['config']}"
+            )
+        if self._simulation is None:
+            self._simulation = Simulation(self.num_envs, self.device, self.config)
+        sim = self._sim
+        for name, array in sim.member_arrays().items():
+            array[...] = state["arrays"][name]
+        for name, tensor in sim.member_tensors().items():
+            tensor.copy_(torch.from_numpy(state["tensors"][name]))
+        self._is_done = state["is_done"].copy()
+        self.np_random.bit_generator.state = copy.deepcopy(state["np_random"])
+        return self._show_again()
+
+    @torch.inference_mode(False)
+    def fork(
+        self, source_indices: npt.ArrayLike, target_indices: npt.ArrayLike
+    ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        """Copy members over others; a copy has the same future as its source.
+
+        Args:
+            source_indices: Members to copy. (k,) integers.
+            target_indices: Distinct members to overwrite, one per source. (k,) integers.
+
+        Returns:
+            Observations and info after copying.
+
+        Raises:
+            ValueError: If the indices are out of range, repeated as targets, or differ in number.
+        """
+        self._require_reset()
+        source, target = (np.atleast_1d(np.asarray(i)) for i in (source_indices, target_indices))
+        for name, indices in (("source_indices", source), ("target_indices", target)):
+            is_integer = np.issubdtype(indices.dtype, np.integer) and indices.ndim == 1
+            if not is_integer or ((indices < 0) | (indices >= self.num_envs)).any():
+                raise ValueError(
+                    f"{name}: expected integers from 0 to {self.num_envs - 1}, got {indices!r}"
+                )
+        if len(source) != len(target) or len(set(target.tolist())) != len(target):
+            raise ValueError(
+                f"fork: expected one distinct target per source, got sources {source.tolist()} "
+                f"and targets {target.tolist()}"
+            )
+        for array in (*self._sim.member_arrays().values(), self._is_done):
+            array[target] = array[source]
+        for tensor in self._sim.member_tensors().values():
+            tensor[torch.from_numpy(target)] = tensor[torch.from_numpy(source)]
+        return self._show_again()
+
     # ------------------------------------------------------------------ masks and samples
 
     def action_masks(self) -> BoolArray:
@@ -266,6 +351,12 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         """Start a new episode for some members."""
         self._sim.begin_episodes(members)
         self._is_done[members] = False
+
+    def _show_again(self) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        """Return what is to be seen after the state was written from outside."""
+        self._sim.refresh()
+        self._refresh_masks()
+        return self._observe(), self._info()
 
     def _refresh_masks(self) -> None:
         sim = self._sim

@@ -1,0 +1,130 @@
+"""Saving, restoring and copying members."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from esper_env import EsperEnv, EsperVectorEnv
+from tests.test_env import ID, SMALL, assert_same, make, make_single
+
+STEPS = 20
+
+
+def play(envs: EsperVectorEnv, steps: int, seed: int) -> list[Any]:
+    """Random legal play; the record holds everything a user sees."""
+    rng = np.random.default_rng(seed)
+    return [envs.step(envs.sample_valid_actions(rng)) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_a_restored_state_continues_bitwise_like_the_original(mode: str) -> None:
+    """In the middle of an episode with live seeds and ramps, across the end of the episode."""
+    envs = make(4, autoreset_mode=mode, episode_steps=18)
+    envs.reset(seed=0)
+    record = play(envs, 9, seed=1)
+    stages = record[-1][4]["stage"]
+    assert len(np.unique(stages)) >= 3, "the test needs seeds in several stages"
+    state = envs.get_state()
+    expected = play(envs, STEPS, seed=2)
+    other = make(4, autoreset_mode=mode, episode_steps=18)
+    observation, info = other.set_state(state)
+    np.testing.assert_array_equal(observation, record[-1][0])
+    np.testing.assert_array_equal(info["action_mask"], record[-1][4]["action_mask"])
+    assert_same(play(other, STEPS, seed=2), expected)
+    envs.set_state(state)
+    assert_same(play(envs, STEPS, seed=2), expected)
+
+
+def test_a_restored_state_continues_bitwise_in_a_new_process(tmp_path: Path) -> None:
+    envs = make(3)
+    envs.reset(seed=0)
+    play(envs, 6, seed=1)
+    (tmp_path / "state.pkl").write_bytes(pickle.dumps(envs.get_state()))
+    code = (
+        "import pickle, sys, torch; sys.path.insert(0, sys.argv[2])\n"
+        "from tests.test_state import *\n"
+        "folder = Path(sys.argv[1])\n"
+        "torch.set_num_threads(int(sys.argv[3]))\n"
+        "envs = make(3)\n"
+        "envs.set_state(pickle.loads((folder / 'state.pkl').read_bytes()))\n"
+        "(folder / 'record.pkl').write_bytes(pickle.dumps(play(envs, STEPS, seed=2)))\n"
+    )
+    import torch
+
+    root = str(Path(__file__).parent.parent)
+    arguments = [str(tmp_path), root, str(torch.get_num_threads())]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=root)
+    record = pickle.loads((tmp_path / "record.pkl").read_bytes())
+    assert_same(record, play(envs, STEPS, seed=2))
+
+
+def test_a_state_is_a_copy() -> None:
+    envs = make(2)
+    envs.reset(seed=0)
+    state = envs.get_state()
+    before = pickle.dumps(state)
+    play(envs, 3, seed=0)
+    assert pickle.dumps(state) == before
+
+
+def test_the_single_environment_saves_and_restores_too() -> None:
+    env = make_single()
+    env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    env.step(env.sample_valid_actions(rng))
+    state = env.get_state()
+    action = env.sample_valid_actions(rng)
+    expected = env.step(action)
+    other = gym.make(ID, **SMALL).unwrapped
+    assert isinstance(other, EsperEnv)
+    other.set_state(state)
+    assert_same(other.step(action), expected)
+
+
+def test_forked_members_have_the_future_of_their_source() -> None:
+    """With the same actions, the copy and its source stay together; the others are untouched."""
+    envs, twin = make(4), make(4)
+    for each in (envs, twin):
+        each.reset(seed=0)
+        play(each, 5, seed=1)
+    observation, _ = envs.fork([0, 0], [2, 3])
+    np.testing.assert_array_equal(observation[2], observation[0])
+    rng = np.random.default_rng(2)
+    for _ in range(14):
+        actions = envs.sample_valid_actions(rng)
+        actions[2:] = actions[0]
+        observation, reward, _terminated, truncated, info = envs.step(actions)
+        expected = twin.step(actions)
+        for array in (observation, reward, truncated, info["stage"], info["action_mask"]):
+            np.testing.assert_array_equal(array[2], array[3])
+        for key in ("stage", "blueprint", "alpha", "op", "parameters"):
+            np.testing.assert_array_equal(info[key][0], info[key][2])
+        # Members 0 and 1 see other neighbours than in the twin: equal up to float32 rounding.
+        np.testing.assert_array_equal(info["stage"][:2], expected[4]["stage"][:2])
+        np.testing.assert_allclose(info["loss"][:2], expected[4]["loss"][:2], atol=1e-3)
+        np.testing.assert_allclose(info["loss"][0], info["loss"][2], atol=1e-3)
+
+
+def test_bad_states_and_indices_are_refused() -> None:
+    envs = make(2)
+    with pytest.raises(gym.error.ResetNeeded):
+        envs.get_state()
+    with pytest.raises(gym.error.ResetNeeded):
+        envs.fork([0], [1])
+    envs.reset(seed=0)
+    state = envs.get_state()
+    with pytest.raises(ValueError, match="expected one of 3 members"):
+        make(3).set_state(state)
+    with pytest.raises(ValueError, match="batch_size"):
+        make(2, batch_size=8).set_state(state)
+    for source, target in (([0], [2]), ([-1], [0]), ([0, 0], [1, 1]), ([0, 1], [0]), ([0.5], [1])):
+        with pytest.raises(ValueError, match=r"source_indices|target_indices|fork"):
+            envs.fork(source, target)
