@@ -1,6 +1,6 @@
 """Esper: decide when, where and what a neural network grows while it trains.
 
-Importing this package registers the ids `Esper-Digits-v0`.
+Importing this package registers the id `Esper-Digits-v0`.
 """
 
 from esper_env.actions import ActionHead
@@ -8,7 +8,17 @@ from esper_env.config import EnvConfig, Op, Stage
 from esper_env.env import EsperEnv
 from esper_env.registration import register_environments
 from esper_env.vector_env import EsperVectorEnv
+from esper_env.wrappers import JointAction, JointActionVector
 
 register_environments()
 
-__all__ = ["ActionHead", "EnvConfig", "EsperEnv", "EsperVectorEnv", "Op", "Stage"]
+__all__ = [
+    "ActionHead",
+    "EnvConfig",
+    "EsperEnv",
+    "EsperVectorEnv",
+    "JointAction",
+    "JointActionVector",
+    "Op",
+    "Stage",
+]
