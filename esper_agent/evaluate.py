@@ -212,20 +212,21 @@ def evaluate_agents(
 
 def print_table(result: dict[str, Any], console: Console) -> None:
     """Print the summary of `evaluate_agents`."""
-    first = next(iter(result["agents"]))
+    names = list(result["agents"])
+    first, labels = names[0], _labels(names)
     table = Table(
         title=f"{result['env_id']}: committed score over {result['episodes']} episodes",
         caption="intervals: 95 % bootstrap of the interquartile mean (IQM)",
     )
     table.add_column("agent", no_wrap=True)
-    columns = ("mean", "IQM", "interval", f"{_label(first)} minus it, paired", "test score")
+    columns = ("mean", "IQM", "interval", f"{labels[first]} minus it, paired", "test score")
     for column in (*columns, "parameters grown"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for name, record in result["agents"].items():
         summary = record["summary"]
         pair = result["paired"].get(f"{first} - {name}")
         table.add_row(
-            _label(name),
+            labels[name],
             f"{summary['mean']:.4f}",
             f"{summary['iqm']:.4f}",
             f"{summary['low']:.4f} .. {summary['high']:.4f}",
@@ -238,9 +239,14 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _label(name: str) -> str:
-    """Return a short name: a checkpoint's is that of its directory."""
-    return Path(name.removeprefix("ppo:")).name if name.startswith("ppo:") else name
+def _labels(names: list[str]) -> dict[str, str]:
+    """Return short names: the only checkpoint is ppo_lstm, several go by their directories."""
+    checkpoints = [name for name in names if name.startswith("ppo:")]
+    labels = {name: name for name in names}
+    for name in checkpoints:
+        directory = Path(name.removeprefix("ppo:")).name
+        labels[name] = "ppo_lstm" if len(checkpoints) == 1 else f"ppo:{directory}"
+    return labels
 
 
 def main() -> None:
