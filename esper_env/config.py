@@ -141,6 +141,25 @@ class EnvConfig:
     min_contribution: float = 0.0
     """Smallest contribution that `strict_fossilize` accepts [accuracy, 0 to 1]."""
 
+    snapshot_interval: int = 5
+    """Healthy env steps between snapshots; one is also taken after each fossilization."""
+    panic_window: int = 8
+    """Healthy losses that collapse and divergence are judged against [env steps]."""
+    panic_patience: int = 2
+    """Env steps in succession of collapse or divergence until a rollback."""
+    collapse_fraction: float = 0.6
+    """Mean loss below which a return to guessing is a collapse [losses of guessing]."""
+    collapse_margin: float = 0.065
+    """How near to the loss of guessing a collapsed loss is [losses of guessing]."""
+    divergence_sigma: float = 6.0
+    """Standard deviations above the mean loss that count as divergence."""
+    divergence_factor: float = 3.0
+    """Multiple of the mean loss that counts as divergence."""
+    rollback_penalty: float = 0.1
+    """Subtracted from the reward of the transition in which a member is rolled back [accuracy]."""
+    max_rollbacks: int = 3
+    """Rollbacks in an episode at which it is terminated."""
+
     host_learning_rate: float = 0.05
     """Learning rate of the host's SGD at the start of an episode."""
     seed_learning_rate: float = 0.05
@@ -165,11 +184,19 @@ class EnvConfig:
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("min_training_steps", "min_prune_age"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("snapshot_interval", "panic_patience", "max_rollbacks"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("max_seeds", "chunk_size"):
             value = getattr(self, name)
             _require(self, name, value is None or value >= 1, "None or at least 1")
         for name in ("host_learning_rate", "seed_learning_rate", "clip_norm", "parameter_budget"):
             _require(self, name, getattr(self, name) > 0, "above 0")
+        _require(self, "panic_window", self.panic_window >= 2, "at least 2")
+        _require(self, "collapse_fraction", 0 < self.collapse_fraction < 1, "in (0, 1)")
+        _require(self, "collapse_margin", 0 < self.collapse_margin < 1, "in (0, 1)")
+        _require(self, "divergence_factor", self.divergence_factor > 1, "above 1")
+        for name in ("divergence_sigma", "rollback_penalty"):
+            _require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("rent_weight", "host_weight_decay", "vanishing_gradient_norm"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
         _require(self, "batch_size", self.batch_size >= 2, "at least 2 (batch normalisation)")

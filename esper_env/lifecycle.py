@@ -364,6 +364,17 @@ def tick(
     state.age[here & state.is_live] += 1
 
 
+def roll_back(
+    state: LifecycleState, measured: Measurements, members: IntArray, config: EnvConfig
+) -> None:
+    """Remove all trial seeds of some members after a step's training; fossils stay."""
+    where = np.zeros(state.stage.shape, dtype=bool)
+    where[members] = state.is_trial[members]
+    _remove(state, measured, np.nonzero(where), config)
+    # The tick of this step is past, so the next one already counts.
+    state.stage_steps[where] = 1
+
+
 def gradient_health(
     tensor_norms: FloatArray, config: EnvConfig
 ) -> tuple[FloatArray, FloatArray, FloatArray]:

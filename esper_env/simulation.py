@@ -24,6 +24,7 @@ from esper_env.config import (
     Op,
     Stage,
 )
+from esper_env.governor import GovernorState, judge
 from esper_env.lifecycle import DOWN, LifecycleState, Measurements, Request
 from esper_env.observation import Progress
 from esper_env.population.blueprints import CNN_BLUEPRINTS
@@ -76,6 +77,9 @@ class Simulation:
         self.state = LifecycleState.empty(num_envs, self.host.num_slots)
         self.measured = Measurements.empty(num_envs, self.host.num_slots)
         self.progress = Progress.empty(num_envs)
+        self.governor = GovernorState.empty(num_envs, config)
+        self.is_rolled_back = np.zeros(num_envs, dtype=bool)
+        """Which members were rolled back in the last step."""
         self.has_test = np.zeros(num_envs, dtype=bool)
         """Which members have just ended, so that their test accuracies are known."""
         self.test_accuracy = np.zeros(num_envs)
@@ -102,9 +106,9 @@ class Simulation:
     def member_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Return every NumPy array that has one row per member, by a unique name. No copies."""
         arrays: dict[str, npt.NDArray[Any]] = {}
-        for part in ("state", "measured", "progress"):
+        for part in ("state", "measured", "progress", "governor"):
             arrays |= {f"{part}.{name}": array for name, array in vars(getattr(self, part)).items()}
-        for name in ("_member_key", "_episode_key", "_episode", "has_test"):
+        for name in ("_member_key", "_episode_key", "_episode", "has_test", "is_rolled_back"):
             arrays[name.removeprefix("_")] = getattr(self, name)
         for name in ("test_accuracy", "committed_test_accuracy"):
             arrays[name] = getattr(self, name)
@@ -113,7 +117,8 @@ class Simulation:
     def member_tensors(self) -> dict[str, torch.Tensor]:
         """Return every tensor that has one row per member, by name. No copies."""
         storage = self.population.storage
-        return {name: getattr(storage, name) for name in ("parameters", "momentum", "buffers")}
+        saved = {f"snapshot.{name}": tensor for name, tensor in storage.snapshots.items()}
+        return storage.matrices | saved
 
     def refresh(self) -> None:
         """Work out what follows from the state, after it was written from outside."""
@@ -134,6 +139,9 @@ class Simulation:
         self.has_test = np.zeros(len(self.has_test), dtype=bool)
         key = streams.make_key(self._episode_key[members], _STREAM_HOST)
         self.population.reset(members, key)
+        self.population.storage.save(members)
+        self.governor.begin(members)
+        self.is_rolled_back = np.zeros(len(self.has_test), dtype=bool)
         self._take_inventory()
         _, result = self._run_coalitions(members, self.splits.validation, False)
         progress = self.progress
@@ -169,18 +177,20 @@ class Simulation:
         self._take_inventory()
 
         members = np.nonzero(active)[0]
+        self.is_rolled_back = np.zeros(len(active), dtype=bool)
         if len(members):
             self._train(members)
+            self._govern(members, request.op == Op.FOSSILIZE)
             progress.steps[members] += 1
             self._evaluate(members)
-        is_last = active & (progress.steps >= config.episode_steps)
+        is_lost = active & (self.governor.rollbacks >= config.max_rollbacks)
+        is_last = is_lost | (active & (progress.steps >= config.episode_steps))
         self.has_test = is_last
         if is_last.any():
             self._test(np.nonzero(is_last)[0])
         self._take_stock()
-        nobody = np.zeros(len(active), dtype=bool)
-        is_terminated = is_last if config.horizon == "terminal" else nobody
-        transition = Transition(before, self.standing, is_last, is_terminated)
+        is_terminated = is_last if config.horizon == "terminal" else is_lost
+        transition = Transition(before, self.standing, is_last, is_terminated, self.is_rolled_back)
         return transition, is_last & ~is_terminated
 
     def _train(self, members: IntArray) -> None:
@@ -208,6 +218,25 @@ class Simulation:
         progress.flops[members] += 6.0 * macs[members] * size
         if self.state.is_live.any():
             self._judge_gradients(members, report.seed_gradient_norms)
+
+    def _govern(self, members: IntArray, has_fossilized: BoolArray) -> None:
+        """Roll back members that panic and take snapshots of those that are due."""
+        storage, governor, progress = self.population.storage, self.governor, self.progress
+        loss = progress.train_loss[members]
+        is_finite = storage.is_finite(members)
+        panics = judge(governor, members, loss, is_finite, self._initial_loss, self.config)
+        panicked = members[panics]
+        if len(panicked):
+            self.is_rolled_back[panicked] = True
+            storage.restore(panicked)
+            lifecycle.roll_back(self.state, self.measured, panicked, self.config)
+            progress.train_loss[panicked] = self._initial_loss
+            self._take_inventory()
+        is_due = governor.since_snapshot[members] >= self.config.snapshot_interval
+        due = members[~panics & (is_due | has_fossilized[members])]
+        if len(due):
+            storage.save(due)
+            governor.since_snapshot[due] = 0
 
     def _judge_gradients(self, members: IntArray, norms: FloatArray) -> None:
         """Write what training measured of the seeds of members; norms are (m, slots, tensors)."""

@@ -396,6 +396,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             "host_parameters": np.full(self.num_envs, sim.host.num_parameters),
             "flops": progress.flops,
             "samples": progress.samples.astype(np.int64),
+            "rolled_back": sim.is_rolled_back,
         }
         info: dict[str, Any] = {}
         for name, value in values.items():

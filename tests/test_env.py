@@ -38,6 +38,7 @@ INFO_KEYS = {
     "flops",
     "samples",
     "reward_terms",
+    "rolled_back",
     "test_accuracy",
     "committed_test_accuracy",
 }

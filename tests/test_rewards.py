@@ -37,7 +37,9 @@ def standing(
 def transition(before: Standing, after: Standing, end: str = "") -> Transition:
     """Return a transition of all members; `end` is "", "truncated" or "terminated"."""
     n = len(before.score)
-    return Transition(before, after, np.full(n, end != ""), np.full(n, end == "terminated"))
+    return Transition(
+        before, after, np.full(n, end != ""), np.full(n, end == "terminated"), np.zeros(n, bool)
+    )
 
 
 # ------------------------------------------------------------------ score
@@ -108,7 +110,9 @@ def test_commit_is_paid_only_where_the_episode_ends() -> None:
     after = standing(np.array([0.8, 0.8]), np.array([0.6, 0.6]))
     is_last = np.array([False, True])
     terms = compute_reward(
-        Transition(before, after, is_last, np.zeros(2, dtype=bool)), PRESETS["gain"], EnvConfig()
+        Transition(before, after, is_last, np.zeros(2, dtype=bool), np.zeros(2, dtype=bool)),
+        PRESETS["gain"],
+        EnvConfig(),
     )[1]
     np.testing.assert_allclose(terms["gain"], [0.3, 0.3], rtol=0, atol=EXACT)
     np.testing.assert_allclose(terms["commit"], [0.0, -0.2], rtol=0, atol=EXACT)
@@ -235,7 +239,9 @@ def test_the_potential_is_0_at_a_terminal_and_kept_at_a_truncation() -> None:
     zeros = np.zeros(2)
     before = standing(zeros, phi=np.full(2, 0.4))
     after = standing(zeros, phi=np.full(2, 0.6))
-    step = Transition(before, after, np.array([True, True]), np.array([False, True]))
+    step = Transition(
+        before, after, np.array([True, True]), np.array([False, True]), np.zeros(2, bool)
+    )
     terms = compute_reward(step, resolve_weights(config), config)[1]
     np.testing.assert_allclose(terms["pbrs"], [-0.1, -0.4], rtol=0, atol=EXACT)
 
@@ -248,7 +254,13 @@ def random_transition(n: int, is_last: BoolArray) -> Transition:
     rng = np.random.default_rng(5)
     values = rng.normal(size=(2, 3, n))
     is_terminated = is_last & (np.arange(n) % 2 == 0)
-    return Transition(Standing(*values[0]), Standing(*values[1]), is_last, is_terminated)
+    return Transition(
+        Standing(*values[0]),
+        Standing(*values[1]),
+        is_last,
+        is_terminated,
+        ~is_last & (np.arange(n) % 5 == 0),
+    )
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -282,7 +294,12 @@ def test_terms_read_a_transition_without_changing_it() -> None:
 
 
 def test_the_default_preset_is_gain_and_single_weights_can_be_replaced() -> None:
-    assert resolve_weights(EnvConfig()) == {"gain": 1.0, "commit": 1.0, "pbrs": 0.0}
+    assert resolve_weights(EnvConfig()) == {
+        "gain": 1.0,
+        "commit": 1.0,
+        "pbrs": 0.0,
+        "rollback": 1.0,
+    }
     changed = resolve_weights(EnvConfig(reward_weights={"pbrs": 0.1}))
     assert changed == {"gain": 1.0, "commit": 1.0, "pbrs": 0.1}
     assert resolve_weights(EnvConfig())["pbrs"] == 0.0

@@ -19,11 +19,12 @@ ALLOWED: dict[str, set[str]] = {
     "actions": CONFIG | {"lifecycle"},
     "attribution": CONFIG | {"lifecycle"},
     "observation": CONFIG | {"lifecycle"},
+    "governor": CONFIG,
     "rewards": CONFIG,
     "population": CONFIG,
     "tasks": CONFIG | {"population"},
     "simulation": CONFIG
-    | {"lifecycle", "attribution", "observation", "rewards", "population", "tasks"},
+    | {"governor", "lifecycle", "attribution", "observation", "rewards", "population", "tasks"},
     "vector_env": CONFIG
     | {"actions", "observation", "rewards", "population", "tasks", "simulation"},
     "env": CONFIG | {"actions", "vector_env"},

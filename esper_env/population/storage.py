@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from esper_env import streams
@@ -27,11 +28,42 @@ class Storage:
         self.parameters = torch.zeros(num_members, layout.num_parameters, device=device)
         self.momentum = torch.zeros(num_members, layout.num_parameters, device=device)
         self.buffers = torch.zeros(num_members, layout.num_buffers, device=device)
+        self.snapshots = {name: torch.zeros_like(t) for name, t in self.matrices.items()}
+        """The last good rows; one buffer of fixed size."""
+
+    @property
+    def matrices(self) -> dict[str, torch.Tensor]:
+        """The three matrices by name."""
+        return {
+            "parameters": self.parameters,
+            "momentum": self.momentum,
+            "buffers": self.buffers,
+        }
+
+    def save(self, members: IntArray) -> None:
+        """Copy rows into the snapshot."""
+        rows = torch.from_numpy(members).to(self.device)
+        for name, matrix in self.matrices.items():
+            self.snapshots[name][rows] = matrix[rows]
+
+    def restore(self, members: IntArray) -> None:
+        """Copy rows back from the snapshot."""
+        rows = torch.from_numpy(members).to(self.device)
+        for name, matrix in self.matrices.items():
+            matrix[rows] = self.snapshots[name][rows]
+
+    def is_finite(self, members: IntArray) -> npt.NDArray[np.bool_]:
+        """Return whether all weights and statistics of members are finite. (m,) bool."""
+        rows = torch.from_numpy(members).to(self.device)
+        # A sum is finite only if every term is, and needs no mask as large as the matrix.
+        total = self.parameters[rows].sum(dim=1) + self.buffers[rows].sum(dim=1)
+        is_finite: npt.NDArray[np.bool_] = np.isfinite(total.cpu().numpy())
+        return is_finite
 
     def clear(self, members: IntArray) -> None:
         """Set whole rows to zero."""
         rows = torch.from_numpy(members).to(self.device)
-        for matrix in (self.parameters, self.momentum, self.buffers):
+        for matrix in self.matrices.values():
             matrix[rows] = 0
 
     def initialise(

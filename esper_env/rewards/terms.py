@@ -32,6 +32,8 @@ class Transition:
     """Whether the episode ends here, in either way."""
     is_terminated: BoolArray
     """Whether it ends for good, so that the next state has no value."""
+    is_rolled_back: BoolArray
+    """Whether the governor took the member back to its last snapshot."""
 
 
 def score(
@@ -76,9 +78,15 @@ def pbrs(transition: Transition, config: EnvConfig) -> FloatArray:
     return config.gamma * after - transition.before.potential
 
 
+def rollback(transition: Transition, config: EnvConfig) -> FloatArray:
+    """Minus `rollback_penalty` on the very transition that was rolled back."""
+    return np.where(transition.is_rolled_back, -config.rollback_penalty, 0.0)
+
+
 TERMS: dict[str, Callable[[Transition, EnvConfig], FloatArray]] = {
     "gain": gain,
     "commit": commit,
     "pbrs": pbrs,
+    "rollback": rollback,
 }
 """Terms by name."""
