@@ -35,10 +35,11 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     episode is the committed score at its end minus the score at its start.
 
     ## Episode end
-    A host whose training breaks (a loss or weight that is not finite, collapse, divergence) is taken
-    back to its last good snapshot without its trial seeds, `info["rolled_back"]` is True and
-    `rollback_penalty` is charged; at `max_rollbacks` the episode is `terminated`. Otherwise it ends
-    after `episode_steps` steps, as `truncated` (or `terminated` with `horizon="terminal"`).
+    After `episode_steps` steps, as `truncated` (or `terminated` with `horizon="terminal"`). A host
+    whose training breaks (a loss or weight that is not finite, collapse, divergence) is taken back
+    to its last good snapshot without its trial seeds, `info["rolled_back"]` is True and
+    `rollback_penalty` is charged; at `max_rollbacks` the episode is `terminated`.
+
     `gym.make` puts a `TimeLimit` of `max_episode_steps` around the environment, which can only cut
     an episode short from outside, without its settlement. Change the length with `episode_steps`;
     to lengthen it, give both: `gym.make(id, episode_steps=90, max_episode_steps=90)`.

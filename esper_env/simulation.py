@@ -179,8 +179,8 @@ class Simulation:
         members = np.nonzero(active)[0]
         self.is_rolled_back = np.zeros(len(active), dtype=bool)
         if len(members):
-            self._train(members)
-            self._govern(members, request.op == Op.FOSSILIZE)
+            is_finite = self._train(members)
+            self._govern(members, is_finite, request.op == Op.FOSSILIZE)
             progress.steps[members] += 1
             self._evaluate(members)
         is_lost = active & (self.governor.rollbacks >= config.max_rollbacks)
@@ -193,8 +193,12 @@ class Simulation:
         transition = Transition(before, self.standing, is_last, is_terminated, self.is_rolled_back)
         return transition, is_last & ~is_terminated
 
-    def _train(self, members: IntArray) -> None:
-        """Train members on their own batches and judge the gradients of their seeds."""
+    def _train(self, members: IntArray) -> BoolArray:
+        """Train members on their own batches and judge the gradients of their seeds.
+
+        Returns:
+            Whether all weights of each are finite afterwards. (m,) bool.
+        """
         config, progress = self.config, self.progress
         train = self.splits.train
         size = config.batches_per_step * config.batch_size
@@ -218,12 +222,12 @@ class Simulation:
         progress.flops[members] += 6.0 * macs[members] * size
         if self.state.is_live.any():
             self._judge_gradients(members, report.seed_gradient_norms)
+        return report.is_finite
 
-    def _govern(self, members: IntArray, has_fossilized: BoolArray) -> None:
+    def _govern(self, members: IntArray, is_finite: BoolArray, has_fossilized: BoolArray) -> None:
         """Roll back members that panic and take snapshots of those that are due."""
         storage, governor, progress = self.population.storage, self.governor, self.progress
         loss = progress.train_loss[members]
-        is_finite = storage.is_finite(members)
         panics = judge(governor, members, loss, is_finite, self._initial_loss, self.config)
         panicked = members[panics]
         if len(panicked):

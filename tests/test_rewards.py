@@ -301,7 +301,12 @@ def test_the_default_preset_is_gain_and_single_weights_can_be_replaced() -> None
         "rollback": 1.0,
     }
     changed = resolve_weights(EnvConfig(reward_weights={"pbrs": 0.1}))
-    assert changed == {"gain": 1.0, "commit": 1.0, "pbrs": 0.1}
+    assert changed == {
+        "gain": 1.0,
+        "commit": 1.0,
+        "pbrs": 0.1,
+        "rollback": 1.0,
+    }
     assert resolve_weights(EnvConfig())["pbrs"] == 0.0
 
 

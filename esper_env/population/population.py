@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from esper_env import streams
-from esper_env.config import FloatArray, IntArray
+from esper_env.config import BoolArray, FloatArray, IntArray
 from esper_env.population.blueprints import Blueprint
 from esper_env.population.hosts import Host
 from esper_env.population.images import ImageSet
@@ -41,6 +41,8 @@ class TrainReport:
     seed_gradient_norms: FloatArray
     """Norm of each tensor's gradient before clipping, root mean square over the batches; NaN where
     there is no such tensor. (m, slots, max_tensors)."""
+    is_finite: BoolArray
+    """Whether all weights and statistics are finite afterwards. (m,)."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,11 @@ class Population:
             start += len(square)
             measured = values[program.seed_segments]
             norms[program.segment_at] = np.where(np.isnan(measured), np.inf, measured)
-        return TrainReport(loss=result[: len(members)], seed_gradient_norms=norms[members])
+        return TrainReport(
+            loss=result[: len(members)],
+            seed_gradient_norms=norms[members],
+            is_finite=self.storage.is_finite(members),
+        )
 
     @torch.inference_mode()
     def evaluate(
