@@ -7,6 +7,7 @@ env step; the population computes what they share once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import factorial
 
 import numpy as np
 
@@ -28,15 +29,21 @@ class Coalitions:
     """Row of the network with only the fossilized seeds. (m,)."""
     without: IntArray
     """Row of the network without one trial seed, -1 where it is not evaluated. (m, slots)."""
+    subsets: IntArray | None = None
+    """Row of the network without the trial seeds whose slots are the set bits of k; None unless all
+    subsets were asked for. (m, 2**slots)."""
 
 
-def plan_coalitions(members: IntArray, state: LifecycleState, *, leave_one_out: bool) -> Coalitions:
+def plan_coalitions(
+    members: IntArray, state: LifecycleState, *, leave_one_out: bool, all_subsets: bool = False
+) -> Coalitions:
     """List the distinct coalitions of some members.
 
     Args:
         members: Which members. (m,).
         state: Slots of all members.
         leave_one_out: Whether to leave out each seed with alpha > 0 that is not fossilized.
+        all_subsets: Whether to leave out every subset of them too.
 
     Returns:
         Rows to evaluate.
@@ -50,8 +57,12 @@ def plan_coalitions(members: IntArray, state: LifecycleState, *, leave_one_out: 
     wanted = [alpha, np.where(is_fossil, alpha, 0.0)]
     is_tested = (alpha > 0) & ~is_fossil & leave_one_out
     wanted += [np.where(np.arange(num_slots) == s, 0.0, alpha) for s in range(num_slots)]
-    keys = np.concatenate([np.concatenate([np.arange(m)[:, None], a], axis=1) for a in wanted])
     is_needed = np.concatenate([np.ones(2 * m, dtype=bool), is_tested.T.reshape(-1)])
+    if all_subsets:
+        bits = (np.arange(2**num_slots)[:, None] >> np.arange(num_slots)) & 1 == 1
+        wanted += [np.where(absent & ~is_fossil, 0.0, alpha) for absent in bits]
+        is_needed = np.concatenate([is_needed, np.ones(len(bits) * m, dtype=bool)])
+    keys = np.concatenate([np.concatenate([np.arange(m)[:, None], a], axis=1) for a in wanted])
     distinct, row = np.unique(keys[is_needed], axis=0, return_inverse=True)
     row_of = np.full(len(keys), -1)
     row_of[is_needed] = row.reshape(-1)
@@ -60,17 +71,45 @@ def plan_coalitions(members: IntArray, state: LifecycleState, *, leave_one_out: 
         alpha=distinct[:, 1:],
         live=row_of[:m],
         committed=row_of[m : 2 * m],
-        without=row_of[2 * m :].reshape(num_slots, m).T,
+        without=row_of[2 * m : (2 + num_slots) * m].reshape(num_slots, m).T,
+        subsets=row_of[(2 + num_slots) * m :].reshape(-1, m).T if all_subsets else None,
     )
+
+
+def shapley_values(value: FloatArray, num_slots: int) -> FloatArray:
+    """Return the exact Shapley value of every slot.
+
+    phi_i = sum over S without i of |S|! (n - |S| - 1)! / n! * (v(S with i) - v(S)). Slots without a
+    trial seed are null players: they get 0 and do not change what the others get.
+
+    Args:
+        value: v of the coalition without the slots that are the set bits of k. (m, 2**slots).
+        num_slots: n.
+
+    Returns:
+        (m, slots).
+
+    Source: Shapley (1953), equation 11.
+    """
+    result = np.zeros((len(value), num_slots))
+    for k in range(2**num_slots):
+        num_absent = k.bit_count()
+        for slot in range(num_slots):
+            if k >> slot & 1:
+                present = num_slots - num_absent
+                weight = factorial(present) * factorial(num_absent - 1) / factorial(num_slots)
+                result[:, slot] += weight * (value[:, k & ~(1 << slot)] - value[:, k])
+    return result
 
 
 def record_contributions(
     measured: Measurements, members: IntArray, coalitions: Coalitions, accuracy: FloatArray
 ) -> None:
-    """Write leave-one-out contributions and pair interactions into the measurements.
+    """Write contributions and pair interactions into the measurements.
 
-    contribution_i = acc(live) - acc(without i). With exactly two trial seeds i and j, the network
-    without both is the committed one, and their interaction by inclusion and exclusion is
+    contribution_i = acc(live) - acc(without i), or the Shapley value of seed i where all subsets
+    were evaluated. With exactly two trial seeds i and j, the network without both is the committed
+    one, and their interaction by inclusion and exclusion is
     acc(live) - acc(without i) - acc(without j) + acc(committed).
 
     Args:
@@ -85,6 +124,10 @@ def record_contributions(
         return
     without = np.where(is_new, accuracy[coalitions.without], 0.0)
     contribution = np.where(is_new, live[:, None] - without, 0.0)
+    if coalitions.subsets is not None:
+        num_slots = is_new.shape[1]
+        shapley = shapley_values(accuracy[coalitions.subsets], num_slots)
+        contribution = np.where(is_new, shapley, 0.0)
 
     before = measured.contribution[members]
     in_succession = is_new & measured.has_contribution[members]

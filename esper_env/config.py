@@ -105,8 +105,9 @@ class EnvConfig:
     """Weights of reward terms that replace those of the preset, for example {"pbrs": 0.1}."""
     rent_weight: float = 0.01
     """Price of growth in the score [accuracy per doubling of the parameters]."""
-    attribution: Literal["none", "leave_one_out"] = "leave_one_out"
-    """Whether the contribution of each blended, unfossilized seed is measured every env step."""
+    attribution: Literal["none", "leave_one_out", "full"] = "leave_one_out"
+    """How the contribution of each blended, unfossilized seed is measured every env step: not at
+    all, by leaving it out, or as its exact Shapley value over all subsets (at most 4 slots)."""
     illegal_actions: Literal["wait", "raise"] = "wait"
     """Whether an illegal action becomes WAIT (and `action_valid` False) or raises ValueError."""
     heads: Mapping[str, Any] = field(default_factory=dict)
@@ -210,7 +211,7 @@ class EnvConfig:
             "above vanishing_gradient_norm",
         )
         _require_choice(self, "horizon", ("truncate", "terminal"))
-        _require_choice(self, "attribution", ("none", "leave_one_out"))
+        _require_choice(self, "attribution", ("none", "leave_one_out", "full"))
         _require_choice(self, "illegal_actions", ("wait", "raise"))
         _require_choice(self, "learning_rate_decay", ("none", "linear"))
         for stage in self.isolated_stages:

@@ -143,7 +143,7 @@ class Simulation:
         self.governor.begin(members)
         self.is_rolled_back = np.zeros(len(self.has_test), dtype=bool)
         self._take_inventory()
-        _, result = self._run_coalitions(members, self.splits.validation, False)
+        _, result = self._run_coalitions(members, self.splits.validation, "none")
         progress = self.progress
         progress.accuracy[members] = result.accuracy
         progress.committed_accuracy[members] = result.accuracy
@@ -256,7 +256,7 @@ class Simulation:
     def _evaluate(self, members: IntArray) -> None:
         """Evaluate the coalitions of members on the validation split."""
         coalitions, result = self._run_coalitions(
-            members, self.splits.validation, self.config.attribution == "leave_one_out"
+            members, self.splits.validation, self.config.attribution
         )
         live, committed = coalitions.live, coalitions.committed
         self.progress.record(
@@ -266,14 +266,19 @@ class Simulation:
 
     def _test(self, members: IntArray) -> None:
         """Evaluate finished members on the test split."""
-        coalitions, result = self._run_coalitions(members, self.splits.test, False)
+        coalitions, result = self._run_coalitions(members, self.splits.test, "none")
         self.test_accuracy[members] = result.accuracy[coalitions.live]
         self.committed_test_accuracy[members] = result.accuracy[coalitions.committed]
 
     def _run_coalitions(
-        self, members: IntArray, images: ImageSet, leave_one_out: bool
+        self, members: IntArray, images: ImageSet, attribution: str
     ) -> tuple[Coalitions, Evaluation]:
-        coalitions = plan_coalitions(members, self.state, leave_one_out=leave_one_out)
+        coalitions = plan_coalitions(
+            members,
+            self.state,
+            leave_one_out=attribution != "none",
+            all_subsets=attribution == "full",
+        )
         result = self.population.evaluate(coalitions.member, coalitions.alpha, self.seeds, images)
         return coalitions, result
 

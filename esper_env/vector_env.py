@@ -78,6 +78,11 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
 
         names = [blueprint.name for blueprint in CNN_BLUEPRINTS]
         host = TASKS[self.config.task].host
+        if self.config.attribution == "full" and host.num_slots > 4:
+            raise ValueError(
+                f"attribution: 'full' evaluates 2**slots networks and takes at most 4 slots, the "
+                f"host has {host.num_slots}; use 'leave_one_out'"
+            )
         self._weights = resolve_weights(self.config)
         self._actions = ActionSpace(host.num_slots, names, self.config.heads)
         self._observations = ObservationBuilder(

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from esper_env.attribution import Coalitions, plan_coalitions, record_contributions
+from esper_env.attribution import (
+    Coalitions,
+    plan_coalitions,
+    record_contributions,
+    shapley_values,
+)
 from esper_env.config import EnvConfig, FloatArray, Stage
 from esper_env.lifecycle import LifecycleState, Measurements
 from tests.test_lifecycle import walk
@@ -297,3 +303,45 @@ def test_recording_leaves_gradients_alone() -> None:
     record(state, measured, accuracy)
     for name in names:
         assert (getattr(measured, name) == 1).all(), name
+
+
+# ------------------------------------------------------------------ all subsets
+
+
+def test_shapley_values_equal_the_mean_over_all_orders() -> None:
+    """Brute force: phi_i is the mean marginal contribution of i over all orders of joining."""
+    rng = np.random.default_rng(3)
+    for n in (1, 2, 3, 4):
+        value = rng.normal(size=(5, 2**n))
+        expected = np.zeros((5, n))
+        orders = list(itertools.permutations(range(n)))
+        for order in orders:
+            absent = 2**n - 1
+            for slot in order:
+                joined = absent & ~(1 << slot)
+                expected[:, slot] += (value[:, joined] - value[:, absent]) / len(orders)
+                absent = joined
+        actual = shapley_values(value, n)
+        # Sums of at most 4! products in float64.
+        np.testing.assert_allclose(actual, expected, atol=1e-12)
+        np.testing.assert_allclose(actual.sum(1), value[:, 0] - value[:, -1], atol=1e-12)
+
+
+def test_full_attribution_records_shapley_values_of_trial_seeds_only() -> None:
+    """Slot 0 a fossil, slots 1 and 2 on trial: v = .9 live, .7 without 1, .8 without 2, .5 without.
+
+    phi_1 = ((.9 - .7) + (.8 - .5)) / 2 = .25, phi_2 = ((.9 - .8) + (.7 - .5)) / 2 = .15.
+    """
+    state = LifecycleState.empty(1, 3)
+    state.stage[0] = Stage.FOSSILIZED, Stage.HOLDING, Stage.BLENDING
+    state.alpha[0] = 1.0, 1.0, 0.5
+    members = np.array([0])
+    plan = plan_coalitions(members, state, leave_one_out=True, all_subsets=True)
+    assert len(plan.member) == 4, "a fossil is never left out, and each network is listed once"
+    by_alpha = {(1.0, 1.0, 0.5): 0.9, (1.0, 0.0, 0.5): 0.7, (1.0, 1.0, 0.0): 0.8}
+    by_alpha[1.0, 0.0, 0.0] = 0.5
+    accuracy = np.array([by_alpha[tuple(row)] for row in plan.alpha.tolist()])
+    measured = Measurements.empty(1, 3)
+    record_contributions(measured, members, plan, accuracy)
+    np.testing.assert_allclose(measured.contribution[0], [0, 0.25, 0.15], atol=1e-12)
+    assert measured.has_contribution[0].tolist() == [False, True, True]
