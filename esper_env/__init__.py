@@ -6,6 +6,7 @@ Importing this package registers the id `Esper-Digits-v0`.
 from esper_env.actions import ActionHead
 from esper_env.config import EnvConfig, Op, Stage
 from esper_env.env import EsperEnv
+from esper_env.population.blueprints import register_blueprint
 from esper_env.registration import register_environments
 from esper_env.vector_env import EsperVectorEnv
 from esper_env.wrappers import JointAction, JointActionVector
@@ -21,4 +22,5 @@ __all__ = [
     "JointActionVector",
     "Op",
     "Stage",
+    "register_blueprint",
 ]

@@ -6,6 +6,7 @@ The Gymnasium side (spaces, autoreset, masks, info) is in `vector_env`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from esper_env.config import (
 from esper_env.governor import GovernorState, judge
 from esper_env.lifecycle import DOWN, LifecycleState, Measurements, Request
 from esper_env.observation import Progress
-from esper_env.population.blueprints import CNN_BLUEPRINTS
+from esper_env.population.blueprints import Blueprint
 from esper_env.population.images import ImageSet
 from esper_env.population.optimizer import SGDSettings
 from esper_env.population.population import Evaluation, Population
@@ -49,9 +50,16 @@ class Simulation:
         num_envs: Number of members.
         device: Where all tensors live.
         config: The environment's settings.
+        blueprints: The registry, in the order of the blueprint head.
     """
 
-    def __init__(self, num_envs: int, device: torch.device, config: EnvConfig) -> None:
+    def __init__(
+        self,
+        num_envs: int,
+        device: torch.device,
+        config: EnvConfig,
+        blueprints: Sequence[Blueprint],
+    ) -> None:
         self.config = config
         self.host = TASKS[config.task].host
         self.splits = load_splits(config.task, str(device))
@@ -62,7 +70,7 @@ class Simulation:
         )
         self.population = Population(
             self.host,
-            CNN_BLUEPRINTS,
+            blueprints,
             num_envs,
             settings,
             device,

@@ -17,7 +17,7 @@ from gymnasium.vector.utils import batch_space
 from esper_env.actions import ActionHead, ActionSpace
 from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray
 from esper_env.observation import ObservationBuilder
-from esper_env.population.blueprints import CNN_BLUEPRINTS
+from esper_env.population.blueprints import registered_blueprints
 from esper_env.rewards.presets import compute_reward, resolve_weights
 from esper_env.simulation import Simulation
 from esper_env.tasks import TASKS
@@ -76,7 +76,8 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self.gamma = self.config.gamma
         """Discount factor of the shaping reward; an agent must use the same."""
 
-        names = [blueprint.name for blueprint in CNN_BLUEPRINTS]
+        self._blueprints = registered_blueprints()
+        names = [blueprint.name for blueprint in self._blueprints]
         host = TASKS[self.config.task].host
         if self.config.attribution == "full" and host.num_slots > 4:
             raise ValueError(
@@ -126,7 +127,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             raise ValueError(f"options: expected only 'reset_mask', got also {sorted(options)}")
         is_first = self._simulation is None
         if is_first:
-            self._simulation = Simulation(self.num_envs, self.device, self.config)
+            self._simulation = self._build()
         if mask is None:
             members = np.arange(self.num_envs)
         else:
@@ -237,7 +238,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
                 f"one of {state['num_envs']} members with configuration {state['config']}"
             )
         if self._simulation is None:
-            self._simulation = Simulation(self.num_envs, self.device, self.config)
+            self._simulation = self._build()
         sim = self._sim
         for name, array in sim.member_arrays().items():
             array[...] = state["arrays"][name]
@@ -351,6 +352,9 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
                 self._sim.seed(i, value)
 
     # ------------------------------------------------------------------ what is shown
+
+    def _build(self) -> Simulation:
+        return Simulation(self.num_envs, self.device, self.config, self._blueprints)
 
     def _begin(self, members: IntArray) -> None:
         """Start a new episode for some members."""

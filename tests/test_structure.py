@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "env": CONFIG | {"actions", "vector_env"},
     "wrappers": CONFIG | {"actions", "env", "vector_env"},
     "registration": set(),
-    "__init__": CONFIG | {"actions", "env", "registration", "vector_env", "wrappers"},
+    "__init__": CONFIG | {"actions", "env", "population", "registration", "vector_env", "wrappers"},
 }
 """Design 14: config <- the parts <- vector_env (with its simulation) <- env."""
 WITHOUT_TORCH = {"config", "streams", "lifecycle", "actions", "attribution", "observation"} | {
@@ -94,7 +94,7 @@ def test_exported_names_are_those_of_the_design() -> None:
     import esper_env
 
     expected = {"EsperEnv", "EsperVectorEnv", "EnvConfig", "Op", "Stage", "ActionHead"}
-    expected |= {"JointAction", "JointActionVector"}
+    expected |= {"JointAction", "JointActionVector", "register_blueprint"}
     assert set(esper_env.__all__) == expected
 
 
