@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import tyro
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
@@ -60,7 +61,7 @@ class Args:
     device: str = "cpu"
     """Where the hosts train."""
     out: Path | None = None
-    """Where to write the result as JSON."""
+    """Where to write the result as JSON; a picture of the same name is written beside it."""
 
 
 class TrainedPolicy:
@@ -239,6 +240,33 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def plot_scores(result: dict[str, Any], path: Path) -> None:
+    """Draw every episode's committed score and the interval of the interquartile mean, per agent.
+
+    Args:
+        result: From `evaluate_agents`.
+        path: Where to write the picture; its suffix chooses the format.
+    """
+    names = list(result["agents"])
+    labels = _labels(names)
+    figure = Figure(figsize=(7.0, 0.7 + 0.6 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    rng = np.random.default_rng(0)
+    for row, name in enumerate(reversed(names)):
+        record = result["agents"][name]
+        scores = np.array(record["episodes"]["committed_score"])
+        heights = row + rng.uniform(-0.22, 0.22, len(scores))
+        summary = record["summary"]
+        axes.plot(scores, heights, ".", color="0.75", markersize=4, zorder=1)
+        axes.plot([summary["low"], summary["high"]], [row, row], color="C0", linewidth=5, zorder=2)
+        axes.plot(summary["iqm"], row, "|", color="black", markersize=14, zorder=3)
+    axes.set_yticks(range(len(names)), [labels[name] for name in reversed(names)])
+    axes.set_xlabel("committed score (bar: 95 % interval of the interquartile mean)")
+    axes.set_title(f"{result['env_id']}, {result['episodes']} episodes", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
 def _labels(names: list[str]) -> dict[str, str]:
     """Return short names: the only checkpoint is ppo_lstm, several go by their directories."""
     checkpoints = [name for name in names if name.startswith("ppo:")]
@@ -259,6 +287,7 @@ def main() -> None:
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1))
+        plot_scores(result, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ class Args:
     env: EnvConfig = field(default_factory=lambda: EnvConfig(horizon="terminal"))
     """Settings of the environment; those that differ from their default are passed on. The budget
     is observed, so its end is a true end here: with "truncate" the agent bootstraps from a value
-    that nothing ever corrects, and learns to grow without committing."""
+    that nothing ever corrects, and some runs grow without committing (1 of 3 seeds after 48,000
+    steps, `benchmarks/results/horizon.json`)."""
     seed: int = 1
     """Random seed of the agent and of the training episodes."""
     device: str = "cpu"
@@ -943,7 +944,7 @@ def _report(
 def _evaluate(args: Args, training: dict[str, float], directory: Path, console: Console) -> None:
     """Compare the trained agent with the baselines on the same reset seeds."""
     # Imported here because `evaluate` imports this file to load checkpoints.
-    from esper_agent.evaluate import TABLE_WIDTH, evaluate_agents, print_table
+    from esper_agent.evaluate import TABLE_WIDTH, evaluate_agents, plot_scores, print_table
 
     agents = [f"ppo:{directory}", "never-grow", "random", "heuristic"]
     result = evaluate_agents(
@@ -952,7 +953,8 @@ def _evaluate(args: Args, training: dict[str, float], directory: Path, console: 
     result["training"] = training
     (directory / "evaluation.json").write_text(json.dumps(result, indent=1))
     print_table(result, Console(file=sys.stdout, width=max(console.width, TABLE_WIDTH)))
-    console.print(f"saved: {directory / 'evaluation.json'}", soft_wrap=True)
+    plot_scores(result, directory / "evaluation.png")
+    console.print(f"saved: {directory / 'evaluation.json'} and .png", soft_wrap=True)
 
 
 def main() -> None:

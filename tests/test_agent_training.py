@@ -646,6 +646,7 @@ def test_a_run_writes_its_files(run: Run) -> None:
         "agent.safetensors",
         "agent.json",
         "evaluation.json",
+        "evaluation.png",
     }
     config = json.loads((run.directory / "config.json").read_text())
     assert config["num_steps"] == 6

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import matplotlib.image as mpimg
 import numpy as np
 import pytest
 from rich.console import Console
@@ -27,6 +28,7 @@ from esper_agent.evaluate import (
     evaluate_agents,
     interquartile_mean,
     make_policy,
+    plot_scores,
     print_table,
     run_episodes,
 )
@@ -405,7 +407,8 @@ def record_of(name: str, score: float) -> dict[str, Any]:
     """A record as `evaluate_agents` makes it, with widest plausible numbers."""
     summary = {"mean": -score, "iqm": score, "low": -0.9876, "high": 0.9876}
     summary |= {f"{figure}_mean": score for figure in FIGURES[1:]}
-    return {"summary": summary | {"parameters_mean": 123_456.0}, "episodes": {}}
+    summary |= {"parameters_mean": 123_456.0}
+    return {"summary": summary, "episodes": {"committed_score": [score, score + 0.1]}}
 
 
 def test_the_table_shows_every_name_and_number_in_full() -> None:
@@ -459,3 +462,18 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     assert set(result["agents"]["random"]["episodes"]) == {"seed", *FIGURES}
     assert all(len(v) == 2 for v in result["agents"]["random"]["episodes"].values())
     assert result["agents"]["random"]["episodes"]["seed"] == [5, 6]
+
+
+def test_the_plot_shows_every_agent(tmp_path: Path) -> None:
+    """A picture of a few hundred pixels with more than the background in it."""
+    result = {
+        "env_id": ENV_ID,
+        "episodes": 1,
+        "agents": {name: record_of(name, 0.5) for name in ("never-grow", "ppo:runs/one")},
+        "paired": {},
+    }
+    path = tmp_path / "scores.png"
+    plot_scores(result, path)
+    pixels = mpimg.imread(path)
+    assert min(pixels.shape[:2]) > 200
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 10
