@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
-import torch
 import tyro
 
+from benchmarks import describe_machine
 from esper_agent.ppo_lstm import make_envs
 from esper_env import EnvConfig, EsperVectorEnv, Op
 
@@ -103,8 +101,7 @@ def main() -> None:
     envs = make_envs(args.env_id, args.episodes, "cpu", args.env)
     result: dict[str, Any] = {
         "arguments": dataclasses.asdict(args) | {"out": str(args.out)},
-        "versions": {"torch": torch.__version__, "gymnasium": gym.__version__},
-        "machine": {"cpu": platform.processor(), "threads": torch.get_num_threads()},
+        "machine": describe_machine(),
         "arms": {},
     }
     never: list[float] = []

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
+
+from benchmarks import describe_machine
 
 HORIZONS = ("truncate", "terminal")
 
@@ -81,7 +82,7 @@ def main() -> None:
         )
     result = {
         "arguments": dataclasses.asdict(args) | {"out": str(args.out)},
-        "versions": {"torch": torch.__version__},
+        "machine": describe_machine(),
         "runs": rows,
     }
     if args.out is not None:

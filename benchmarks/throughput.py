@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 import tyro
 
+from benchmarks import describe_machine
 from benchmarks.plain import PlainNetwork, train_batch
 from esper_env import EsperVectorEnv, Op, Stage
 from esper_env.attribution import plan_coalitions
@@ -228,19 +228,11 @@ def main() -> None:
             )
     result = {
         "arguments": dataclasses.asdict(args) | {"out": str(args.out)},
-        "versions": {"torch": torch.__version__, "gymnasium": gym.__version__},
-        "machine": {"cpu": _cpu_name(), "threads": torch.get_num_threads()},
+        "machine": describe_machine(),
         "rows": rows,
     }
     if args.out is not None:
         args.out.write_text(json.dumps(result, indent=1))
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -97,11 +97,18 @@ class ActionSpace:
         )
         """(ops, heads) bool."""
         self._targets = np.array([ALPHA_TARGETS[i] for i in self.index["alpha_target"]])
-        # By head: all options for the ops that read it, option 0 for the others. (ops, 1, n)
-        self._unconditional = {
-            head.name: self.is_relevant[:, h, None, None] | (np.arange(len(head.options)) == 0)
+        # All heads but op and slot side by side: every option for the ops that read the head,
+        # option 0 for the others. (ops, 1, sum of options)
+        rest = [
+            self.is_relevant[:, h, None, None] | (np.arange(len(head.options)) == 0)
             for h, head in enumerate(self.heads)
             if h >= 2
+        ]
+        self._unconditional = np.concatenate(rest, axis=2)
+        stops = np.cumsum([part.shape[2] for part in rest]).tolist()
+        self._columns = {
+            head.name: slice(stop - len(head.options), stop)
+            for head, stop in zip(self.heads[2:], stops, strict=True)
         }
 
     def conditional_masks(
@@ -141,10 +148,8 @@ class ActionSpace:
         }
         legal: BoolArray = np.stack([gates[Op(op)][:, slots] for op in self.index["op"]], axis=1)
         legal[:, 0, 0] = True  # WAIT reads no slot, so its slot is option 0.
-        masks = {
-            name: np.broadcast_to(base, (*shape, base.shape[-1])).copy()
-            for name, base in self._unconditional.items()
-        }
+        packed = np.broadcast_to(self._unconditional, (*shape, self._unconditional.shape[2])).copy()
+        masks = {name: packed[..., columns] for name, columns in self._columns.items()}
         # What an option needs beyond its op's gate. A seed without weight has no ramp to run.
         needs = (
             (Op.GERMINATE, "blueprint", germinate[:, slots][:, :, self.index["blueprint"]]),
@@ -159,8 +164,7 @@ class ActionSpace:
             for o in np.nonzero(self.index["op"] == op)[0]:
                 masks[name][:, o] = is_met
                 legal[:, o] &= is_met.any(axis=2)
-        for mask in masks.values():
-            mask &= legal[..., None]
+        packed &= legal[..., None]
         is_op_legal: BoolArray = np.any(legal, axis=2)
         return {"op": is_op_legal, "slot": legal, **masks}
 

@@ -69,9 +69,10 @@ def judge(
     """
     past = state.losses[members]
     has_past = state.num_losses[members] >= config.panic_window
-    mean, std = past.mean(axis=1), past.std(axis=1)
+    mean = past.mean(axis=1)
+    std = np.sqrt(((past - mean[:, None]) ** 2).mean(axis=1))
     is_sane = np.isfinite(loss) & is_finite
-    known = np.where(np.isfinite(loss), loss, 0.0)
+    known = np.where(is_sane, loss, 0.0)
     collapses = (mean < config.collapse_fraction * guess_loss) & (
         known > (1 - config.collapse_margin) * guess_loss
     )
@@ -90,9 +91,10 @@ def judge(
     )
     state.num_losses[healthy] += 1
     state.since_snapshot[healthy] += 1
-    panicked = members[panics]
-    state.losses[panicked] = 0.0
-    state.num_losses[panicked] = 0
-    state.since_snapshot[panicked] = 0
-    state.rollbacks[panicked] += 1
+    if panics.any():
+        panicked = members[panics]
+        state.losses[panicked] = 0.0
+        state.num_losses[panicked] = 0
+        state.since_snapshot[panicked] = 0
+        state.rollbacks[panicked] += 1
     return panics

@@ -99,6 +99,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._simulation: Simulation | None = None
+        self._mask_key = b""
         self._is_done: BoolArray = np.zeros(self.num_envs, dtype=bool)
 
     # ------------------------------------------------------------------ Gymnasium
@@ -368,7 +369,13 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         return self._observe(), self._info()
 
     def _refresh_masks(self) -> None:
+        """Compute the masks, unless what they are a function of is the same as last time."""
         sim = self._sim
+        arrays = (*vars(sim.state).values(), *vars(sim.measured).values())
+        key = b"".join([array.tobytes() for array in arrays])
+        if key == self._mask_key:
+            return
+        self._mask_key = key
         self._conditional = self._actions.conditional_masks(
             sim.state, sim.measured, sim.budget_table, sim.host.num_parameters, self.config
         )
