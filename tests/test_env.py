@@ -209,7 +209,9 @@ def test_members_with_different_seeds_differ_and_episodes_follow_their_own_strea
 
 
 def test_without_a_seed_resets_differ_between_environments() -> None:
-    assert not np.array_equal(make(2).reset()[0], make(2).reset()[0])
+    # The loss, because observations are rounded and clipped and may coincide.
+    losses = [make(2).reset()[1]["loss"] for _ in range(2)]
+    assert not np.array_equal(*losses)
 
 
 def test_reset_takes_a_list_of_seeds_and_a_mask() -> None:
