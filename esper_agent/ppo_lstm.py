@@ -59,8 +59,8 @@ class Args:
     env: EnvConfig = field(default_factory=lambda: EnvConfig(horizon="terminal"))
     """Settings of the environment; those that differ from their default are passed on. The budget
     is observed, so its end is a true end here: with "truncate" the agent bootstraps from a value
-    that nothing ever corrects, and some runs grow without committing (1 of 3 seeds after 48,000
-    steps, `benchmarks/results/horizon.json`)."""
+    that nothing ever corrects, and 1 of 3 seeds ended no better than never growing
+    (`benchmarks/results/horizon.json`)."""
     seed: int = 1
     """Random seed of the agent and of the training episodes."""
     device: str = "cpu"
