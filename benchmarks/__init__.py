@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -22,3 +24,14 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "gymnasium": gym.__version__,
     }
+
+
+def write_result(out: Path | None, args: Any, **content: Any) -> None:
+    """Write arguments, machine and content as JSON, if there is a path to write to."""
+    if out is None:
+        return
+    head = {
+        "arguments": dataclasses.asdict(args) | {"out": str(out)},
+        "machine": describe_machine(),
+    }
+    out.write_text(json.dumps(head | content, indent=1))

@@ -9,8 +9,6 @@ defaults of the environment ids.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from benchmarks import describe_machine
+from benchmarks import write_result
 from esper_agent.ppo_lstm import make_envs
 from esper_env import EnvConfig, EsperVectorEnv, Op
 
@@ -99,11 +97,7 @@ def main() -> None:
     """Run all arms, print a line for each, and save."""
     args = tyro.cli(Args)
     envs = make_envs(args.env_id, args.episodes, "cpu", args.env)
-    result: dict[str, Any] = {
-        "arguments": dataclasses.asdict(args) | {"out": str(args.out)},
-        "machine": describe_machine(),
-        "arms": {},
-    }
+    arms: dict[str, Any] = {}
     never: list[float] = []
     for name in args.arms:
         arm = run_arm(envs, ARMS[name], args.seed)
@@ -111,7 +105,7 @@ def main() -> None:
         difference = np.array(arm["score"]) - np.array(never)
         arm["minus_first_mean"] = float(difference.mean())
         arm["minus_first_standard_error"] = float(difference.std(ddof=1) / len(difference) ** 0.5)
-        result["arms"][name] = arm
+        arms[name] = arm
         print(
             f"{name:32s} score {arm['score_mean']:.4f} sd {arm['score_std']:.4f}  "
             f"minus first {arm['minus_first_mean']:+.4f} "
@@ -120,8 +114,7 @@ def main() -> None:
             f"{1e3 * arm['step_seconds']:.0f} ms/step",
             flush=True,
         )
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1))
+    write_result(args.out, args, arms=arms)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ thread each, and writes the learning curves and final evaluations. Evidence for 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -22,7 +21,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import describe_machine
+from benchmarks import write_result
 
 HORIZONS = ("truncate", "terminal")
 
@@ -80,13 +79,7 @@ def main() -> None:
             f"{ppo['parameters_mean']:.0f} parameters; never-grow "
             f"{row['agents']['never-grow']['iqm']:.4f}"
         )
-    result = {
-        "arguments": dataclasses.asdict(args) | {"out": str(args.out)},
-        "machine": describe_machine(),
-        "runs": rows,
-    }
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1))
+    write_result(args.out, args, runs=rows)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ random stages; "mix + leave-one-out" measures contributions as well.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks import describe_machine
+from benchmarks import write_result
 from benchmarks.plain import PlainNetwork, train_batch
 from esper_env import EsperVectorEnv, Op, Stage
 from esper_env.attribution import plan_coalitions
@@ -226,13 +224,7 @@ def main() -> None:
                 f"evaluation {100 * row['share_outside_training_and_evaluation']:.1f} %",
                 flush=True,
             )
-    result = {
-        "arguments": dataclasses.asdict(args) | {"out": str(args.out)},
-        "machine": describe_machine(),
-        "rows": rows,
-    }
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1))
+    write_result(args.out, args, rows=rows)
 
 
 if __name__ == "__main__":

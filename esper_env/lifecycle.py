@@ -58,8 +58,8 @@ class SlotArrays:
         }
         return cls(**arrays)
 
-    def clear(self, where: BoolArray) -> None:
-        """Return the slots in `where` (num_envs, num_slots) to their defaults."""
+    def clear(self, where: BoolArray | tuple[IntArray, ...]) -> None:
+        """Return slots to their defaults: a (num_envs, num_slots) mask, or members and slots."""
         for f in dataclasses.fields(self):
             getattr(self, f.name)[where] = _DEFAULTS.get(f.name, 0)
 
@@ -280,7 +280,7 @@ def apply(
     at = chosen(Op.GERMINATE)
     if len(at[0]):
         _move(state, at, Stage.GERMINATED)
-        _clear_at(measured, at)
+        measured.clear(at)
         state.age[at] = 0
         state.blueprint[at] = request.blueprint[at[0]]
         state.style[at] = request.style[at[0]]
@@ -451,10 +451,8 @@ def _remove(
     if not len(at[0]):
         return
     _move(state, at, Stage.EMBARGOED)
-    where = np.zeros(state.stage.shape, dtype=bool)
-    where[at] = True
-    state.clear(where)
-    measured.clear(where)
+    state.clear(at)
+    measured.clear(at)
     state.stage[at] = Stage.EMBARGOED
     state.cooldown[at] = config.embargo_steps
 
@@ -468,12 +466,6 @@ def _move(state: LifecycleState, at: tuple[IntArray, ...], target: Stage) -> Non
         raise RuntimeError(f"transitions not in the table: {', '.join(names)}")
     state.stage[at] = target
     state.stage_steps[at] = 0
-
-
-def _clear_at(measured: Measurements, at: tuple[IntArray, IntArray]) -> None:
-    where = np.zeros(measured.health.shape, dtype=bool)
-    where[at] = True
-    measured.clear(where)
 
 
 def _sigmoid(x: FloatArray | float) -> FloatArray:
