@@ -102,10 +102,14 @@ class PlainSeed(nn.Module):
 
 
 class PlainNetwork(nn.Module):
-    """One host and its seeds."""
+    """One host and its seeds.
+
+    Copied from a population, a narrow network takes the leading corner of a member's tensors.
+    """
 
     def __init__(self, host: Host) -> None:
         super().__init__()
+        self.host = host
         blocks = []
         before = host.in_channels
         for channels in host.channels:
@@ -145,7 +149,7 @@ class PlainNetwork(nn.Module):
     ) -> PlainSeed:
         """Put a copy of a member's seed into a slot."""
         blueprint = population.layout.blueprints[index]
-        seed = PlainSeed(blueprint.name, population.layout.host.channels[slot], blend)
+        seed = PlainSeed(blueprint.name, self.host.channels[slot], blend)
         parameters, buffers = population.layout.seed_columns(slot, index)
         _copy(population.storage.parameters[member], parameters, [*seed.parameters()])
         _copy(population.storage.buffers[member], buffers, _running(seed))
@@ -169,7 +173,8 @@ def _copy(row: Tensor, columns: list, targets: list) -> None:  # type: ignore[ty
         for column, target in zip(columns, targets, strict=False):
             spec = column.spec
             values = row[column.offset : column.offset + spec.size]
-            target.copy_(values.view(target.shape))
+            corner = tuple(slice(n) for n in target.shape[-len(spec.shape) :])
+            target.copy_(values.view(spec.shape)[corner].reshape(target.shape))
 
 
 def train_batch(

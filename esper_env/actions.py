@@ -116,7 +116,7 @@ class ActionSpace:
         state: LifecycleState,
         measured: Measurements,
         seed_parameters: IntArray,
-        host_parameters: int,
+        host_parameters: npt.ArrayLike,
         config: EnvConfig,
     ) -> dict[str, BoolArray]:
         """Return the exact legal actions, conditioned on op and slot.
@@ -124,8 +124,8 @@ class ActionSpace:
         Args:
             state: The slots.
             measured: What the last step measured.
-            seed_parameters: (num_slots, num_blueprints) int64, see `lifecycle.can_germinate`.
-            host_parameters: Parameters of the host.
+            seed_parameters: See `lifecycle.can_germinate`.
+            host_parameters: Likewise.
             config: Gate rules.
 
         Returns:

@@ -29,6 +29,9 @@ class Coalitions:
     """Row of the network with only the fossilized seeds. (m,)."""
     without: IntArray
     """Row of the network without one trial seed, -1 where it is not evaluated. (m, slots)."""
+    would_be: IntArray
+    """Row of the network with one trial seed of alpha 0 at alpha 1, -1 where it is not evaluated.
+    (m, slots)."""
     subsets: IntArray | None = None
     """Row of the network without the trial seeds whose slots are the set bits of k; None unless all
     subsets were asked for. (m, 2**slots)."""
@@ -42,8 +45,9 @@ def plan_coalitions(
     Args:
         members: Which members. (m,).
         state: Slots of all members.
-        leave_one_out: Whether to leave out each seed with alpha > 0 that is not fossilized.
-        all_subsets: Whether to leave out every subset of them too.
+        leave_one_out: Whether to leave out each seed with alpha > 0 that is not fossilized, and to
+            try each seed with alpha 0 at alpha 1.
+        all_subsets: Whether to leave out every subset of the former too.
 
     Returns:
         Rows to evaluate.
@@ -51,13 +55,18 @@ def plan_coalitions(
     m, num_slots = len(members), state.stage.shape[1]
     alpha = state.alpha[members]
     is_fossil = state.stage[members] == Stage.FOSSILIZED
-    if not ((alpha > 0) & ~is_fossil).any():
-        own = np.arange(m)
-        return Coalitions(members, alpha, own, own, np.full((m, num_slots), -1))
+    is_weighted = (alpha > 0) & ~is_fossil
+    is_weightless = state.is_trial[members] & (alpha == 0) & leave_one_out
+    if not is_weighted.any() and not is_weightless.any():
+        own, nowhere = np.arange(m), np.full((m, num_slots), -1)
+        return Coalitions(members, alpha, own, own, nowhere, nowhere)
     wanted = [alpha, np.where(is_fossil, alpha, 0.0)]
-    is_tested = (alpha > 0) & ~is_fossil & leave_one_out
-    wanted += [np.where(np.arange(num_slots) == s, 0.0, alpha) for s in range(num_slots)]
-    is_needed = np.concatenate([np.ones(2 * m, dtype=bool), is_tested.T.reshape(-1)])
+    is_tested = is_weighted & leave_one_out
+    for weight in (0.0, 1.0):
+        wanted += [np.where(np.arange(num_slots) == s, weight, alpha) for s in range(num_slots)]
+    is_needed = np.concatenate(
+        [np.ones(2 * m, dtype=bool), is_tested.T.reshape(-1), is_weightless.T.reshape(-1)]
+    )
     if all_subsets:
         bits = (np.arange(2**num_slots)[:, None] >> np.arange(num_slots)) & 1 == 1
         wanted += [np.where(absent & ~is_fossil, 0.0, alpha) for absent in bits]
@@ -72,7 +81,8 @@ def plan_coalitions(
         live=row_of[:m],
         committed=row_of[m : 2 * m],
         without=row_of[2 * m : (2 + num_slots) * m].reshape(num_slots, m).T,
-        subsets=row_of[(2 + num_slots) * m :].reshape(-1, m).T if all_subsets else None,
+        would_be=row_of[(2 + num_slots) * m : (2 + 2 * num_slots) * m].reshape(num_slots, m).T,
+        subsets=row_of[(2 + 2 * num_slots) * m :].reshape(-1, m).T if all_subsets else None,
     )
 
 
@@ -105,12 +115,13 @@ def shapley_values(value: FloatArray, num_slots: int) -> FloatArray:
 def record_contributions(
     measured: Measurements, members: IntArray, coalitions: Coalitions, accuracy: FloatArray
 ) -> None:
-    """Write contributions and pair interactions into the measurements.
+    """Write contributions, pair interactions and would-be effects into the measurements.
 
     contribution_i = acc(live) - acc(without i), or the Shapley value of seed i where all subsets
     were evaluated. With exactly two trial seeds i and j, the network without both is the committed
     one, and their interaction by inclusion and exclusion is
-    acc(live) - acc(without i) - acc(without j) + acc(committed).
+    acc(live) - acc(without i) - acc(without j) + acc(committed). A seed of alpha 0 contributes
+    nothing yet; its would-be effect is acc(live with it at alpha 1) - acc(live).
 
     Args:
         measured: Changed in place for `members`.
@@ -119,6 +130,10 @@ def record_contributions(
         accuracy: Accuracy of each row.
     """
     live = accuracy[coalitions.live]
+    is_tried = coalitions.would_be >= 0
+    measured.has_would_be[members] = is_tried
+    tried = accuracy[coalitions.would_be] - live[:, None]
+    measured.would_be[members] = np.where(is_tried, tried, 0.0)
     is_new: BoolArray = coalitions.without >= 0
     if not is_new.any() and not measured.has_contribution.any():
         return

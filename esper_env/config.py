@@ -89,6 +89,13 @@ class EnvConfig:
 
     task: str = "digits"
     """Which data and host to train; a name of `esper_env.tasks.TASKS`."""
+    host: str | None = None
+    """Name of a host given to `register_host`, to be trained instead of the task's own."""
+    data_dir: str | None = None
+    """Where data that is not part of a package lies, or is downloaded to at the first reset; None
+    is the environment variable ESPER_DATA_DIR, or else ~/.cache/esper."""
+    instances: Literal["default", "train", "test"] = "default"
+    """Conditions of training: the task's own, or one of a set of 100 or 20 others per episode."""
     episode_steps: int = 60
     """Length of an episode [env steps]."""
     batches_per_step: int = 4
@@ -162,9 +169,9 @@ class EnvConfig:
     """Rollbacks in an episode at which it is terminated."""
 
     host_learning_rate: float = 0.05
-    """Learning rate of the host's SGD at the start of an episode."""
+    """Learning rate of the host's SGD at the start of an episode, for the default instance."""
     seed_learning_rate: float = 0.05
-    """Learning rate of the seeds' SGD at the start of an episode."""
+    """Likewise of the seeds; another instance scales both by the same factor."""
     learning_rate_decay: Literal["none", "linear"] = "linear"
     """Whether both learning rates fall linearly to 0 over an episode."""
     momentum: float = 0.9
@@ -210,6 +217,7 @@ class EnvConfig:
             self.exploding_gradient_norm > self.vanishing_gradient_norm,
             "above vanishing_gradient_norm",
         )
+        _require_choice(self, "instances", ("default", "train", "test"))
         _require_choice(self, "horizon", ("truncate", "terminal"))
         _require_choice(self, "attribution", ("none", "leave_one_out", "full"))
         _require_choice(self, "illegal_actions", ("wait", "raise"))

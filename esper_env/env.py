@@ -96,15 +96,17 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
 
         Args:
             seed: Makes the episode, and those that follow, a function of it alone.
-            options: None; there are none.
+            options: "instance" k says which instance of the configured set the episode has;
+                without it one is drawn.
 
         Returns:
             Observation (features,) float32, and info.
         """
         super().reset(seed=seed)
-        if options:
-            raise ValueError(f"options: expected none, got {sorted(options)}")
-        observation, info = self._env.reset(seed=seed)
+        unknown = set(options or ()) - {"instance"}
+        if unknown:
+            raise ValueError(f"options: expected only 'instance', got also {sorted(unknown)}")
+        observation, info = self._env.reset(seed=seed, options=options)
         return observation[0], _first(info)
 
     def step(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from esper_env.config import BoolArray, Curve, EnvConfig, FloatArray, IntArray, Op, Stage
 
@@ -134,6 +135,10 @@ class Measurements(SlotArrays):
     """Change of the contribution between the last two measurements in succession."""
     contribution_age: IntArray
     """Time since it was measured [env steps]."""
+    has_would_be: BoolArray
+    """Whether the next value was measured in the last step: the seed has no weight yet."""
+    would_be: FloatArray
+    """acc(live with this seed at alpha 1) - acc(live), of a seed whose alpha is 0."""
     interaction: FloatArray
     """acc(live) - acc(without i) - acc(without j) + acc(without both)."""
     has_interaction: BoolArray
@@ -172,15 +177,18 @@ def ease(curve: IntArray, t: FloatArray) -> FloatArray:
 
 
 def can_germinate(
-    state: LifecycleState, seed_parameters: IntArray, host_parameters: int, config: EnvConfig
+    state: LifecycleState,
+    seed_parameters: IntArray,
+    host_parameters: npt.ArrayLike,
+    config: EnvConfig,
 ) -> BoolArray:
     """Gate G0: the slot is empty, and neither `max_seeds` nor the budget would be exceeded.
 
     Args:
         state: The slots.
         seed_parameters: Parameters of each blueprint in each slot, the largest over styles.
-            (num_slots, num_blueprints) int64.
-        host_parameters: Parameters of the host.
+            (num_envs, num_slots, num_blueprints) int64, or what broadcasts to it.
+        host_parameters: Parameters of each host. (num_envs,), or one for all.
         config: Limits.
 
     Returns:
@@ -190,8 +198,9 @@ def can_germinate(
     limit = num_slots if config.max_seeds is None else config.max_seeds
     has_room = state.is_live.sum(axis=1) < limit
     used = used_parameters(state, seed_parameters)
-    total = used[:, None, None] + seed_parameters[None]
-    is_affordable = total <= config.parameter_budget * host_parameters
+    total = used[:, None, None] + seed_parameters
+    limits = config.parameter_budget * np.reshape(host_parameters, (-1, 1, 1))
+    is_affordable = total <= limits
     is_open = _is_at(state, Stage.DORMANT) & has_room[:, None]
     is_legal: BoolArray = is_open[:, :, None] & is_affordable
     return is_legal
@@ -199,8 +208,8 @@ def can_germinate(
 
 def used_parameters(state: LifecycleState, seed_parameters: IntArray) -> IntArray:
     """Return what the live seeds take from the parameter budget. (num_envs,) int64."""
-    slots = np.arange(state.stage.shape[1])
-    each = seed_parameters[slots, np.maximum(state.blueprint, 0)]
+    table = np.broadcast_to(seed_parameters, (*state.stage.shape, seed_parameters.shape[-1]))
+    each = np.take_along_axis(table, np.maximum(state.blueprint, 0)[..., None], axis=2)[..., 0]
     total: IntArray = np.where(state.is_live, each, 0).sum(axis=1)
     return total
 

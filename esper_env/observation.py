@@ -112,86 +112,127 @@ class Progress:
         self.committed_accuracy[members] = committed
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of the networks."""
+
+    host: IntArray
+    """Of each host. (num_envs,)."""
+    seeds: IntArray
+    """Of the live seed in each slot, 0 where there is none. (num_envs, num_slots)."""
+    committed: IntArray
+    """Of the fossilized seeds. (num_envs,)."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a practitioner would know of the training at hand. Arrays are (num_envs,)."""
+
+    learning_rate: FloatArray
+    """Of the host at the start of the episode."""
+    train_fraction: FloatArray
+    """Share of the training split that is trained on, 0 to 1."""
+    width: FloatArray
+    """Multiple of the features of the task's host."""
+
+
+def episode_features() -> dict[str, str]:
+    """Return the features of the episode block in order, and what each means."""
+    past = range(1, HISTORY + 1)
+    return {
+        "budget_left": "share of the episode's env steps that are left",
+        "accuracy": "validation accuracy of the live network",
+        "committed_accuracy": "validation accuracy with only the fossilized seeds",
+        "best_accuracy": "best validation accuracy of the live network in this episode",
+        "loss": "validation loss / (2 ln classes)",
+        "train_loss": "mean training loss of the last env step / (2 ln classes)",
+        "plateau_steps": f"env steps since the best accuracy rose by {PLATEAU_MARGIN}, "
+        f"/ {STEPS_SCALE:.0f}",
+        "growth": f"log2(1 + live seed / host parameters) / {DOUBLINGS_SCALE:.0f}",
+        "committed_growth": "the same of the fossilized seeds",
+        "rent": f"what the live seeds cost the score, x {CHANGE_SCALE:.0f}",
+        "parameter_budget_left": "share of the parameter budget that is left",
+        **{
+            f"accuracy_change_{i}": f"change of accuracy {i} steps ago, x {CHANGE_SCALE:.0f}"
+            for i in past
+        },
+        **{
+            f"loss_change_{i}": f"change of loss {i} steps ago / ln classes, x {CHANGE_SCALE:.0f}"
+            for i in past
+        },
+        **{f"slots_{s.name.lower()}": f"share of slots that are {s.name}" for s in Stage},
+        **{f"last_op_{op.name.lower()}": f"1 if the last op was {op.name}" for op in Op},
+        "last_action_valid": "1 if the last action was legal",
+        "instance_learning_rate": "log10 of the host's first learning rate, + 1.5",
+        "instance_train_fraction": "1 + log10 of the share of the training split in use",
+        "instance_width": "log2 of the multiple of the host's features",
+    }
+
+
+def slot_features(blueprints: Sequence[str]) -> dict[str, str]:
+    """Return the features of one slot in order, and what each means."""
+    return {
+        **{f"stage_{s.name.lower()}": f"1 if the slot is {s.name}" for s in Stage},
+        "alpha": "blend weight",
+        "alpha_target": "where the present or last ramp ends",
+        "mode_hold": "1 if alpha keeps still",
+        "mode_up": "1 if alpha rises",
+        "mode_down": "1 if alpha falls",
+        "is_pruning": "1 if the seed is removed when the ramp ends",
+        "ramp_progress": "share of the ramp that is done",
+        "age": f"env steps since germination / {STEPS_SCALE:.0f}",
+        "stage_steps": f"env steps in the stage / {STEPS_SCALE:.0f}",
+        "cooldown": "share of the embargo that is left",
+        "contribution": "accuracy minus accuracy without the seed (or its Shapley value), "
+        f"x {CHANGE_SCALE:.0f}",
+        "contribution_valid": "1 if it has been measured",
+        "contribution_freshness": "1 / (1 + env steps since then)",
+        "contribution_velocity": f"change since the measurement before, x {CHANGE_SCALE:.0f}",
+        "would_be": "effect on accuracy of a seed of alpha 0 if its alpha were 1, "
+        f"x {CHANGE_SCALE:.0f}",
+        "would_be_valid": "1 if it was measured in the last step",
+        "interaction": f"of the two weighted trial seeds by inclusion and exclusion, "
+        f"x {CHANGE_SCALE:.0f}",
+        "interaction_valid": "1 if it was measured in the last step",
+        "gradient_norm": "(log10 of the seed's gradient norm + 1.5) / 4.5",
+        "gradient_vanishing": "mean severity over its tensors",
+        "gradient_exploding": "largest severity over its tensors",
+        "gradient_health": "(1 - vanishing) (1 - exploding)",
+        "gradient_valid": "1 if a gradient reached the seed in the last step",
+        **{f"blueprint_{name}": f"1 if the seed is a {name}" for name in blueprints},
+        **{f"style_{s.name.lower()}": f"1 if its style is {s.name}" for s in STYLES},
+        "seed_growth": f"log2(1 + seed / host parameters) / {DOUBLINGS_SCALE:.0f}",
+    }
+
+
 class ObservationBuilder:
     """Names and computes the features.
 
     Args:
         num_slots: Slots of the host.
         blueprints: Names of the registry.
-        host_parameters: Parameters of the host.
         num_classes: Classes of the task; ln(num_classes) scales losses.
         config: Episode length, prices and budget.
     """
 
     def __init__(
-        self,
-        num_slots: int,
-        blueprints: Sequence[str],
-        host_parameters: int,
-        num_classes: int,
-        config: EnvConfig,
+        self, num_slots: int, blueprints: Sequence[str], num_classes: int, config: EnvConfig
     ) -> None:
         self.num_slots = num_slots
         self.num_blueprints = len(blueprints)
-        self.host_parameters = host_parameters
         self.initial_loss = float(np.log(num_classes))
         self.config = config
-        past = range(1, HISTORY + 1)
-        episode = [
-            "budget_left",
-            "accuracy",
-            "committed_accuracy",
-            "best_accuracy",
-            "loss",
-            "train_loss",
-            "plateau_steps",
-            "growth",
-            "committed_growth",
-            "rent",
-            "parameter_budget_left",
-            *(f"accuracy_change_{i}" for i in past),
-            *(f"loss_change_{i}" for i in past),
-            *(f"slots_{stage.name.lower()}" for stage in Stage),
-            *(f"last_op_{op.name.lower()}" for op in Op),
-            "last_action_valid",
-        ]
-        slot = [
-            *(f"stage_{stage.name.lower()}" for stage in Stage),
-            "alpha",
-            "alpha_target",
-            "mode_hold",
-            "mode_up",
-            "mode_down",
-            "is_pruning",
-            "ramp_progress",
-            "age",
-            "stage_steps",
-            "cooldown",
-            "contribution",
-            "contribution_valid",
-            "contribution_freshness",
-            "contribution_velocity",
-            "interaction",
-            "interaction_valid",
-            "gradient_norm",
-            "gradient_vanishing",
-            "gradient_exploding",
-            "gradient_health",
-            "gradient_valid",
-            *(f"blueprint_{name}" for name in blueprints),
-            *(f"style_{style.name.lower()}" for style in STYLES),
-            "seed_growth",
-        ]
+        slot = slot_features(blueprints)
         slots = (f"slot_{s}.{name}" for s in range(num_slots) for name in slot)
-        self.names = (*episode, *slots)
+        self.names = (*episode_features(), *slots)
 
     def build(
         self,
         progress: Progress,
         state: LifecycleState,
         measured: Measurements,
-        seed_parameters: IntArray,
-        committed_parameters: IntArray,
+        sizes: Sizes,
+        conditions: Conditions,
     ) -> npt.NDArray[np.float32]:
         """Compute the observation of all members.
 
@@ -199,14 +240,14 @@ class ObservationBuilder:
             progress: Course of the episodes.
             state: The slots.
             measured: What the last step measured.
-            seed_parameters: Parameters of the live seed in each slot. (num_envs, num_slots).
-            committed_parameters: Parameters of the fossilized seeds. (num_envs,).
+            sizes: Parameters of the networks.
+            conditions: Of the training.
 
         Returns:
             (num_envs, len(names)) float32 within [-1, 1].
         """
-        episode = self._episode(progress, state, seed_parameters, committed_parameters)
-        slots = self._slots(state, measured, seed_parameters)
+        episode = self._episode(progress, state, sizes, conditions)
+        slots = self._slots(state, measured, sizes)
         flat = np.concatenate([episode, slots.reshape(len(slots), -1)], axis=1)
         clipped: npt.NDArray[np.float32] = np.clip(flat, -1.0, 1.0).astype(np.float32)
         return clipped
@@ -215,23 +256,23 @@ class ObservationBuilder:
         self,
         progress: Progress,
         state: LifecycleState,
-        seed_parameters: IntArray,
-        committed_parameters: IntArray,
+        sizes: Sizes,
+        conditions: Conditions,
     ) -> FloatArray:
         config = self.config
-        grown = seed_parameters.sum(axis=1)
-        doublings = np.log2(1 + grown / self.host_parameters)
-        limit = config.parameter_budget * self.host_parameters
+        grown = sizes.seeds.sum(axis=1)
+        doublings = np.log2(1 + grown / sizes.host)
+        limit = config.parameter_budget * sizes.host
         columns = [
             1 - progress.steps / config.episode_steps,
             progress.accuracy,
             progress.committed_accuracy,
             progress.best_accuracy,
-            progress.loss / self.initial_loss,
-            progress.train_loss / self.initial_loss,
+            progress.loss / (2 * self.initial_loss),
+            progress.train_loss / (2 * self.initial_loss),
             progress.plateau_steps / STEPS_SCALE,
             doublings / DOUBLINGS_SCALE,
-            np.log2(1 + committed_parameters / self.host_parameters) / DOUBLINGS_SCALE,
+            np.log2(1 + sizes.committed / sizes.host) / DOUBLINGS_SCALE,
             CHANGE_SCALE * config.rent_weight * doublings,
             1 - grown / limit,
         ]
@@ -246,15 +287,16 @@ class ObservationBuilder:
                 counts,
                 last_op,
                 progress.last_valid[:, None],
+                np.log10(conditions.learning_rate)[:, None] + 1.5,
+                np.log10(conditions.train_fraction)[:, None] + 1,
+                np.log2(conditions.width)[:, None],
             ],
             axis=1,
         )
 
-    def _slots(
-        self, state: LifecycleState, measured: Measurements, seed_parameters: IntArray
-    ) -> FloatArray:
+    def _slots(self, state: LifecycleState, measured: Measurements, sizes: Sizes) -> FloatArray:
         """Return (num_envs, num_slots, features per slot)."""
-        growth = np.log2(1 + seed_parameters / self.host_parameters) / DOUBLINGS_SCALE
+        growth = np.log2(1 + sizes.seeds / sizes.host[:, None]) / DOUBLINGS_SCALE
         # symlog of a norm, so that 1e-6 and 1e3 stay apart: log10 from -6..3 to -1..1
         norm = (np.log10(np.maximum(measured.gradient_norm, 1e-7)) + 1.5) / 4.5
         columns = [
@@ -272,6 +314,8 @@ class ObservationBuilder:
             measured.has_contribution,
             measured.has_contribution / (1 + measured.contribution_age),
             CHANGE_SCALE * measured.contribution_velocity,
+            CHANGE_SCALE * measured.would_be,
+            measured.has_would_be,
             CHANGE_SCALE * measured.interaction,
             measured.has_interaction,
             norm * measured.has_gradient,

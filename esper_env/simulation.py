@@ -6,7 +6,7 @@ The Gymnasium side (spaces, autoreset, masks, info) is in `vector_env`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,17 +27,20 @@ from esper_env.config import (
 )
 from esper_env.governor import GovernorState, judge
 from esper_env.lifecycle import DOWN, LifecycleState, Measurements, Request
-from esper_env.observation import Progress
+from esper_env.observation import Conditions, Progress, Sizes
 from esper_env.population.blueprints import Blueprint
-from esper_env.population.images import ImageSet
+from esper_env.population.images import PADDING, Draw, ImageSet
 from esper_env.population.optimizer import SGDSettings
 from esper_env.population.population import Evaluation, Population
 from esper_env.population.slots import Seeds
 from esper_env.rewards.potential import potential
 from esper_env.rewards.terms import Standing, Transition, score
-from esper_env.tasks import TASKS, Splits
+from esper_env.tasks import TASKS, Splits, resolve_host
+from esper_env.tasks.instances import make_instances
 
-_STREAM_HOST, _STREAM_DATA, _STREAM_SEED = 0, 1, 2
+_STREAM_HOST, _STREAM_DATA, _STREAM_SEED, _STREAM_NOISE, _STREAM_AUGMENT, _STREAM_INSTANCE = range(
+    6
+)
 _STYLE_BLEND = np.array([style.blend for style in STYLES])
 
 
@@ -61,15 +64,20 @@ class Simulation:
         blueprints: Sequence[Blueprint],
     ) -> None:
         self.config = config
-        self.host = TASKS[config.task].host
-        self.splits = load_splits(config.task, str(device))
+        self.task = TASKS[config.task]
+        self.host = resolve_host(config)
+        self.splits = load_splits(self.task.load, config.data_dir, str(device))
+        self._train_labels = self.splits.train.labels.cpu().numpy()
+        self.instances = make_instances(
+            config.instances, self.task.ranges, config.host_learning_rate
+        )
         settings = SGDSettings(
             momentum=config.momentum,
             weight_decay=config.host_weight_decay,
             clip_norm=config.clip_norm,
         )
         self.population = Population(
-            self.host,
+            [self.host.scaled(width) for width in self.instances.widths],
             blueprints,
             num_envs,
             settings,
@@ -77,11 +85,8 @@ class Simulation:
             config.batch_size,
             config.chunk_size,
         )
-        self.budget_table: IntArray = (
-            self.population.seed_parameters + self.population.gate_parameters[:, None]
-        )
-        """What each blueprint takes from the budget: a gate too, so that no style can exceed it.
-        (slots, blueprints)."""
+        self.instance = np.zeros(num_envs, dtype=np.int64)
+        """Index of each member's instance in the configured set."""
         self.state = LifecycleState.empty(num_envs, self.host.num_slots)
         self.measured = Measurements.empty(num_envs, self.host.num_slots)
         self.progress = Progress.empty(num_envs)
@@ -94,10 +99,10 @@ class Simulation:
         self.committed_test_accuracy = np.zeros(num_envs)
         self.seeds: Seeds
         """What the slots hold, as the population sees it."""
-        self.seed_sizes: IntArray
-        """Parameters of the seed in each slot, 0 where there is none. (num_envs, slots)."""
-        self.committed_size: IntArray
-        """Parameters of the fossilized seeds. (num_envs,)."""
+        self.sizes: Sizes
+        """Parameters of the networks."""
+        self.conditions: Conditions
+        """What is known of each member's training."""
         self.standing: Standing
         """Scores and potential of the present state."""
         self._initial_loss = float(np.log(self.host.num_classes))
@@ -118,6 +123,7 @@ class Simulation:
             arrays |= {f"{part}.{name}": array for name, array in vars(getattr(self, part)).items()}
         for name in ("_member_key", "_episode_key", "_episode", "has_test", "is_rolled_back"):
             arrays[name.removeprefix("_")] = getattr(self, name)
+        arrays["instance"] = self.instance
         for name in ("test_accuracy", "committed_test_accuracy"):
             arrays[name] = getattr(self, name)
         return arrays
@@ -128,13 +134,28 @@ class Simulation:
         saved = {f"snapshot.{name}": tensor for name, tensor in storage.snapshots.items()}
         return storage.matrices | saved
 
+    @property
+    def budget_table(self) -> IntArray:
+        """What each blueprint takes from the budget: a gate too, so that no style can exceed it.
+
+        (num_envs, slots, blueprints).
+        """
+        width = self.instances.width[self.instance]
+        population = self.population
+        return population.seed_parameters[width] + population.gate_parameters[width][..., None]
+
     def refresh(self) -> None:
         """Work out what follows from the state, after it was written from outside."""
         self._take_inventory()
         self._take_stock()
 
-    def begin_episodes(self, members: IntArray) -> None:
-        """Start a new episode for some members."""
+    def begin_episodes(self, members: IntArray, instance: IntArray | None = None) -> None:
+        """Start a new episode for some members.
+
+        Args:
+            members: Which. (m,).
+            instance: Index of each one's instance; None draws them. (m,).
+        """
         self._episode_key[members] = streams.make_key(
             self._member_key[members], self._episode[members]
         )
@@ -145,8 +166,12 @@ class Simulation:
         self.measured.clear(where)
         self.progress.begin(members, self._initial_loss)
         self.has_test = np.zeros(len(self.has_test), dtype=bool)
+        if instance is None:
+            key = streams.make_key(self._episode_key[members], _STREAM_INSTANCE)
+            instance = (streams.uniform(key, 1)[:, 0] * len(self.instances)).astype(np.int64)
+        self.instance[members] = instance
         key = streams.make_key(self._episode_key[members], _STREAM_HOST)
-        self.population.reset(members, key)
+        self.population.reset(members, self.instances.width[instance], key)
         self.population.storage.save(members)
         self.governor.begin(members)
         self.is_rolled_back = np.zeros(len(self.has_test), dtype=bool)
@@ -180,7 +205,8 @@ class Simulation:
         new = np.nonzero(request.op == Op.GERMINATE)[0]
         if len(new):
             key = streams.make_key(self._episode_key[new], _STREAM_SEED, progress.steps[new])
-            self.population.germinate(new, request.slot[new], request.blueprint[new], key)
+            width = self.instances.width[self.instance[new]]
+            self.population.germinate(new, width, request.slot[new], request.blueprint[new], key)
         lifecycle.tick(state, self.measured, active, config)
         self._take_inventory()
 
@@ -208,29 +234,58 @@ class Simulation:
             Whether all weights of each are finite afterwards. (m,) bool.
         """
         config, progress = self.config, self.progress
-        train = self.splits.train
-        size = config.batches_per_step * config.batch_size
-        key = streams.make_key(self._episode_key[members], _STREAM_DATA, progress.steps[members])
-        drawn = (streams.uniform(key, size) * len(train)).astype(np.int64)
-        indices = drawn.T.reshape(config.batches_per_step, config.batch_size, len(members))
-        decay = np.ones(len(members))
+        host_rate = self.instances.learning_rate[self.instance[members]].copy()
         if config.learning_rate_decay == "linear":
-            decay -= progress.steps[members] / config.episode_steps
+            host_rate *= 1 - progress.steps[members] / config.episode_steps
         report = self.population.train(
             members,
             self.seeds,
-            train,
-            indices,
-            config.host_learning_rate * decay,
-            config.seed_learning_rate * decay,
+            self.splits.train,
+            self._draw_batches(members),
+            host_rate,
+            host_rate * (config.seed_learning_rate / config.host_learning_rate),
         )
         progress.train_loss[members] = report.loss
+        size = config.batches_per_step * config.batch_size
         progress.samples[members] += size
-        macs = self.host.multiply_adds + self._seed_macs.sum(axis=1)
-        progress.flops[members] += 6.0 * macs[members] * size
+        progress.flops[members] += 6.0 * self._multiply_adds[members] * size
         if self.state.is_live.any():
             self._judge_gradients(members, report.seed_gradient_norms)
         return report.is_finite
+
+    def _draw_batches(self, members: IntArray) -> Draw:
+        """Draw what the coming batches show to members, each from its own streams."""
+        config, instances = self.config, self.instances
+        instance, episode = self.instance[members], self._episode_key[members]
+        step = self.progress.steps[members]
+        batches, size = config.batches_per_step, config.batch_size
+
+        def by_batch(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            """(m, batches * size) -> (batches, size, m)."""
+            return values.T.reshape(batches, size, len(members))
+
+        total = len(self._train_labels)
+        count = np.maximum(np.rint(instances.train_fraction[instance] * total), 1)[:, None]
+        first = np.floor(instances.train_start[instance] * total)[:, None]
+        u = streams.uniform(streams.make_key(episode, _STREAM_DATA, step), batches * size)
+        index = ((np.floor(u * count) + first) % total).astype(np.int64)
+        labels = self._train_labels[index]
+        noise = instances.label_noise[instance][:, None]
+        if noise.any():
+            # An image keeps its wrong label for the whole episode.
+            key, classes = streams.make_key(episode, _STREAM_NOISE), self.host.num_classes
+            is_wrong = streams.uniform_at(key, 2 * index) < noise
+            other = np.floor(streams.uniform_at(key, 2 * index + 1) * (classes - 1))
+            wrong = (labels + 1 + other.astype(np.int64)) % classes
+            labels = np.where(is_wrong, wrong, labels)
+        shifts = flips = None
+        if self.task.augments:
+            key = streams.make_key(episode, _STREAM_AUGMENT, step)
+            rows, columns, mirror = np.split(streams.uniform(key, 3 * batches * size), 3, axis=1)
+            shift = np.stack([by_batch(rows), by_batch(columns)], axis=3)
+            shifts = np.floor(shift * (2 * PADDING + 1)).astype(np.int64) - PADDING
+            flips = by_batch(mirror < 0.5)
+        return Draw(by_batch(index), by_batch(labels), shifts, flips)
 
     def _govern(self, members: IntArray, is_finite: BoolArray, has_fossilized: BoolArray) -> None:
         """Roll back members that panic and take snapshots of those that are due."""
@@ -304,28 +359,38 @@ class Simulation:
             is_isolated=self._isolates[stage],
             is_frozen=state.mode == DOWN,
         )
-        slots, index = np.arange(stage.shape[1]), np.maximum(state.blueprint, 0)
-        gate = population.gate_parameters * (self.seeds.blend == Blend.GATE)
-        sizes = population.seed_parameters[slots, index] + gate
-        self.seed_sizes = np.where(state.is_live, sizes, 0)
-        self._seed_macs = np.where(state.is_live, population.seed_multiply_adds[slots, index], 0)
-        self.committed_size = np.where(stage == Stage.FOSSILIZED, self.seed_sizes, 0).sum(axis=1)
+        width = self.instances.width[self.instance]
+        at = (width[:, None], np.arange(stage.shape[1]), np.maximum(state.blueprint, 0))
+        gate = population.gate_parameters[width] * (self.seeds.blend == Blend.GATE)
+        seeds = np.where(state.is_live, population.seed_parameters[at] + gate, 0)
+        macs = np.where(state.is_live, population.seed_multiply_adds[at], 0)
+        self._multiply_adds = population.host_multiply_adds[width] + macs.sum(axis=1)
+        self.sizes = Sizes(
+            host=population.host_parameters[width],
+            seeds=seeds,
+            committed=np.where(stage == Stage.FOSSILIZED, seeds, 0).sum(axis=1),
+        )
+        self.conditions = Conditions(
+            learning_rate=self.instances.learning_rate[self.instance],
+            train_fraction=self.instances.train_fraction[self.instance],
+            width=np.array(self.instances.widths)[width],
+        )
 
     def _take_stock(self) -> None:
         """Work out scores and potential of the present state."""
-        host, rent = self.host.num_parameters, self.config.rent_weight
+        sizes, rent = self.sizes, self.config.rent_weight
         progress, state = self.progress, self.state
         self.standing = Standing(
-            score=score(progress.accuracy, self.seed_sizes.sum(axis=1), host, rent),
-            committed_score=score(progress.committed_accuracy, self.committed_size, host, rent),
+            score=score(progress.accuracy, sizes.seeds.sum(axis=1), sizes.host, rent),
+            committed_score=score(progress.committed_accuracy, sizes.committed, sizes.host, rent),
             potential=potential(state.stage, state.stage_steps),
         )
 
 
 @functools.cache
-def load_splits(task: str, device: str) -> Splits:
+def load_splits(load: Callable[[str | None], Splits], data_dir: str | None, device: str) -> Splits:
     """Read a task's data once per process and device."""
-    splits = TASKS[task].load()
+    splits = load(data_dir)
     target = torch.device(device)
     return Splits(
         train=splits.train.to(target),

@@ -44,7 +44,20 @@ def uniform(key: KeyArray, count: int) -> npt.NDArray[np.float64]:
     Returns:
         (n, count) float64, in steps of 2**-53.
     """
-    counter = np.arange(1, count + 1, dtype=np.uint64)
+    return uniform_at(key, np.arange(count))
+
+
+def uniform_at(key: KeyArray, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Draw chosen numbers of each stream, uniform in [0, 1); `uniform` draws the first ones.
+
+    Args:
+        key: One key per stream. (n,) uint64.
+        index: Positions in each stream, or in all of them. (n, count) or (count,).
+
+    Returns:
+        (n, count) float64, in steps of 2**-53.
+    """
+    counter = index.astype(np.uint64) + np.uint64(1)
     bits = _mix(key[:, None] + counter * _GOLDEN)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

@@ -20,7 +20,8 @@ from esper_env.observation import ObservationBuilder
 from esper_env.population.blueprints import registered_blueprints
 from esper_env.rewards.presets import compute_reward, resolve_weights
 from esper_env.simulation import Simulation
-from esper_env.tasks import TASKS
+from esper_env.tasks import resolve_host
+from esper_env.tasks.instances import SET_SIZES
 
 
 class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[Any]]):
@@ -66,8 +67,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
                     f"max_episode_steps={own}"
                 )
         self.config = EnvConfig.from_keywords(config)
-        if self.config.task not in TASKS:
-            raise ValueError(f"task: expected one of {sorted(TASKS)}, got {self.config.task!r}")
+        host = resolve_host(self.config)
         self.num_envs = int(num_envs)
         self.device = torch.device(device)
         self.autoreset_mode = AutoresetMode(autoreset_mode)
@@ -78,7 +78,6 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
 
         self._blueprints = registered_blueprints()
         names = [blueprint.name for blueprint in self._blueprints]
-        host = TASKS[self.config.task].host
         if self.config.attribution == "full" and host.num_slots > 4:
             raise ValueError(
                 f"attribution: 'full' evaluates 2**slots networks and takes at most 4 slots, the "
@@ -87,7 +86,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self._weights = resolve_weights(self.config)
         self._actions = ActionSpace(host.num_slots, names, self.config.heads)
         self._observations = ObservationBuilder(
-            host.num_slots, names, host.num_parameters, host.num_classes, self.config
+            host.num_slots, names, host.num_classes, self.config
         )
         self.heads: tuple[ActionHead, ...] = self._actions.heads
         """The action's components and the values of their options."""
@@ -117,15 +116,21 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         Args:
             seed: Member i becomes a function of seed + i alone, or of the i-th entry of a list.
                 Without one, members go on with their own streams.
-            options: "reset_mask" (num_envs,) bool starts only some members anew.
+            options: "reset_mask" (num_envs,) bool starts only some members anew. "instance", an
+                index into the configured set or (num_envs,) of them, says which instance the
+                episodes that start now have; without it each member draws its own.
 
         Returns:
             Observations (num_envs, features) float32, and info.
         """
         options = dict(options or {})
-        mask = options.pop("reset_mask", None)
+        mask, instance = options.pop("reset_mask", None), options.pop("instance", None)
         if options:
-            raise ValueError(f"options: expected only 'reset_mask', got also {sorted(options)}")
+            raise ValueError(
+                f"options: expected only 'reset_mask' and 'instance', got also {sorted(options)}"
+            )
+        if instance is not None:
+            instance = self._check_instance(instance)
         is_first = self._simulation is None
         if is_first:
             self._simulation = self._build()
@@ -134,7 +139,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         else:
             members = self._members_of_mask(mask, is_first)
         self._seed(seed, members, is_first)
-        self._begin(members)
+        self._begin(members, None if instance is None else instance[members])
         self._refresh_masks()
         return self._observe(), self._info()
 
@@ -357,9 +362,9 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
     def _build(self) -> Simulation:
         return Simulation(self.num_envs, self.device, self.config, self._blueprints)
 
-    def _begin(self, members: IntArray) -> None:
-        """Start a new episode for some members."""
-        self._sim.begin_episodes(members)
+    def _begin(self, members: IntArray, instance: IntArray | None = None) -> None:
+        """Start a new episode for some members; `instance` is (m,), None draws them."""
+        self._sim.begin_episodes(members, instance)
         self._is_done[members] = False
 
     def _show_again(self) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
@@ -371,20 +376,20 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
     def _refresh_masks(self) -> None:
         """Compute the masks, unless what they are a function of is the same as last time."""
         sim = self._sim
-        arrays = (*vars(sim.state).values(), *vars(sim.measured).values())
+        arrays = (*vars(sim.state).values(), *vars(sim.measured).values(), sim.instance)
         key = b"".join([array.tobytes() for array in arrays])
         if key == self._mask_key:
             return
         self._mask_key = key
         self._conditional = self._actions.conditional_masks(
-            sim.state, sim.measured, sim.budget_table, sim.host.num_parameters, self.config
+            sim.state, sim.measured, sim.budget_table, sim.sizes.host, self.config
         )
         self._marginal = self._actions.marginal_mask(self._conditional)
 
     def _observe(self) -> npt.NDArray[np.float32]:
         sim = self._sim
         return self._observations.build(
-            sim.progress, sim.state, sim.measured, sim.seed_sizes, sim.committed_size
+            sim.progress, sim.state, sim.measured, sim.sizes, sim.conditions
         )
 
     def _info(self, terms: dict[str, FloatArray] | None = None) -> dict[str, Any]:
@@ -408,11 +413,12 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             "stage": state.stage,
             "alpha": state.alpha,
             "blueprint": state.blueprint,
-            "parameters": sim.seed_sizes.sum(axis=1),
-            "host_parameters": np.full(self.num_envs, sim.host.num_parameters),
+            "parameters": sim.sizes.seeds.sum(axis=1),
+            "host_parameters": sim.sizes.host,
             "flops": progress.flops,
             "samples": progress.samples.astype(np.int64),
             "rolled_back": sim.is_rolled_back,
+            "instance": sim.instance,
         }
         info: dict[str, Any] = {}
         for name, value in values.items():
@@ -439,6 +445,20 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
     def _require_reset(self) -> None:
         if self._simulation is None:
             raise gym.error.ResetNeeded("call reset() before using the environment")
+
+    def _check_instance(self, instance: Any) -> IntArray:
+        """Return one index per member."""
+        array, limit = np.asarray(instance), SET_SIZES[self.config.instances]
+        is_integer = np.issubdtype(array.dtype, np.integer) and array.shape in (
+            (),
+            (self.num_envs,),
+        )
+        if not is_integer or ((array < 0) | (array >= limit)).any():
+            raise ValueError(
+                f"options['instance']: expected integers from 0 to {limit - 1} (the set "
+                f"{self.config.instances!r}), one or ({self.num_envs},) of them, got {instance!r}"
+            )
+        return np.broadcast_to(array, (self.num_envs,)).astype(np.int64)
 
     def _members_of_mask(self, mask: Any, is_first: bool) -> IntArray:
         array = np.asarray(mask)

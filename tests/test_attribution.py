@@ -57,7 +57,8 @@ def network(plan: Coalitions, row: Any) -> tuple[int, tuple[float, ...]]:
     ("stages", "alpha", "expected"),
     [
         ([D, D, D], [0, 0, 0], {(0, 0, 0)}),
-        ([T, D, D], [0, 0, 0], {(0, 0, 0)}),
+        ([T, D, D], [0, 0, 0], {(0, 0, 0), (1, 0, 0)}),
+        ([T, B, F], [0, 0.5, 1], {(0, 0.5, 1), (0, 0, 1), (1, 0.5, 1)}),
         ([F, D, F], [1, 0, 1], {(1, 0, 1)}),
         ([B, D, D], [0.5, 0, 0], {(0.5, 0, 0), (0, 0, 0)}),
         ([B, F, D], [0.5, 1, 0], {(0.5, 1, 0), (0, 1, 0)}),
@@ -75,8 +76,9 @@ def test_each_distinct_network_is_listed_once(
 ) -> None:
     """Live, only fossils, and live without each blended trial seed; equal ones share a row.
 
-    A seed that trains behind the host has no weight, so leaving it out changes nothing. The
-    predecessor evaluated 12 networks where 8 differ. Finding PRE-16.
+    A seed that trains behind the host has no weight, so leaving it out changes nothing, and it is
+    tried at alpha 1 instead. The predecessor evaluated 12 networks where 8 differ. Findings PRE-16
+    and SYN-M18.
     """
     state = slots([stages], [alpha])
     plan = plan_coalitions(everyone(state), state, leave_one_out=True)
@@ -157,6 +159,13 @@ def test_random_lives_list_what_scalar_code_lists(leave_one_out: bool) -> None:
                     rest = (i, (*live[:s], 0.0, *live[s + 1 :]))
                     assert network(plan, plan.without[k, s]) == rest
                     expected.add(rest)
+                is_on_trial = Stage.GERMINATED <= state.stage[i, s] <= Stage.HOLDING
+                is_tried = leave_one_out and live[s] == 0 and is_on_trial
+                assert (plan.would_be[k, s] >= 0) == is_tried
+                if is_tried:
+                    full = (i, (*live[:s], 1.0, *live[s + 1 :]))
+                    assert network(plan, plan.would_be[k, s]) == full
+                    expected.add(full)
         rows = networks(plan)
         assert len(rows) == len(set(rows))
         assert set(rows) == expected
@@ -268,9 +277,24 @@ def test_a_seed_never_measured_has_no_age() -> None:
     state = slots([[T, D]], [[0, 0]])
     measured = Measurements.empty(1, 2)
     for _ in range(3):
-        record(state, measured, {(0.0, 0.0): 0.5})
+        record(state, measured, {(0.0, 0.0): 0.5, (1.0, 0.0): 0.625})
     assert (measured.contribution_age == 0).all()
     assert not measured.has_contribution.any()
+
+
+def test_a_seed_without_weight_shows_what_it_would_do_until_it_has_weight() -> None:
+    """Finding SYN-M18. acc(live with it at alpha 1) - acc(live) = 0.625 - 0.5; gone once blended."""
+    state = slots([[T, B]], [[0, 0.5]])
+    measured = Measurements.empty(1, 2)
+    record(state, measured, {(0.0, 0.5): 0.5, (0.0, 0.0): 0.25, (1.0, 0.5): 0.625})
+    assert measured.has_would_be.tolist() == [[True, False]]
+    assert measured.would_be.tolist() == [[0.125, 0.0]]
+    assert measured.contribution.tolist() == [[0.0, 0.25]]
+    state = slots([[B, B]], [[0.5, 0.5]])
+    values = {(0.5, 0.5): 0.5, (0.0, 0.5): 0.25, (0.5, 0.0): 0.25, (0.0, 0.0): 0.125}
+    record(state, measured, values)
+    assert not measured.has_would_be.any()
+    assert not measured.would_be.any()
 
 
 def test_a_member_that_is_not_in_the_list_keeps_its_measurements() -> None:

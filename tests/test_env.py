@@ -14,8 +14,8 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-import esper_env
 from esper_env import EnvConfig, EsperEnv, EsperVectorEnv, Op, Stage
+from esper_env.tasks import TASKS
 
 SMALL: dict[str, Any] = {"batches_per_step": 2, "batch_size": 16, "episode_steps": 12}
 ID = "Esper-Digits-v0"
@@ -35,6 +35,7 @@ INFO_KEYS = {
     "blueprint",
     "parameters",
     "host_parameters",
+    "instance",
     "flops",
     "samples",
     "reward_terms",
@@ -225,7 +226,8 @@ def test_reset_takes_a_list_of_seeds_and_a_mask() -> None:
     after, _ = envs.reset(seed=10, options=options)
     assert "reset_mask" in options
     np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
-    np.testing.assert_array_equal(after[1], expected[1])
+    # Evaluated alone instead of beside others: float32 rounding of the loss.
+    np.testing.assert_allclose(after[1], expected[1], atol=1e-6)
 
 
 def episodes_of(mode: str, episodes: int) -> list[list[Any]]:
@@ -314,7 +316,7 @@ def test_test_accuracy_is_shown_only_at_the_end_of_an_episode() -> None:
 
 def test_splits_are_disjoint_and_shared_by_all_members() -> None:
     """Finding PRE-12: three splits; validation is not test, and is one for all members."""
-    splits = esper_env.vector_env.TASKS["digits"].load()
+    splits = TASKS["digits"].load(None)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (1097, 350, 350)
     rows = [
         {bytes(image.numpy().tobytes()) for image in split.images}

@@ -12,7 +12,7 @@ from esper_env import streams
 from esper_env.config import Blend
 from esper_env.population.blueprints import CNN_BLUEPRINTS
 from esper_env.population.hosts import Host
-from esper_env.population.images import ImageSet
+from esper_env.population.images import Draw, ImageSet
 from esper_env.population.optimizer import SGDSettings
 from esper_env.population.population import Population
 from esper_env.population.slots import Seeds
@@ -49,7 +49,7 @@ def make_images(count: int = 200, host: Host = TINY) -> ImageSet:
 
 def make_population(num_members: int, chunk_size: int | None = None, host: Host = TINY):  # type: ignore[no-untyped-def]
     population = Population(
-        host,
+        [host],
         CNN_BLUEPRINTS,
         num_members,
         SGDSettings(),
@@ -57,7 +57,8 @@ def make_population(num_members: int, chunk_size: int | None = None, host: Host 
         BATCH_SIZE,
         chunk_size,
     )
-    population.reset(np.arange(num_members), streams.make_key(np.arange(num_members)))
+    members = np.arange(num_members)
+    population.reset(members, 0 * members, streams.make_key(members))
     return population
 
 
@@ -78,7 +79,7 @@ def plant(population: Population, seeds: Seeds, member: int, slot: int, index: i
     seeds.blueprint[member, slot] = index
     one = np.array([member])
     key = streams.make_key(one, 77 + slot)
-    population.germinate(one, np.array([slot]), np.array([index]), key)
+    population.germinate(one, 0 * one, np.array([slot]), np.array([index]), key)
 
 
 def set_stage(seeds: Seeds, member: int, slot: int, stage: str) -> None:
@@ -95,6 +96,11 @@ def awaken(population: Population, seed: int = 0) -> None:
 
 def draw(rng: np.random.Generator, images: ImageSet, m: int) -> np.ndarray:  # type: ignore[type-arg]
     return rng.integers(0, len(images), (BATCHES, BATCH_SIZE, m))
+
+
+def shown(images: ImageSet, indices: np.ndarray) -> Draw:  # type: ignore[type-arg]
+    """Return what the batches show, with true labels."""
+    return Draw(indices, images.labels.numpy()[indices])
 
 
 def plain_copy(population: Population, seeds: Seeds, member: int) -> PlainNetwork:
@@ -151,7 +157,7 @@ def test_population_equals_plain_networks(index: int, blend: Blend, stage: str) 
     networks = [plain_copy(population, seeds, i) for i in range(3)]
     indices = draw(np.random.default_rng(1), images, 3)
     rates = np.full(3, RATE)
-    report = population.train(np.arange(3), seeds, images, indices, rates, rates)
+    report = population.train(np.arange(3), seeds, images, shown(images, indices), rates, rates)
     for i, network in enumerate(networks):
         loss = train_plain(network, images, indices[:, :, i])
         assert report.loss[i] == pytest.approx(loss, abs=TOLERANCE)
@@ -174,7 +180,7 @@ def test_a_random_mix_in_both_slots_equals_plain_networks_in_any_chunking() -> N
         networks = [plain_copy(population, seeds, i) for i in range(m)]
         indices = draw(rng, images, m)
         rates = np.full(m, RATE)
-        population.train(np.arange(m), seeds, images, indices, rates, rates)
+        population.train(np.arange(m), seeds, images, shown(images, indices), rates, rates)
         for i, network in enumerate(networks):
             train_plain(network, images, indices[:, :, i])
             assert_equal(population, seeds, i, network)
@@ -192,7 +198,7 @@ def test_evaluation_of_coalitions_equals_plain_networks() -> None:
             set_stage(seeds, member, slot, "half")
     awaken(population)
     rates = np.full(m, RATE)
-    population.train(np.arange(m), seeds, images, draw(rng, images, m), rates, rates)
+    population.train(np.arange(m), seeds, images, shown(images, draw(rng, images, m)), rates, rates)
     subsets = [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5), (1.0, 0.5)]
     members = np.repeat(np.arange(m), len(subsets))
     alpha = np.array(subsets * m)
@@ -223,8 +229,10 @@ def test_every_seed_has_a_live_gradient_by_the_third_batch(index: int, blend: Bl
     set_stage(seeds, 0, 0, "training")
     rng, rates = np.random.default_rng(4), np.full(1, RATE)
     indices = draw(rng, images, 1)
-    population.train(np.array([0]), seeds, images, indices[:2], rates, rates)
-    report = population.train(np.array([0]), seeds, images, indices[2:], rates, rates)
+    population.train(np.array([0]), seeds, images, shown(images, indices[:2]), rates, rates)
+    report = population.train(
+        np.array([0]), seeds, images, shown(images, indices[2:]), rates, rates
+    )
     norms = report.seed_gradient_norms[0, 0]
     own, _ = population.layout.seed_columns(0, index)
     count = len(own) if blend == Blend.GATE else len(own) - 2
@@ -259,7 +267,7 @@ def test_training_a_seed_does_not_change_the_host(blend: Blend) -> None:
             plant(population, seeds, 0, 0, NAMES.index("conv_heavy"))
             set_stage(seeds, 0, 0, "training")
         indices = draw(np.random.default_rng(5), images, 1)
-        population.train(np.array([0]), seeds, images, indices, rates, rates)
+        population.train(np.array([0]), seeds, images, shown(images, indices), rates, rates)
         columns, _ = population.layout.host_columns()
         width = columns[-1].offset + columns[-1].spec.size
         hosts.append(
@@ -285,7 +293,7 @@ def test_layers_before_a_slot_receive_gradient_at_full_alpha(is_isolated: bool) 
     first = population.layout.blocks[0][0].parameters[0]
     before = population.storage.parameters[0].clone()
     indices = draw(np.random.default_rng(6), images, 1)
-    population.train(np.array([0]), seeds, images, indices, np.full(1, 1e-3), rates)
+    population.train(np.array([0]), seeds, images, shown(images, indices), np.full(1, 1e-3), rates)
     change = (population.storage.parameters[0] - before)[first.offset : first.offset + 1]
     assert change.abs().min() > 0
 
@@ -298,13 +306,13 @@ def test_frozen_seeds_keep_parameters_and_momentum_while_the_host_trains() -> No
         plant(population, seeds, member, 0, NAMES.index("conv_light"))
         set_stage(seeds, member, 0, "holding")
     rng = np.random.default_rng(7)
-    population.train(np.arange(2), seeds, images, draw(rng, images, 2), rates, rates)
+    population.train(np.arange(2), seeds, images, shown(images, draw(rng, images, 2)), rates, rates)
     seeds.is_frozen[0, 0] = True
     columns, _ = population.layout.seed_columns(0, NAMES.index("conv_light"))
     span = slice(columns[0].offset, columns[-3].offset + columns[-3].spec.size)
     storage = population.storage
     before = storage.parameters.clone(), storage.momentum.clone()
-    population.train(np.arange(2), seeds, images, draw(rng, images, 2), rates, rates)
+    population.train(np.arange(2), seeds, images, shown(images, draw(rng, images, 2)), rates, rates)
     assert torch.equal(storage.parameters[0, span], before[0][0, span])
     assert torch.equal(storage.momentum[0, span], before[1][0, span])
     assert not torch.equal(storage.parameters[1, span], before[0][1, span])
@@ -321,7 +329,9 @@ def test_momentum_lives_from_germination_to_removal() -> None:
         set_stage(seeds, 0, 0, "holding")
         indices = draw(np.random.default_rng(8), images, 1)
         for part in parts:
-            population.train(np.array([0]), seeds, images, indices[part], rates, rates)
+            population.train(
+                np.array([0]), seeds, images, shown(images, indices[part]), rates, rates
+            )
         rows.append(population.storage.parameters[0].clone())
     assert torch.equal(rows[0], rows[1])
 
@@ -333,7 +343,7 @@ def test_germination_clears_the_momentum_of_a_former_seed() -> None:
     plant(population, seeds, 0, 0, NAMES.index("conv_heavy"))
     set_stage(seeds, 0, 0, "holding")
     indices = draw(np.random.default_rng(9), images, 1)
-    population.train(np.array([0]), seeds, images, indices, rates, rates)
+    population.train(np.array([0]), seeds, images, shown(images, indices), rates, rates)
     plant(population, seeds, 0, 0, NAMES.index("conv_light"))
     for column in population.layout.seed_columns(0, NAMES.index("conv_light"))[0]:
         part = population.storage.momentum[0, column.offset : column.offset + column.spec.size]
@@ -351,7 +361,7 @@ def test_a_member_does_not_depend_on_the_others() -> None:
             set_stage(seeds, member, 0, "holding")
         indices = draw(np.random.default_rng(10), images, 9)[:, :, :m]
         rates = np.full(m, RATE)
-        population.train(np.arange(m), seeds, images, indices, rates, rates)
+        population.train(np.arange(m), seeds, images, shown(images, indices), rates, rates)
         rows.append(population.storage.parameters[0].clone())
     torch.testing.assert_close(rows[0], rows[1], atol=TOLERANCE, rtol=TOLERANCE)
 
@@ -362,7 +372,7 @@ def test_members_left_out_of_a_step_do_not_change() -> None:
     before = population.storage.parameters.clone()
     indices = draw(np.random.default_rng(11), images, 2)
     rates = np.full(2, RATE)
-    population.train(np.array([0, 2]), seeds, images, indices, rates, rates)
+    population.train(np.array([0, 2]), seeds, images, shown(images, indices), rates, rates)
     assert torch.equal(population.storage.parameters[1], before[1])
     assert not torch.equal(population.storage.parameters[2], before[2])
 
@@ -372,7 +382,7 @@ def test_initial_loss_is_that_of_guessing(task: str) -> None:
     """Finding PRE-18: within 5 % of ln(classes) for every host."""
     host = TASKS[task].host
     population = make_population(16, host=host)
-    splits = TASKS[task].load()
+    splits = TASKS[task].load(None)
     seeds = make_seeds(16, host.num_slots)
     zeros = np.zeros((16, host.num_slots))
     loss = population.evaluate(np.arange(16), zeros, seeds, splits.validation).loss.mean()
@@ -387,7 +397,7 @@ def test_parameter_and_multiply_add_counts_equal_those_of_the_real_modules() -> 
             plant(population, seeds, 0, slot, index)
             branch = plain_copy(population, seeds, 0).seeds[str(slot)]
             count = sum(p.numel() for p in branch.parameters())
-            assert population.seed_parameters[slot, index] == count, name
+            assert population.seed_parameters[0, slot, index] == count, name
             size = TINY.slot_size(slot)
             macs = sum(
                 m.weight.numel() * size * size
@@ -403,7 +413,7 @@ def test_parameter_and_multiply_add_counts_equal_those_of_the_real_modules() -> 
                 m.weight.numel() for m in branch.modules() if isinstance(m, torch.nn.Linear)
             )
             macs += channels * size * size if name == "attention" else 0
-            assert population.seed_multiply_adds[slot, index] == macs, name
+            assert population.seed_multiply_adds[0, slot, index] == macs, name
     assert sum(p.numel() for p in PlainNetwork(TINY).parameters()) == TINY.num_parameters
     assert TASKS["digits"].host.num_parameters == 438
 
@@ -420,7 +430,7 @@ def test_gradient_norms_are_those_before_clipping() -> None:
     F.cross_entropy(network(x), images.labels[index[0, :, 0]]).backward()  # type: ignore[no-untyped-call]
     expected = [float(p.grad.norm()) for p in network.seeds["0"].parameters() if p.grad is not None]
     rates = np.full(1, RATE)
-    report = population.train(np.array([0]), seeds, images, index, rates, rates)
+    report = population.train(np.array([0]), seeds, images, shown(images, index), rates, rates)
     norms = report.seed_gradient_norms[0, 0, : len(expected)]
     np.testing.assert_allclose(norms, expected, rtol=1e-4)
 
@@ -434,7 +444,7 @@ def test_a_non_finite_gradient_is_reported_as_infinite_and_stays_in_its_member()
     column = population.layout.seed_columns(0, NAMES.index("conv_light"))[0][0]
     population.storage.parameters[0, column.offset] = float("nan")
     indices = draw(np.random.default_rng(13), images, 2)
-    report = population.train(np.arange(2), seeds, images, indices, rates, rates)
+    report = population.train(np.arange(2), seeds, images, shown(images, indices), rates, rates)
     assert np.isinf(report.seed_gradient_norms[0, 0]).any()
     assert np.isfinite(report.loss[1])
     assert torch.isfinite(population.storage.parameters[1]).all()
@@ -447,7 +457,7 @@ def test_seeds_that_do_not_run_have_no_gradient() -> None:
     plant(population, seeds, 0, 0, 0)
     assert seeds.beta[0, 0] == 0
     indices = draw(np.random.default_rng(14), images, 1)
-    report = population.train(np.array([0]), seeds, images, indices, rates, rates)
+    report = population.train(np.array([0]), seeds, images, shown(images, indices), rates, rates)
     assert np.isnan(report.seed_gradient_norms).all()
 
 

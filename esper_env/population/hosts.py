@@ -5,7 +5,8 @@ Global average pooling stands between the last block and the head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -23,6 +24,14 @@ class Host:
     """Features of each block."""
     num_classes: int
     kernel_size: int = 3
+    """Of the convolution in a built-in block."""
+    build_block: Callable[[int, int], Sequence[Layer]] | None = None
+    """From features before and after to the layers of a block; None for the built-in one."""
+
+    def scaled(self, width: float) -> Host:
+        """Return the host with `width` times the features in every block, at least one."""
+        channels = tuple(max(1, int(c * width + 0.5)) for c in self.channels)
+        return dataclasses.replace(self, channels=channels)
 
     @property
     def num_slots(self) -> int:
@@ -33,6 +42,8 @@ class Host:
         """Layers of one block before its slot."""
         before = self.in_channels if index == 0 else self.channels[index - 1]
         after = self.channels[index]
+        if self.build_block is not None:
+            return self.build_block(before, after)
         return (Conv(before, after, self.kernel_size), Norm(after), Relu())
 
     def slot_size(self, index: int) -> int:
@@ -63,3 +74,19 @@ class Host:
             size = self.slot_size(i)
             total += sum(layer.multiply_adds(size, size) for layer in self.block(i))
         return total
+
+
+@dataclass(frozen=True)
+class HostDesign:
+    """A registered host, to be joined with the images and classes of a task."""
+
+    channels: tuple[int, ...]
+    build_block: Callable[[int, int], Sequence[Layer]] | None
+
+
+_registry: dict[str, HostDesign] = {}
+
+
+def registered_hosts() -> dict[str, HostDesign]:
+    """Return the hosts of third parties by name."""
+    return dict(_registry)

@@ -16,7 +16,7 @@ from esper_env import streams
 from esper_env.config import BoolArray, FloatArray, IntArray
 from esper_env.population.blueprints import Blueprint
 from esper_env.population.hosts import Host
-from esper_env.population.images import ImageSet
+from esper_env.population.images import Draw, ImageSet
 from esper_env.population.layers import cross_entropy
 from esper_env.population.layout import Layout
 from esper_env.population.optimizer import SGDSettings
@@ -57,7 +57,7 @@ class Population:
     """`num_members` hosts with their seeds.
 
     Args:
-        host: Shape of every host.
+        hosts: Shapes of the host, one per width that a member may have; the last is the widest.
         blueprints: The registry.
         num_members: How many hosts.
         settings: Optimiser rules.
@@ -68,7 +68,7 @@ class Population:
 
     def __init__(
         self,
-        host: Host,
+        hosts: Sequence[Host],
         blueprints: Sequence[Blueprint],
         num_members: int,
         settings: SGDSettings,
@@ -76,7 +76,8 @@ class Population:
         batch_size: int,
         chunk_size: int | None,
     ) -> None:
-        self.layout = Layout(host, blueprints)
+        self.layout = Layout(hosts, blueprints)
+        host = self.layout.host
         self.num_members = num_members
         self.settings = settings
         self.device = device
@@ -86,39 +87,57 @@ class Population:
         self.chunk_size = min(num_members, chunk_size or max(1, fitting))
         self.storage = Storage(self.layout, num_members, device)
         registry = self.layout.blueprints
+        self.host_parameters: IntArray = np.array([h.num_parameters for h in hosts])
+        """Parameters of a host of each width. (widths,)."""
+        self.host_multiply_adds: IntArray = np.array([h.multiply_adds for h in hosts])
+        """Multiply-adds per image of a host of each width. (widths,)."""
         self.seed_parameters: IntArray = np.array(
-            [[b.num_parameters(c) for b in registry] for c in host.channels]
+            [[[b.num_parameters(c) for b in registry] for c in h.channels] for h in hosts]
         )
-        """Parameters of each blueprint in each slot, without gate. (slots, blueprints)."""
-        self.gate_parameters: IntArray = np.array([c + 1 for c in host.channels])
-        """Parameters of a gate in each slot. (slots,)."""
+        """Parameters of each blueprint, without gate. (widths, slots, blueprints)."""
+        self.gate_parameters: IntArray = np.array([[c + 1 for c in h.channels] for h in hosts])
+        """Parameters of a gate. (widths, slots)."""
+        sizes = [host.slot_size(i) for i in range(host.num_slots)]
         self.seed_multiply_adds: IntArray = np.array(
             [
-                [b.multiply_adds(c, host.slot_size(i), host.slot_size(i)) for b in registry]
-                for i, c in enumerate(host.channels)
+                [
+                    [b.multiply_adds(c, size, size) for b in registry]
+                    for c, size in zip(h.channels, sizes, strict=True)
+                ]
+                for h in hosts
             ]
         )
-        """Multiply-adds per image of each blueprint in each slot. (slots, blueprints)."""
+        """Multiply-adds per image of each blueprint. (widths, slots, blueprints)."""
         self._programs: dict[int, tuple[bytes, Program]] = {}
 
-    def reset(self, members: IntArray, key: streams.KeyArray) -> None:
+    def reset(self, members: IntArray, widths: IntArray, key: streams.KeyArray) -> None:
         """Give members fresh hosts and empty slots.
 
         Args:
             members: Which. (m,).
+            widths: Index of each one's width. (m,).
             key: Stream of each member's initial weights. (m,) uint64.
         """
         self.storage.clear(members)
-        self.storage.initialise(members, key, *self.layout.host_columns())
+        for width in np.unique(widths).tolist():
+            here = widths == width
+            start = self.layout.host_start(width)
+            self.storage.initialise(members[here], key[here], *start)
 
     def germinate(
-        self, members: IntArray, slots: IntArray, blueprints: IntArray, key: streams.KeyArray
+        self,
+        members: IntArray,
+        widths: IntArray,
+        slots: IntArray,
+        blueprints: IntArray,
+        key: streams.KeyArray,
     ) -> None:
         """Build seeds: initial weights, gate, no momentum. All arrays are (m,)."""
-        for slot, blueprint in set(zip(slots.tolist(), blueprints.tolist(), strict=True)):
-            here = (slots == slot) & (blueprints == blueprint)
-            columns = self.layout.seed_columns(slot, blueprint)
-            self.storage.initialise(members[here], key[here], *columns)
+        kinds = np.stack([slots, blueprints, widths], axis=1)
+        for kind in np.unique(kinds, axis=0):
+            here = (kinds == kind).all(axis=1)
+            start = self.layout.seed_start(*kind.tolist())
+            self.storage.initialise(members[here], key[here], *start)
 
     # A caller may step the environment inside no_grad.
     @torch.enable_grad()
@@ -127,7 +146,7 @@ class Population:
         members: IntArray,
         seeds: Seeds,
         images: ImageSet,
-        indices: IntArray,
+        draw: Draw,
         host_rate: FloatArray,
         seed_rate: FloatArray,
     ) -> TrainReport:
@@ -137,7 +156,7 @@ class Population:
             members: Which. (m,).
             seeds: Seeds of the whole population.
             images: The training split.
-            indices: Images of each batch. (batches, batch_size, m).
+            draw: What each batch shows to each of them.
             host_rate: Learning rate of each member's host. (m,).
             seed_rate: Learning rate of each member's seeds. (m,).
 
@@ -148,8 +167,7 @@ class Population:
         for start in range(0, len(members), self.chunk_size):
             part = slice(start, start + self.chunk_size)
             program = self._program(start, members[part], seeds)
-            batch_index = torch.from_numpy(np.ascontiguousarray(indices[:, :, part]))
-            batches = images.batches(batch_index.to(self.device))
+            batches = images.batches(draw.of(part))
             loss, square = program.train(seeds, *batches, host_rate[part], seed_rate[part])
             losses.append(loss)
             squares.append(square)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from esper_env import streams
 from esper_env.config import IntArray
-from esper_env.population.layout import Column, Layout
+from esper_env.population.layout import Layout, Start
 
 
 class Storage:
@@ -67,29 +65,23 @@ class Storage:
             matrix[rows] = 0
 
     def initialise(
-        self,
-        members: IntArray,
-        key: streams.KeyArray,
-        parameters: Sequence[Column],
-        buffers: Sequence[Column],
+        self, members: IntArray, key: streams.KeyArray, parameters: Start, buffers: Start
     ) -> None:
-        """Write start values into the given columns and clear their momentum.
+        """Write start values and clear the momentum of the same columns.
 
         Args:
             members: Which rows. (m,).
             key: Stream of each row's random numbers. (m,) uint64.
-            parameters: Columns of the parameter matrix.
-            buffers: Columns of the buffer matrix.
+            parameters: Columns of the parameter matrix and how they begin.
+            buffers: Likewise of the buffer matrix.
         """
         rows = torch.from_numpy(members).to(self.device)[:, None]
-        for matrix, columns in ((self.parameters, parameters), (self.buffers, buffers)):
-            if not columns:
-                continue
-            index = np.concatenate([c.offset + np.arange(c.spec.size) for c in columns])
-            value = np.concatenate([np.full(c.spec.size, c.spec.value) for c in columns])
-            bound = np.concatenate([np.full(c.spec.size, c.spec.bound) for c in columns])
-            start = value + bound * (2 * streams.uniform(key, len(index)) - 1)
-            at = torch.from_numpy(index).to(self.device)
-            matrix[rows, at] = torch.from_numpy(start.astype(np.float32)).to(self.device)
+        for matrix, start in ((self.parameters, parameters), (self.buffers, buffers)):
+            noise = 2 * streams.uniform(key, len(start.index)) - 1
+            values = (start.value + start.bound * noise).astype(np.float32)
+            columns = torch.from_numpy(start.columns).to(self.device)
+            matrix[rows, columns] = 0
+            at = torch.from_numpy(start.index).to(self.device)
+            matrix[rows, at] = torch.from_numpy(values).to(self.device)
             if matrix is self.parameters:
-                self.momentum[rows, at] = 0
+                self.momentum[rows, columns] = 0

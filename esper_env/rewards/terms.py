@@ -37,14 +37,14 @@ class Transition:
 
 
 def score(
-    accuracy: FloatArray, parameters: IntArray, host_parameters: int, rent_weight: float
+    accuracy: FloatArray, parameters: IntArray, host_parameters: IntArray | int, rent_weight: float
 ) -> FloatArray:
     """Return accuracy - rent_weight * log2(1 + parameters / host_parameters).
 
     Args:
         accuracy: 0 to 1. (num_envs,).
         parameters: Parameters of the seeds that are paid for. (num_envs,).
-        host_parameters: Parameters of the host.
+        host_parameters: Parameters of each host. (num_envs,), or one for all.
         rent_weight: Price per doubling [accuracy].
 
     Source: design, section 7.

@@ -1,9 +1,40 @@
 """Tasks: data and host of each environment id."""
 
+import dataclasses
+
+from esper_env.config import EnvConfig
+from esper_env.population.hosts import Host, registered_hosts
 from esper_env.tasks.digits import DIGITS
 from esper_env.tasks.task import Splits, Task
 
 TASKS: dict[str, Task] = {"digits": DIGITS}
 """Tasks by the name that `EnvConfig.task` takes."""
 
-__all__ = ["TASKS", "Splits", "Task"]
+__all__ = ["TASKS", "Splits", "Task", "resolve_host"]
+
+
+def resolve_host(config: EnvConfig) -> Host:
+    """Return the host of a configuration: the task's own, or a registered one for its data.
+
+    Raises:
+        ValueError: If the task or the host is unknown, or the images are too small for the host.
+    """
+    if config.task not in TASKS:
+        raise ValueError(f"task: expected one of {sorted(TASKS)}, got {config.task!r}")
+    host = TASKS[config.task].host
+    if config.host is None:
+        return host
+    designs = registered_hosts()
+    if config.host not in designs:
+        raise ValueError(
+            f"host: expected None or a registered one of {sorted(designs)}, got {config.host!r}; "
+            "call esper_env.register_host first"
+        )
+    design = designs[config.host]
+    if host.image_size >> len(design.channels) < 1:
+        raise ValueError(
+            f"host: {config.host!r} halves the image {len(design.channels)} times, and the images "
+            f"of task {config.task!r} are {host.image_size} pixels wide; register one with fewer "
+            "blocks"
+        )
+    return dataclasses.replace(host, channels=design.channels, build_block=design.build_block)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from esper_env.population.hosts import Host
 from esper_env.population.images import ImageSet
+from esper_env.tasks.instances import InstanceRanges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,4 +26,9 @@ class Task:
     """A host and the data it is trained on; the data is read at the first reset, not before."""
 
     host: Host
-    load: Callable[[], Splits]
+    load: Callable[[str | None], Splits]
+    """From `EnvConfig.data_dir` to the data."""
+    augments: bool = False
+    """Whether training images are shifted by up to 4 pixels and mirrored at random."""
+    ranges: InstanceRanges = InstanceRanges()
+    """Where the instances are drawn from."""

@@ -1,0 +1,95 @@
+"""Instances: conditions of training under which one fixed schedule cannot be best everywhere.
+
+The sets "train" and "test" are drawn from streams of their own, so they are disjoint and the same
+for every user. What a practitioner would know is observed; label noise is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from esper_env import streams
+from esper_env.config import FloatArray, IntArray
+
+SET_SIZES = {"default": 1, "train": 100, "test": 20}
+"""Instances in each set."""
+_SET_KEYS = {"train": 1, "test": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceRanges:
+    """Where the instances of a task are drawn from; each pair is the lowest and highest value."""
+
+    learning_rate: tuple[float, float] = (0.01, 0.1)
+    """At the start of an episode, log-uniform."""
+    train_fraction: tuple[float, float] = (0.1, 1.0)
+    """Share of the training split that is trained on, log-uniform."""
+    label_noise: tuple[float, float] = (0.0, 0.3)
+    """Share of the training labels that are wrong, uniform."""
+    widths: tuple[float, ...] = (0.5, 0.75, 1.0)
+    """Multiples of the features in every block of the host, in rising order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instances:
+    """A set of instances. Arrays are (n,)."""
+
+    learning_rate: FloatArray
+    """Of the host at the start of an episode."""
+    train_fraction: FloatArray
+    """Share of the training split that is trained on, 0 to 1."""
+    train_start: FloatArray
+    """Where that share begins in the split, which is in random order, 0 to 1; it wraps around."""
+    label_noise: FloatArray
+    """Share of the training labels that are wrong, 0 to 1."""
+    width: IntArray
+    """Index into `widths`."""
+    widths: tuple[float, ...]
+    """Multiples of the features in every block of the host that occur, in rising order."""
+
+    def __len__(self) -> int:
+        """Return the number of instances."""
+        return len(self.learning_rate)
+
+
+def make_instances(name: str, ranges: InstanceRanges, learning_rate: float) -> Instances:
+    """Return a set of instances.
+
+    Args:
+        name: "default": the whole split, no noise, the host as it is; "train" or "test": drawn.
+        ranges: Where they are drawn from.
+        learning_rate: Of the default instance.
+    """
+    if name == "default":
+        one = np.ones(1)
+        return Instances(
+            learning_rate=learning_rate * one,
+            train_fraction=one,
+            train_start=0 * one,
+            label_noise=0 * one,
+            width=np.zeros(1, dtype=np.int64),
+            widths=(1.0,),
+        )
+    key = streams.make_key(_SET_KEYS[name], np.arange(SET_SIZES[name]))
+    u = streams.uniform(key, 5).T
+    return Instances(
+        learning_rate=_log_uniform(u[0], ranges.learning_rate),
+        train_fraction=_log_uniform(u[1], ranges.train_fraction),
+        train_start=u[2],
+        label_noise=_uniform(u[3], ranges.label_noise),
+        width=(u[4] * len(ranges.widths)).astype(np.int64),
+        widths=ranges.widths,
+    )
+
+
+def _uniform(u: FloatArray, limits: tuple[float, float]) -> FloatArray:
+    low, high = limits
+    return low + (high - low) * u
+
+
+def _log_uniform(u: FloatArray, limits: tuple[float, float]) -> FloatArray:
+    low, high = np.log(limits)
+    values: FloatArray = np.exp(low + (high - low) * u)
+    return values
