@@ -283,7 +283,7 @@ def test_a_seed_never_measured_has_no_age() -> None:
 
 
 def test_a_seed_without_weight_shows_what_it_would_do_until_it_has_weight() -> None:
-    """Finding SYN-M18. acc(live with it at alpha 1) - acc(live) = 0.625 - 0.5; gone once blended."""
+    """Finding SYN-M18: acc(with it at alpha 1) - acc(live) = 0.625 - 0.5; gone once blended."""
     state = slots([[T, B]], [[0, 0.5]])
     measured = Measurements.empty(1, 2)
     record(state, measured, {(0.0, 0.5): 0.5, (0.0, 0.0): 0.25, (1.0, 0.5): 0.625})

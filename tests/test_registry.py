@@ -1,4 +1,4 @@
-"""Third-party blueprints."""
+"""Third-party blueprints and hosts."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from esper_env import Op, Stage, register_blueprint
-from esper_env.population import blueprints
+from esper_env import Op, Stage, register_blueprint, register_host
+from esper_env.population import blueprints, hosts
 from esper_env.population.layers import Conv, Layer, Norm, Relu
 from tests.test_env import action, make, make_single
 
 
 @pytest.fixture(autouse=True)
 def registry_as_it_was() -> Iterator[None]:
-    before = list(blueprints._registry)
+    known, designs = list(blueprints._registry), dict(hosts._registry)
     yield
-    blueprints._registry[:] = before
+    blueprints._registry[:] = known
+    hosts._registry.clear()
+    hosts._registry.update(designs)
 
 
 def pre_norm(c: int) -> Sequence[Layer]:
@@ -58,7 +60,7 @@ def test_registering_leaves_global_random_state_alone() -> None:
 def test_what_could_not_grow_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match="'norm' is registered already"):
         register_blueprint("norm", pre_norm)
-    with pytest.raises(ValueError, match=r"changes the shape: expected .* keep channels"):
+    with pytest.raises(ValueError, match=r"changes the shape: expected .* put out 4 channels"):
         register_blueprint("wide", lambda c: [Conv(c, 2 * c, 1, zero=True)])
     with pytest.raises(ValueError, match=r"not the identity at birth: .* expected 0"):
         register_blueprint("loud", lambda c: [Conv(c, c, 3)])
@@ -68,4 +70,70 @@ def test_what_could_not_grow_is_refused_with_the_reason() -> None:
         register_blueprint("empty", lambda c: [Relu()])
     with pytest.raises(TypeError, match=r"expected .*Layer instances, got Conv2d"):
         register_blueprint("torch", lambda c: [torch.nn.Conv2d(c, c, 1)])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"do not work the same inside .* outputs differ by"):
+        register_blueprint("pooled", lambda c: [ChannelMean(c), Conv(c, c, 1, zero=True)])
+    with pytest.raises(ValueError, match="do not fit into"):
+        register_blueprint("odd", lambda c: [Conv(c, 32 // c, 1), Conv(32 // c, c, 1, zero=True)])
     assert blueprints.registered_blueprints() == blueprints.CNN_BLUEPRINTS
+
+
+class ChannelMean(Relu):
+    """Adds the mean over channels, which depends on how many there are."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        object.__setattr__(self, "channels", channels)
+
+    def forward(self, x, parameters, buffers, training):  # type: ignore[no-untyped-def]
+        del parameters, buffers, training
+        return x + x.mean(dim=1, keepdim=True)
+
+
+# ------------------------------------------------------------------ hosts
+
+
+def separable(before: int, after: int) -> Sequence[Layer]:
+    return [Conv(before, before, 3, groups=before), Conv(before, after, 1), Norm(after), Relu()]
+
+
+@pytest.mark.parametrize("instances", ["default", "train"])
+def test_a_registered_host_is_trained_and_grown(instances: str) -> None:
+    register_host("separable", channels=(4, 6, 8), build_block=separable)
+    envs = make(4, host="separable", instances=instances, episode_steps=30, batch_size=32)
+    assert envs.heads[1].options == (0, 1, 2)
+    _, info = envs.reset(seed=0)
+    if instances == "default":
+        # 9 + 4 + 8; 36 + 24 + 12; 54 + 48 + 16; 80 + 10
+        assert (info["host_parameters"] == 21 + 72 + 118 + 90).all()
+    else:
+        assert len(set(info["host_parameters"].tolist())) > 1
+    start = info["loss"].mean()
+    rng = np.random.default_rng(0)
+    for _ in range(29):
+        *_, info = envs.step(envs.sample_valid_actions(rng))
+    assert info["loss"].mean() < start - 0.1
+    assert info["parameters"].any()
+
+
+def test_a_registered_host_without_blocks_of_its_own_has_the_built_in_ones() -> None:
+    register_host("three", channels=[2, 4, 8])
+    _, info = make_single(host="three").reset(seed=0)
+    # 18 + 4; 72 + 8; 288 + 16; 80 + 10
+    assert info["host_parameters"] == 22 + 80 + 304 + 90
+
+
+def test_hosts_that_could_not_work_are_refused_with_the_reason() -> None:
+    register_host("three", channels=(2, 4, 8))
+    with pytest.raises(ValueError, match="'three' is registered already"):
+        register_host("three", channels=(2, 4))
+    with pytest.raises(ValueError, match="expected at least one block"):
+        register_host("none", channels=())
+    with pytest.raises(ValueError, match=r"changes the shape: .* put out 4 channels"):
+        register_host("narrow", (4, 8), lambda a, b: [Conv(a, b - 1, 3), Norm(b - 1), Relu()])
+    with pytest.raises(ValueError, match="no gradient in 'weight'"):
+        register_host("dead", (4, 8), lambda a, b: [Conv(a, b, 3, zero=True), Relu()])
+    with pytest.raises(ValueError, match=r"host: expected None or a registered one of \['three'\]"):
+        make(1, host="four")
+    register_host("deep", channels=(2, 2, 2, 2))
+    with pytest.raises(ValueError, match="halves the image 4 times, and the images of task"):
+        make(1, host="deep")

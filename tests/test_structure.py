@@ -94,7 +94,7 @@ def test_exported_names_are_those_of_the_design() -> None:
     import esper_env
 
     expected = {"EsperEnv", "EsperVectorEnv", "EnvConfig", "Op", "Stage", "ActionHead"}
-    expected |= {"JointAction", "JointActionVector", "register_blueprint"}
+    expected |= {"JointAction", "JointActionVector", "register_blueprint", "register_host"}
     assert set(esper_env.__all__) == expected
 
 

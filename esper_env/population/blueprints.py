@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from esper_env.population.layers import Conv, Layer, Norm, Relu, SqueezeExcite, TensorSpec
+from esper_env.population.layers import Conv, Layer, Norm, Relu, SqueezeExcite
+from esper_env.population.trial import Candidate, check_layers
 
 
 @dataclass(frozen=True)
@@ -113,62 +111,12 @@ def register_blueprint(name: str, build: Callable[[int], Sequence[Layer]]) -> No
 
     Raises:
         TypeError: If `build` does not return layers.
-        ValueError: If the name is taken, or the branch changes the shape, is not zero at birth, or
-            has a parameter that no gradient reaches by the third batch.
+        ValueError: If the name is taken, or the branch changes the shape, is not zero at birth, has
+            a parameter that no gradient reaches by the third batch, or works otherwise inside a
+            wider one (a norm over channels would: see `layout`).
     """
     if name in [blueprint.name for blueprint in _registry]:
         raise ValueError(f"blueprint {name!r} is registered already; choose another name")
-    for channels in (4, 8):
-        _check_branch(name, build(channels), channels)
+    narrow, wide = (Candidate(build(channels), channels, channels) for channels in (4, 8))
+    check_layers(f"blueprint {name!r}", narrow, wide, is_zero_at_birth=True)
     _registry.append(Blueprint(name, build))
-
-
-def _check_branch(name: str, layers: Sequence[Layer], channels: int) -> None:
-    """Train a branch of two members for three batches and refuse what could not grow."""
-    for layer in layers:
-        if not isinstance(layer, Layer):
-            raise TypeError(
-                f"blueprint {name!r}: expected esper_env.population.layers.Layer instances, got "
-                f"{type(layer).__name__}"
-            )
-    members, size = 2, 8
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(spec: TensorSpec) -> Tensor:
-        noise = 2 * torch.rand((members, *spec.shape), generator=generator) - 1
-        return spec.value + spec.bound * noise
-
-    parameters = [[draw(spec).requires_grad_() for spec in layer.parameters] for layer in layers]
-    buffers = [[draw(spec) for spec in layer.buffers] for layer in layers]
-    flat = [tensor for own in parameters for tensor in own]
-    if not flat:
-        raise ValueError(f"blueprint {name!r} has no parameters, so it cannot learn")
-    for batch in range(3):
-        x = torch.randn(16, members * channels, size, size, generator=generator).relu()
-        out = x
-        for layer, own, running in zip(layers, parameters, buffers, strict=True):
-            out = layer.forward(out, own, running, True)
-        if out.shape != x.shape:
-            raise ValueError(
-                f"blueprint {name!r} changes the shape: expected {tuple(x.shape)}, got "
-                f"{tuple(out.shape)}; keep channels, height and width"
-            )
-        if batch == 0 and out.detach().abs().max() != 0:
-            raise ValueError(
-                f"blueprint {name!r} is not the identity at birth: its residual branch reaches "
-                f"{float(out.detach().abs().max()):.3g}, expected 0; start the last affine map, or "
-                "the last norm's scale, at zero"
-            )
-        target = torch.randn(out.shape, generator=generator)
-        gradients = torch.autograd.grad((out * target).sum(), flat, allow_unused=True)
-        with torch.no_grad():
-            for tensor, gradient in zip(flat, gradients, strict=True):
-                if gradient is not None:
-                    tensor -= 0.01 * gradient
-    specs = [spec.name for layer in layers for spec in layer.parameters]
-    for label, gradient in zip(specs, gradients, strict=True):
-        if gradient is None or not (gradient != 0).any():
-            raise ValueError(
-                f"blueprint {name!r} has no gradient in {label!r} by the third batch; nothing may "
-                "rectify after the map that starts at zero"
-            )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 from esper_env.population.layers import Conv, Layer, Norm, Relu, TensorSpec
+from esper_env.population.trial import Candidate, check_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,3 +91,51 @@ _registry: dict[str, HostDesign] = {}
 def registered_hosts() -> dict[str, HostDesign]:
     """Return the hosts of third parties by name."""
     return dict(_registry)
+
+
+def register_host(
+    name: str,
+    channels: Sequence[int],
+    build_block: Callable[[int, int], Sequence[Layer]] | None = None,
+) -> None:
+    """Add a host that `EnvConfig.host` can name, for the images and classes of any task.
+
+    Example:
+        Three blocks of a depthwise and a pointwise convolution::
+
+            import gymnasium as gym
+            from esper_env import register_host
+            from esper_env.population.layers import Conv, Norm, Relu
+
+            def separable(before, after):
+                return [
+                    Conv(before, before, 3, groups=before),
+                    Conv(before, after, 1),
+                    Norm(after),
+                    Relu(),
+                ]
+
+            register_host("separable", channels=(4, 8, 8), build_block=separable)
+            env = gym.make("Esper-Digits-v0", host="separable")
+
+    Args:
+        name: What `EnvConfig.host` calls it.
+        channels: Features of each block; one slot after each, before a 2x2 max-pool.
+        build_block: From the features before and after to the layers of a block, which keep height
+            and width; None for a 3x3 convolution, batch norm and rectifier.
+
+    Raises:
+        TypeError: If `build_block` does not return layers.
+        ValueError: If the name is taken, there is no block, or a block changes height or width, has
+            a parameter that no gradient reaches, or works otherwise inside a wider one.
+    """
+    if name in _registry:
+        raise ValueError(f"host {name!r} is registered already; choose another name")
+    if not channels or min(channels) < 1:
+        raise ValueError(f"host {name!r}: expected at least one block of features, got {channels}")
+    if build_block is not None:
+        # The first block, whose input is the image, and a later one.
+        for sizes in (((3, 4), (3, 8)), ((4, 6), (8, 12))):
+            narrow, wide = (Candidate(build_block(*size), *size) for size in sizes)
+            check_layers(f"host {name!r}", narrow, wide, is_zero_at_birth=False)
+    _registry[name] = HostDesign(tuple(channels), build_block)

@@ -4,10 +4,16 @@ import dataclasses
 
 from esper_env.config import EnvConfig
 from esper_env.population.hosts import Host, registered_hosts
+from esper_env.tasks import cifar10
 from esper_env.tasks.digits import DIGITS
 from esper_env.tasks.task import Splits, Task
 
-TASKS: dict[str, Task] = {"digits": DIGITS}
+TASKS: dict[str, Task] = {
+    "digits": DIGITS,
+    "cifar10": cifar10.STANDARD,
+    "cifar10_impaired": cifar10.IMPAIRED,
+    "cifar10_deep": cifar10.DEEP,
+}
 """Tasks by the name that `EnvConfig.task` takes."""
 
 __all__ = ["TASKS", "Splits", "Task", "resolve_host"]

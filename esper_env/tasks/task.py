@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from esper_env.population.hosts import Host
 from esper_env.population.images import ImageSet
@@ -30,5 +30,5 @@ class Task:
     """From `EnvConfig.data_dir` to the data."""
     augments: bool = False
     """Whether training images are shifted by up to 4 pixels and mirrored at random."""
-    ranges: InstanceRanges = InstanceRanges()
+    ranges: InstanceRanges = field(default_factory=InstanceRanges)
     """Where the instances are drawn from."""
