@@ -28,6 +28,8 @@ from benchmarks.plain import PlainNetwork, train_batch
 from esper_env import EsperVectorEnv, Op, Stage
 from esper_env.attribution import plan_coalitions
 
+EPISODE_STEPS = 20_000
+"""More than are timed, so that no episode ends."""
 MODES = ("empty", "mix", "mix + leave-one-out")
 
 
@@ -59,8 +61,8 @@ def make_state(args: Args, num_envs: int, mode: str) -> EsperVectorEnv:
     envs = gym.make_vec(
         args.env_id,
         num_envs=num_envs,
-        max_episode_steps=10**6,
-        episode_steps=10**6,
+        max_episode_steps=EPISODE_STEPS,
+        episode_steps=EPISODE_STEPS,
         attribution="leave_one_out" if mode.endswith("leave-one-out") else "none",
         **options,
     ).unwrapped

@@ -11,7 +11,8 @@ from gymnasium.vector import AutoresetMode
 
 from esper_env.actions import ActionHead
 from esper_env.config import BoolArray, EnvConfig
-from esper_env.vector_env import EsperVectorEnv
+from esper_env.render import RENDER_FPS, RENDER_MODES
+from esper_env.vector_env import EsperVectorEnv, member_info
 
 
 class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
@@ -44,16 +45,24 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     an episode short from outside, without its settlement. Change the length with `episode_steps`;
     to lengthen it, give both: `gym.make(id, episode_steps=90, max_episode_steps=90)`.
 
+    ## Rendering
+    With `render_mode="rgb_array"` a chart of the episode so far: per slot the stage, alpha and
+    blueprint over env steps, and accuracy, score and size; with `"ansi"` the same as text.
+
     ## Arguments
     Every field of `EnvConfig`, and `device`.
 
     Args:
         device: Where the tensors live.
-        render_mode: Only None.
+        render_mode: What `render` returns: "rgb_array" a chart of the episode so far, "ansi" the
+            same as text; None for nothing.
         **config: Fields of `EnvConfig`.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - as gym.Env declares it
+    metadata: dict[str, Any] = {  # noqa: RUF012 - as gym.Env declares it
+        "render_modes": list(RENDER_MODES),
+        "render_fps": RENDER_FPS,
+    }
 
     def __init__(
         self, *, device: str = "cpu", render_mode: str | None = None, **config: Any
@@ -65,7 +74,7 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
             render_mode=render_mode,
             **config,
         )
-        self.render_mode = None
+        self.render_mode = render_mode
         self.observation_space = self._env.single_observation_space
         self.action_space = self._env.single_action_space
 
@@ -107,7 +116,7 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
         if unknown:
             raise ValueError(f"options: expected only 'instance', got also {sorted(unknown)}")
         observation, info = self._env.reset(seed=seed, options=options)
-        return observation[0], _first(info)
+        return observation[0], member_info(info, 0)
 
     def step(
         self, action: npt.NDArray[np.int64]
@@ -128,8 +137,20 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
             float(reward[0]),
             bool(terminated[0]),
             bool(truncated[0]),
-            _first(info),
+            member_info(info, 0),
         )
+
+    def render(self) -> npt.NDArray[np.uint8] | str | None:
+        """Show the episode so far, by `render_mode`.
+
+        Returns:
+            A picture (600, 960, 3) uint8 or a text; None, with a warning, without a render mode.
+
+        Raises:
+            gymnasium.error.ResetNeeded: Before the first `reset`.
+        """
+        frames = self._env.render()
+        return None if frames is None else frames[0]
 
     def action_masks(self) -> BoolArray:
         """Return the marginal mask of the next action, (sum(nvec),) bool; True is legal."""
@@ -152,18 +173,8 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     def set_state(self, state: dict[str, Any]) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
         """Go on from a copy made by `get_state` and return its observation and info."""
         observation, info = self._env.set_state(state)
-        return observation[0], _first(info)
+        return observation[0], member_info(info, 0)
 
     def close(self) -> None:
         """Release the tensors."""
         self._env.close()
-
-
-def _first(info: dict[str, Any]) -> dict[str, Any]:
-    """Return member 0 of a vector info: what it has, without masks."""
-    result: dict[str, Any] = {}
-    for name, value in info.items():
-        if name.startswith("_") or not info[f"_{name}"][0]:
-            continue
-        result[name] = _first(value) if isinstance(value, dict) else value[0]
-    return result

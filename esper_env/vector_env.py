@@ -18,10 +18,12 @@ from esper_env.actions import ActionHead, ActionSpace
 from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray
 from esper_env.observation import ObservationBuilder
 from esper_env.population.blueprints import registered_blueprints
+from esper_env.render import RENDER_FPS, RENDER_MODES, describe, draw
 from esper_env.rewards.presets import compute_reward, resolve_weights
 from esper_env.simulation import Simulation
-from esper_env.tasks import resolve_host
+from esper_env.tasks import TASKS, resolve_host
 from esper_env.tasks.instances import SET_SIZES
+from esper_env.trace import Trace
 
 
 class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[Any]]):
@@ -34,7 +36,8 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         num_envs: Number of members.
         device: Where all tensors live, e.g. "cpu" or "cuda".
         autoreset_mode: Gymnasium's `AutoresetMode` or its value; NEXT_STEP by default.
-        render_mode: Only None.
+        render_mode: What `render` returns per member: "rgb_array" a chart of its episode so far,
+            "ansi" the same as text; None for nothing.
         max_episode_steps: Gymnasium's name for `episode_steps`, passed by `gym.make_vec`; if both
             are given, an upper limit.
         **config: Fields of `EnvConfig`.
@@ -56,8 +59,10 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
     ) -> None:
         if not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
             raise ValueError(f"num_envs: expected an integer of at least 1, got {num_envs!r}")
-        if render_mode is not None:
-            raise ValueError(f"render_mode: expected None, got {render_mode!r}")
+        if render_mode not in (None, *RENDER_MODES):
+            raise ValueError(
+                f"render_mode: expected None or one of {RENDER_MODES}, got {render_mode!r}"
+            )
         if max_episode_steps is not None:
             own = config.setdefault("episode_steps", max_episode_steps)
             if own > max_episode_steps:
@@ -66,13 +71,20 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
                     f"{own}; gym.make_vec passes the limit of the id unless you name another: "
                     f"max_episode_steps={own}"
                 )
+        task = TASKS.get(config.get("task", EnvConfig.task))
+        if task is not None:
+            config = {**task.defaults, **config}
         self.config = EnvConfig.from_keywords(config)
         host = resolve_host(self.config)
         self.num_envs = int(num_envs)
         self.device = torch.device(device)
         self.autoreset_mode = AutoresetMode(autoreset_mode)
-        self.metadata = {"render_modes": [], "autoreset_mode": self.autoreset_mode}
-        self.render_mode = None
+        self.metadata = {
+            "render_modes": list(RENDER_MODES),
+            "render_fps": RENDER_FPS,
+            "autoreset_mode": self.autoreset_mode,
+        }
+        self.render_mode = render_mode
         self.gamma = self.config.gamma
         """Discount factor of the shaping reward; an agent must use the same."""
 
@@ -99,6 +111,8 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._simulation: Simulation | None = None
         self._mask_key = b""
+        self._conditional_before_reset: dict[str, BoolArray] = {}
+        self._trace = Trace.empty(self.num_envs, host.num_slots, self.config.episode_steps)
         self._is_done: BoolArray = np.zeros(self.num_envs, dtype=bool)
 
     # ------------------------------------------------------------------ Gymnasium
@@ -187,6 +201,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             self._begin(np.nonzero(resetting)[0])
         rewards, terminations, truncations, terms = self._advance(actions, is_legal, active)
         self._refresh_masks()
+        self._conditional_before_reset = self._conditional
         observations, info = self._observe(), self._info(terms)
         self._is_done = terminations | truncations
         if self._is_done.any() and self.autoreset_mode == AutoresetMode.SAME_STEP:
@@ -201,6 +216,38 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             info["final_obs"], info["_final_obs"] = rows, ended.copy()
             info["final_info"], info["_final_info"] = _masked_info(final_info, ended), ended.copy()
         return observations, rewards, terminations, truncations, info
+
+    def render(self) -> tuple[npt.NDArray[np.uint8] | str, ...] | None:
+        """Show every member's episode so far, by `render_mode`.
+
+        Returns:
+            One picture (600, 960, 3) uint8 or one text per member; None, with a warning, without a
+            render mode.
+
+        Raises:
+            gymnasium.error.ResetNeeded: Before the first `reset`.
+        """
+        if self.render_mode is None:
+            gym.logger.warn(
+                "render() shows nothing without a render mode; name one at the start, e.g. "
+                'gym.make_vec("Esper-Digits-v0", render_mode="rgb_array")'
+            )
+            return None
+        self._require_reset()
+        show = draw if self.render_mode == "rgb_array" else describe
+        names = [blueprint.name for blueprint in self._blueprints]
+        sim = self._sim
+        has_instances = len(sim.instances) > 1
+        return tuple(
+            show(
+                self._trace,
+                i,
+                blueprints=names,
+                host_parameters=int(sim.sizes.host[i]),
+                instance=f"{self.config.instances} {sim.instance[i]}" if has_instances else None,
+            )
+            for i in range(self.num_envs)
+        )
 
     def close_extras(self, **kwargs: Any) -> None:
         """Release the tensors."""
@@ -221,7 +268,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         return {
             "config": json.dumps(dataclasses.asdict(self.config), sort_keys=True),
             "num_envs": self.num_envs,
-            "arrays": {name: array.copy() for name, array in sim.member_arrays().items()},
+            "arrays": {name: array.copy() for name, array in self._member_arrays().items()},
             "tensors": {n: t.cpu().numpy().copy() for n, t in sim.member_tensors().items()},
             "is_done": self._is_done.copy(),
             "np_random": copy.deepcopy(self.np_random.bit_generator.state),
@@ -246,7 +293,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         if self._simulation is None:
             self._simulation = self._build()
         sim = self._sim
-        for name, array in sim.member_arrays().items():
+        for name, array in self._member_arrays().items():
             array[...] = state["arrays"][name]
         for name, tensor in sim.member_tensors().items():
             tensor.copy_(torch.from_numpy(state["tensors"][name]))
@@ -283,7 +330,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
                 f"fork: expected one distinct target per source, got sources {source.tolist()} "
                 f"and targets {target.tolist()}"
             )
-        for array in (*self._sim.member_arrays().values(), self._is_done):
+        for array in (*self._member_arrays().values(), self._is_done):
             array[target] = array[source]
         for tensor in self._sim.member_tensors().values():
             tensor[torch.from_numpy(target)] = tensor[torch.from_numpy(source)]
@@ -311,6 +358,15 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self._require_reset()
         return {name: mask.copy() for name, mask in self._conditional.items()}
 
+    def final_conditional_masks(self) -> dict[str, BoolArray]:
+        """Return the masks, as `conditional_masks`, of the states that the last step led to.
+
+        Under SAME_STEP those of members that ended belong to `final_obs`; otherwise they are the
+        present ones. To be called after `step`, not after `reset`.
+        """
+        self._require_reset()
+        return {name: mask.copy() for name, mask in self._conditional_before_reset.items()}
+
     def sample_valid_actions(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
         """Draw legal actions: uniform over ops, then slots, then options. (num_envs, 8) int64."""
         self._require_reset()
@@ -325,6 +381,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         acts = active & is_legal
         request = self._actions.decode(np.where(acts[:, None], actions, 0))
         transition, truncated = self._sim.advance(request, is_legal, active)
+        self._record(np.nonzero(active)[0], request.slot)
         reward, terms = compute_reward(transition, self._weights, self.config)
         for array in (reward, *terms.values()):
             array[~active] = 0.0
@@ -365,7 +422,32 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
     def _begin(self, members: IntArray, instance: IntArray | None = None) -> None:
         """Start a new episode for some members; `instance` is (m,), None draws them."""
         self._sim.begin_episodes(members, instance)
+        self._trace.begin(members)
+        self._record(members, np.zeros(self.num_envs, dtype=np.int64))
         self._is_done[members] = False
+
+    def _record(self, members: IntArray, op_slot: IntArray) -> None:
+        """Add the present state of some members to the trace."""
+        sim = self._sim
+        self._trace.record(
+            members,
+            stage=sim.state.stage,
+            alpha=sim.state.alpha,
+            blueprint=sim.state.blueprint,
+            accuracy=sim.progress.accuracy,
+            committed_accuracy=sim.progress.committed_accuracy,
+            score=sim.standing.score,
+            committed_score=sim.standing.committed_score,
+            parameters=sim.sizes.seeds.sum(axis=1),
+            op=sim.progress.last_op,
+            op_slot=op_slot,
+            rolled_back=sim.is_rolled_back,
+        )
+
+    def _member_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return every NumPy array of the state with one row per member, by a unique name."""
+        trace = {f"trace.{name}": array for name, array in vars(self._trace).items()}
+        return self._sim.member_arrays() | trace
 
     def _show_again(self) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
         """Return what is to be seen after the state was written from outside."""
@@ -485,4 +567,15 @@ def _masked_info(info: dict[str, Any], mask: BoolArray) -> dict[str, Any]:
             result[name] = value & mask
         else:
             result[name] = value
+    return result
+
+
+def member_info(info: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return what a vector info has for one member, without Gymnasium's `_key` masks."""
+    result: dict[str, Any] = {}
+    for name, value in info.items():
+        has_it = info.get(f"_{name}")  # Gymnasium's own wrappers leave it out in nested parts.
+        if name.startswith("_") or (has_it is not None and not has_it[index]):
+            continue
+        result[name] = member_info(value, index) if isinstance(value, dict) else value[index]
     return result

@@ -26,7 +26,7 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from esper_env import EsperVectorEnv
+from esper_env import EsperEnv, EsperVectorEnv
 from esper_env.population.images import ImageSet
 from esper_env.tasks import Splits, cifar10
 from tests.cifar10_files import (
@@ -554,3 +554,18 @@ def test_importing_the_environment_does_not_import_torchvision() -> None:
         "assert not [name for name in sys.modules if name.startswith('torchvision')]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_ids_have_the_lengths_of_the_design_and_can_be_shortened() -> None:
+    """150 steps alone and in a batch; Gymnasium passes its limit to the latter only."""
+    for name in ("", "-Impaired", "-Deep"):
+        name = f"Esper-CIFAR10{name}-v0"
+        single = gym.make(name).unwrapped
+        assert isinstance(single, EsperEnv)
+        batch = gym.make_vec(name, num_envs=2).unwrapped
+        short = gym.make_vec(name, num_envs=2, max_episode_steps=7, batch_size=16).unwrapped
+        assert isinstance(batch, EsperVectorEnv)
+        assert isinstance(short, EsperVectorEnv)
+        assert single.config == batch.config
+        assert (batch.config.episode_steps, batch.config.batch_size) == (150, 128)
+        assert (short.config.episode_steps, short.config.batch_size) == (7, 16)

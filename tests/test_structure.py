@@ -20,21 +20,30 @@ ALLOWED: dict[str, set[str]] = {
     "attribution": CONFIG | {"lifecycle"},
     "observation": CONFIG | {"lifecycle"},
     "governor": CONFIG,
+    "trace": {"config"},
+    "render": {"config", "trace"},
     "rewards": CONFIG,
     "population": CONFIG,
     "tasks": CONFIG | {"population"},
     "simulation": CONFIG
     | {"governor", "lifecycle", "attribution", "observation", "rewards", "population", "tasks"},
     "vector_env": CONFIG
-    | {"actions", "observation", "rewards", "population", "tasks", "simulation"},
-    "env": CONFIG | {"actions", "vector_env"},
+    | {"actions", "observation", "render", "rewards", "population", "tasks", "simulation"}
+    | {"trace"},
+    "env": CONFIG | {"actions", "render", "vector_env"},
     "wrappers": CONFIG | {"actions", "env", "vector_env"},
+    "sb3": {"vector_env"},
+    "inspection": set(),
+    "checks": {"inspection"},
     "registration": set(),
-    "__init__": CONFIG | {"actions", "env", "population", "registration", "vector_env", "wrappers"},
+    "__init__": CONFIG
+    | {"actions", "checks", "env", "population", "registration", "vector_env", "wrappers"},
 }
 """Design 14: config <- the parts <- vector_env (with its simulation) <- env."""
 WITHOUT_TORCH = {"config", "streams", "lifecycle", "actions", "attribution", "observation"} | {
-    "rewards"
+    "rewards",
+    "render",
+    "trace",
 }
 WITHOUT_GYMNASIUM = WITHOUT_TORCH | {"population", "tasks", "simulation"}
 
@@ -95,6 +104,7 @@ def test_exported_names_are_those_of_the_design() -> None:
 
     expected = {"EsperEnv", "EsperVectorEnv", "EnvConfig", "Op", "Stage", "ActionHead"}
     expected |= {"JointAction", "JointActionVector", "register_blueprint", "register_host"}
+    expected |= {"MaskInObservation", "MaskInObservationVector", "check_vector_env"}
     assert set(esper_env.__all__) == expected
 
 

@@ -190,6 +190,7 @@ def _task(*channels: int, kernel_size: int = 3) -> Task:
         host=host,
         load=load_splits,
         augments=True,
+        defaults={"episode_steps": 150, "batch_size": 128},
         ranges=InstanceRanges(train_fraction=(0.02, 1.0)),
     )
 

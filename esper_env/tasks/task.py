@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from esper_env.population.hosts import Host
 from esper_env.population.images import ImageSet
@@ -30,5 +31,7 @@ class Task:
     """From `EnvConfig.data_dir` to the data."""
     augments: bool = False
     """Whether training images are shifted by up to 4 pixels and mirrored at random."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `EnvConfig` that have another default for this task."""
     ranges: InstanceRanges = field(default_factory=InstanceRanges)
     """Where the instances are drawn from."""
