@@ -11,7 +11,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +53,9 @@ class Args:
     env_id: str = "Esper-Digits-v0"
     """Environment id."""
     env: EnvConfig = field(default_factory=EnvConfig)
-    """Settings of the environment."""
+    """Settings of the environment; those that differ from their default are passed on."""
+    instances: Literal["default", "train", "test"] | None = None
+    """Instances to evaluate on, in turn; None leaves those of `env`."""
     episodes: int = 64
     """Episodes per agent."""
     seed: int = 1_000_000
@@ -110,14 +112,15 @@ def make_policy(name: str, envs: EsperVectorEnv) -> Policy:
 def run_episodes(
     policy: Policy, envs: EsperVectorEnv, num_episodes: int, seed: int
 ) -> dict[str, list[float]]:
-    """Run one episode for each of the seeds seed, seed + 1, ....
+    """Run one episode for each of the seeds seed, seed + 1, ..., on all instances in turn.
 
     Returns:
-        The figures of every episode, in order of its seed, and "seed".
+        The figures of every episode, in order of its seed, "seed" and "instance".
     """
-    result: dict[str, list[float]] = {name: [] for name in ("seed", *FIGURES)}
+    result: dict[str, list[float]] = {name: [] for name in ("seed", "instance", *FIGURES)}
     for first in range(seed, seed + num_episodes, envs.num_envs):
-        observation, info = envs.reset(seed=first)
+        instance = (first - seed + np.arange(envs.num_envs)) % envs.num_instances
+        observation, info = envs.reset(seed=first, options={"instance": instance})
         policy.begin(envs, first)
         final: dict[str, npt.NDArray[np.float64]] = {}
         is_running = np.ones(envs.num_envs, dtype=bool)
@@ -133,6 +136,7 @@ def run_episodes(
             is_running &= ~ends
         count = min(envs.num_envs, seed + num_episodes - first)
         result["seed"].extend(range(first, first + count))
+        result["instance"].extend(instance[:count].tolist())
         for name in FIGURES:
             result[name].extend(float(x) for x in final[name][:count])
     return result
@@ -160,7 +164,7 @@ def evaluate_agents(
     Args:
         names: Agents, as `make_policy` takes them; differences are against the first.
         env_id: Environment id.
-        config: Its settings.
+        config: Its settings; episodes have the instances of the configured set in turn.
         episodes: Episodes per agent.
         seed: Reset seed of the first.
         device: Where the hosts train.
@@ -281,7 +285,12 @@ def main() -> None:
     """Parse the command line, evaluate, print and save."""
     args = tyro.cli(Args)
     result = evaluate_agents(
-        list(args.agents), args.env_id, args.env, args.episodes, args.seed, args.device
+        list(args.agents),
+        args.env_id,
+        dataclasses.replace(args.env, instances=args.instances or args.env.instances),
+        args.episodes,
+        args.seed,
+        args.device,
     )
     print_table(result, Console(width=max(Console().width, TABLE_WIDTH)))
     if args.out is not None:

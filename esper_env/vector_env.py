@@ -338,6 +338,11 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
 
     # ------------------------------------------------------------------ masks and samples
 
+    @property
+    def num_instances(self) -> int:
+        """Number of instances in the configured set."""
+        return SET_SIZES[self.config.instances]
+
     def action_masks(self) -> BoolArray:
         """Return the marginal mask of the next action; True is legal.
 
@@ -530,7 +535,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
 
     def _check_instance(self, instance: Any) -> IntArray:
         """Return one index per member."""
-        array, limit = np.asarray(instance), SET_SIZES[self.config.instances]
+        array, limit = np.asarray(instance), self.num_instances
         is_integer = np.issubdtype(array.dtype, np.integer) and array.shape in (
             (),
             (self.num_envs,),

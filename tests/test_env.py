@@ -332,7 +332,7 @@ def test_splits_are_disjoint_and_shared_by_all_members() -> None:
 
 
 def test_work_per_step_does_not_depend_on_the_number_of_members() -> None:
-    """Finding PRE-12: the same samples per step and member, whatever num_envs is."""
+    """Findings PRE-12 and SYN-M17: as many as configured, whatever num_envs is."""
     for num_envs in (1, 5):
         envs = make(num_envs)
         envs.reset(seed=0)

@@ -450,7 +450,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     """`python -m esper_agent.evaluate` as a user runs it, into a directory not there yet."""
     out = tmp_path / "results" / "evaluation.json"
     command = [sys.executable, "-m", "esper_agent.evaluate", "--agents", "random", "never-grow"]
-    command += ["--episodes", "2", "--seed", "5", "--out", str(out)]
+    command += ["--episodes", "2", "--seed", "5", "--out", str(out), "--instances", "test"]
     command += ["--env.batches-per-step", "1", "--env.batch-size", "8", "--env.episode-steps", "6"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -459,9 +459,11 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     assert list(result["agents"]) == ["random", "never-grow"]
     assert result["env"]["episode_steps"] == 6
-    assert set(result["agents"]["random"]["episodes"]) == {"seed", *FIGURES}
+    assert set(result["agents"]["random"]["episodes"]) == {"seed", "instance", *FIGURES}
     assert all(len(v) == 2 for v in result["agents"]["random"]["episodes"].values())
     assert result["agents"]["random"]["episodes"]["seed"] == [5, 6]
+    assert result["env"]["instances"] == "test"
+    assert result["agents"]["random"]["episodes"]["instance"] == [0, 1]
 
 
 def test_the_plot_shows_every_agent(tmp_path: Path) -> None:
@@ -477,3 +479,12 @@ def test_the_plot_shows_every_agent(tmp_path: Path) -> None:
     pixels = mpimg.imread(path)
     assert min(pixels.shape[:2]) > 200
     assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 10
+
+
+def test_episodes_have_the_instances_of_the_set_in_turn() -> None:
+    """22 episodes of the 20 test instances, in two batches; the first two come again."""
+    config = dataclasses.replace(TINY, instances="test", episode_steps=2)
+    envs = make_envs(ENV_ID, 13, "cpu", config)
+    result = run_episodes(make_policy("never-grow", envs), envs, 22, seed=40)
+    assert result["instance"] == [*range(20), 0, 1]
+    assert result["seed"] == list(range(40, 62))

@@ -153,6 +153,22 @@ def test_an_episode_ends_for_good_at_max_rollbacks() -> None:
         assert envs._sim.governor.rollbacks[0] == 0, "the next episode starts anew"
 
 
+@pytest.mark.parametrize("interval", [2, 5])
+def test_snapshots_are_taken_every_so_many_healthy_steps(interval: int) -> None:
+    """Finding TRN-6: by the configured interval, and after each fossilization (test above)."""
+    envs = make(1, episode_steps=60, snapshot_interval=interval)
+    envs.reset(seed=0)
+    storage = envs._sim.population.storage
+    last, taken = storage.snapshots["parameters"].clone(), []
+    for step in range(1, 13):
+        envs.step(action(Op.WAIT)[None])
+        if not torch.equal(storage.snapshots["parameters"], last):
+            taken.append(step)
+            last = storage.snapshots["parameters"].clone()
+            assert torch.equal(last, storage.parameters)
+    assert taken == list(range(interval, 13, interval))
+
+
 def test_snapshots_are_one_buffer_of_fixed_size() -> None:
     """Finding SYN-C7: the same memory before and after many snapshots and episodes."""
     envs = make(2, autoreset_mode="SameStep", episode_steps=4, snapshot_interval=1)
