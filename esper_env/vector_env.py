@@ -266,8 +266,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self._require_reset()
         sim = self._sim
         return {
-            "config": json.dumps(dataclasses.asdict(self.config), sort_keys=True),
-            "num_envs": self.num_envs,
+            "made_with": self._made_with(),
             "arrays": {name: array.copy() for name, array in self._member_arrays().items()},
             "tensors": {n: t.cpu().numpy().copy() for n, t in sim.member_tensors().items()},
             "is_done": self._is_done.copy(),
@@ -282,13 +281,16 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             Observations and info of the restored state.
 
         Raises:
-            ValueError: If the copy was made with another configuration or number of members.
+            ValueError: If the copy was made with another configuration, registry or number of
+                members.
         """
-        own = json.dumps(dataclasses.asdict(self.config), sort_keys=True)
-        if state["num_envs"] != self.num_envs or state["config"] != own:
+        own, other = self._made_with(), state["made_with"]
+        differing = [name for name in own if own[name] != other.get(name)]
+        if differing:
+            differences = [f"{n}={own[n]!r}, got {other.get(n)!r}" for n in differing]
             raise ValueError(
-                f"state: expected one of {self.num_envs} members with configuration {own}, got "
-                f"one of {state['num_envs']} members with configuration {state['config']}"
+                f"state: expected a copy made with {'; '.join(differences)}; make the environment "
+                "with the same settings"
             )
         if self._simulation is None:
             self._simulation = self._build()
@@ -453,6 +455,12 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         """Return every NumPy array of the state with one row per member, by a unique name."""
         trace = {f"trace.{name}": array for name, array in vars(self._trace).items()}
         return self._sim.member_arrays() | trace
+
+    def _made_with(self) -> dict[str, Any]:
+        """Return what a copy of the state fits to, as JSON-able values."""
+        settings = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        names = [blueprint.name for blueprint in self._blueprints]
+        return {"num_envs": self.num_envs, "blueprints": names, **settings}
 
     def _show_again(self) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
         """Return what is to be seen after the state was written from outside."""

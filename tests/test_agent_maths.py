@@ -592,7 +592,7 @@ def test_lstm_over_whole_sequences_equals_a_loop_with_resets(starts: Tensor) -> 
 
 
 def test_nothing_before_an_episode_starts_reaches_it() -> None:
-    """Findings TRN-2 and TRN-7: after member 0 starts anew at step 3, its output ignores the steps before.
+    """Findings TRN-2 and TRN-7: once member 0 starts anew at step 3, it ignores the steps before.
 
     Member 1 starts at step 5, so its step 4 still depends on its step 0.
     """

@@ -593,3 +593,26 @@ def test_records_of_gymnasiums_statistics_wrapper_agree_with_ours() -> None:
         total += reward
     np.testing.assert_allclose(info["episode"]["r"], total)
     assert (info["episode"]["l"] == 3).all()
+    env = gym.wrappers.RecordEpisodeStatistics(gym.make(ID, **(SMALL | {"episode_steps": 3})))
+    env.reset(seed=0)
+    for _ in range(3):
+        _, _, _, _, info = env.step(np.zeros(8, dtype=np.int64))
+    assert info["episode"]["l"] == 3
+    assert info["episode"]["r"] == pytest.approx(total[0], abs=0.05)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_gymnasiums_own_vector_environments_take_single_ones(mode: str) -> None:
+    """For those who need them; `make_vec` without a mode trains all hosts as one program."""
+    envs = gym.make_vec(ID, num_envs=2, vectorization_mode=mode, **SMALL)
+    native = make(2)
+    try:
+        observation, _ = envs.reset(seed=0)
+        expected, _ = native.reset(seed=0)
+        for _ in range(3):
+            np.testing.assert_allclose(observation, expected, atol=1e-3)
+            actions = native.sample_valid_actions(np.random.default_rng(0))
+            observation, *_ = envs.step(actions)
+            expected, *_ = native.step(actions)
+    finally:
+        envs.close()

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from esper_env import EsperEnv, EsperVectorEnv
+from esper_env.lifecycle import HOLD
 from tests.test_env import ID, SMALL, assert_same, make, make_single
 
 STEPS = 20
+MIXED: dict[str, Any] = {"instances": "train", "attribution": "full", "episode_steps": 18}
 
 
 def play(envs: EsperVectorEnv, steps: int, seed: int) -> list[Any]:
@@ -44,16 +46,25 @@ def test_a_restored_state_continues_bitwise_like_the_original(mode: str) -> None
 
 
 def test_a_restored_state_continues_bitwise_in_a_new_process(tmp_path: Path) -> None:
-    envs = make(3)
+    """Live seeds, a ramp that goes on, different instances, and a member just rolled back."""
+    envs = make(5, **MIXED)
     envs.reset(seed=0)
-    play(envs, 6, seed=1)
+    play(envs, 8, seed=1)
+    assert envs._simulation is not None
+    envs._simulation.population.storage.parameters[0, 0] = float("nan")
+    *_, info = play(envs, 1, seed=3)[0]
+    assert info["rolled_back"].tolist() == [True, False, False, False, False]
+    state = envs._simulation.state
+    assert (state.mode != HOLD).any(), "the test needs a ramp"
+    assert (state.is_trial.sum(axis=1) > 0).sum() >= 3, "the test needs live seeds"
+    assert len(set(info["host_parameters"].tolist())) > 1, "the test needs different hosts"
     (tmp_path / "state.pkl").write_bytes(pickle.dumps(envs.get_state()))
     code = (
         "import pickle, sys, torch; sys.path.insert(0, sys.argv[2])\n"
         "from tests.test_state import *\n"
         "folder = Path(sys.argv[1])\n"
         "torch.set_num_threads(int(sys.argv[3]))\n"
-        "envs = make(3)\n"
+        "envs = make(5, **MIXED)\n"
         "envs.set_state(pickle.loads((folder / 'state.pkl').read_bytes()))\n"
         "(folder / 'record.pkl').write_bytes(pickle.dumps(play(envs, STEPS, seed=2)))\n"
     )
@@ -121,9 +132,9 @@ def test_bad_states_and_indices_are_refused() -> None:
         envs.fork([0], [1])
     envs.reset(seed=0)
     state = envs.get_state()
-    with pytest.raises(ValueError, match="expected one of 3 members"):
+    with pytest.raises(ValueError, match=r"made with num_envs=3, got 2; make the environment"):
         make(3).set_state(state)
-    with pytest.raises(ValueError, match="batch_size"):
+    with pytest.raises(ValueError, match=r"made with batch_size=8, got 16;"):
         make(2, batch_size=8).set_state(state)
     for source, target in (([0], [2]), ([-1], [0]), ([0, 0], [1, 1]), ([0, 1], [0]), ([0.5], [1])):
         with pytest.raises(ValueError, match=r"source_indices|target_indices|fork"):
