@@ -11,8 +11,9 @@ from gymnasium.vector import AutoresetMode
 
 from esper_env.actions import ActionHead
 from esper_env.config import BoolArray, EnvConfig
+from esper_env.info import member_info
 from esper_env.render import RENDER_FPS, RENDER_MODES
-from esper_env.vector_env import EsperVectorEnv, member_info
+from esper_env.vector_env import EsperVectorEnv
 
 
 class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 
-from esper_env.vector_env import EsperVectorEnv, member_info
+from esper_env.info import member_info
+from esper_env.vector_env import EsperVectorEnv
 
 try:
     from stable_baselines3.common.vec_env.base_vec_env import (

@@ -16,9 +16,11 @@ from gymnasium.vector.utils import batch_space
 
 from esper_env.actions import ActionHead, ActionSpace
 from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray
+from esper_env.info import build_info, masked_info
 from esper_env.observation import ObservationBuilder
 from esper_env.population.blueprints import registered_blueprints
 from esper_env.render import RENDER_FPS, RENDER_MODES, describe, draw
+from esper_env.reset_arguments import ResetRequest, check_reset
 from esper_env.rewards.presets import compute_reward, resolve_weights
 from esper_env.simulation import Simulation
 from esper_env.tasks import TASKS, resolve_host
@@ -136,24 +138,25 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
 
         Returns:
             Observations (num_envs, features) float32, and info.
+
+        Raises:
+            gymnasium.error.ResetNeeded: If the first reset leaves members out.
+            ValueError: If a seed or an option is wrong; nothing has changed then.
         """
-        options = dict(options or {})
-        mask, instance = options.pop("reset_mask", None), options.pop("instance", None)
-        if options:
-            raise ValueError(
-                f"options: expected only 'reset_mask' and 'instance', got also {sorted(options)}"
-            )
-        if instance is not None:
-            instance = self._check_instance(instance)
         is_first = self._simulation is None
+        request = check_reset(
+            seed,
+            options,
+            num_envs=self.num_envs,
+            num_instances=self.num_instances,
+            is_first=is_first,
+        )
         if is_first:
             self._simulation = self._build()
-        if mask is None:
-            members = np.arange(self.num_envs)
-        else:
-            members = self._members_of_mask(mask, is_first)
-        self._seed(seed, members, is_first)
-        self._begin(members, None if instance is None else instance[members])
+        if isinstance(seed, (int, np.integer)):
+            self._np_random, self._np_random_seed = gym.utils.seeding.np_random(int(seed))
+        self._seed(request, is_first)
+        self._begin(request.members, request.instance)
         self._refresh_masks()
         return self._observe(), self._info()
 
@@ -214,7 +217,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             for i in np.nonzero(ended)[0]:
                 rows[i] = final_observations[i]
             info["final_obs"], info["_final_obs"] = rows, ended.copy()
-            info["final_info"], info["_final_info"] = _masked_info(final_info, ended), ended.copy()
+            info["final_info"], info["_final_info"] = masked_info(final_info, ended), ended.copy()
         return observations, rewards, terminations, truncations, info
 
     def render(self) -> tuple[npt.NDArray[np.uint8] | str, ...] | None:
@@ -394,28 +397,10 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             array[~active] = 0.0
         return reward, transition.is_terminated.copy(), truncated, terms
 
-    def _seed(self, seed: int | list[int | None] | None, members: IntArray, is_first: bool) -> None:
+    def _seed(self, request: ResetRequest, is_first: bool) -> None:
         """Give members new streams where a seed is given, or where there is none yet."""
-        if seed is None and is_first:
-            seed = int(self.np_random.integers(2**62))
-        if seed is None:
-            return
-        seeds: list[int | None]
-        if isinstance(seed, (int, np.integer)):
-            seeds = [int(seed) + i for i in range(self.num_envs)]
-        else:
-            seeds = list(seed)
-        if len(seeds) != self.num_envs:
-            raise ValueError(
-                f"seed: expected one integer or {self.num_envs} entries, got {len(seeds)}"
-            )
-        for value in seeds:
-            if value is not None and value < 0:
-                raise ValueError(f"seed: expected non-negative integers, got {value}")
-        if isinstance(seed, (int, np.integer)):
-            self._np_random, self._np_random_seed = gym.utils.seeding.np_random(int(seed))
-        for i in members.tolist():
-            value = seeds[i]
+        for i in request.members.tolist():
+            value = request.seeds[i]
             if value is None and is_first:
                 value = int(self.np_random.integers(2**62))
             if value is not None:
@@ -488,47 +473,9 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         )
 
     def _info(self, terms: dict[str, FloatArray] | None = None) -> dict[str, Any]:
-        """Build info: copies, NumPy only, with Gymnasium's `_key` masks."""
-        sim = self._sim
-        state, measured, progress, standing = sim.state, sim.measured, sim.progress, sim.standing
         if terms is None:
             terms = {name: np.zeros(self.num_envs) for name in self._weights}
-        everyone = np.ones(self.num_envs, dtype=bool)
-        values: dict[str, Any] = {
-            "action_mask": self._marginal,
-            "action_valid": progress.last_valid,
-            "op": progress.last_op,
-            "accuracy": progress.accuracy,
-            "loss": progress.loss,
-            "committed_accuracy": progress.committed_accuracy,
-            "score": standing.score,
-            "committed_score": standing.committed_score,
-            "contribution": measured.contribution,
-            "contribution_valid": measured.has_contribution,
-            "stage": state.stage,
-            "alpha": state.alpha,
-            "blueprint": state.blueprint,
-            "parameters": sim.sizes.seeds.sum(axis=1),
-            "host_parameters": sim.sizes.host,
-            "flops": progress.flops,
-            "samples": progress.samples.astype(np.int64),
-            "rolled_back": sim.is_rolled_back,
-            "instance": sim.instance,
-        }
-        info: dict[str, Any] = {}
-        for name, value in values.items():
-            info[name], info[f"_{name}"] = value.copy(), everyone.copy()
-        parts: dict[str, Any] = {}
-        for name, value in terms.items():
-            parts[name], parts[f"_{name}"] = value.copy(), everyone.copy()
-        info["reward_terms"], info["_reward_terms"] = parts, everyone.copy()
-        for name, value in (
-            ("test_accuracy", sim.test_accuracy),
-            ("committed_test_accuracy", sim.committed_test_accuracy),
-        ):
-            info[name] = np.where(sim.has_test, value, 0.0)
-            info[f"_{name}"] = sim.has_test.copy()
-        return info
+        return build_info(self._sim, self._marginal, terms)
 
     # ------------------------------------------------------------------ checks
 
@@ -540,55 +487,3 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
     def _require_reset(self) -> None:
         if self._simulation is None:
             raise gym.error.ResetNeeded("call reset() before using the environment")
-
-    def _check_instance(self, instance: Any) -> IntArray:
-        """Return one index per member."""
-        array, limit = np.asarray(instance), self.num_instances
-        is_integer = np.issubdtype(array.dtype, np.integer) and array.shape in (
-            (),
-            (self.num_envs,),
-        )
-        if not is_integer or ((array < 0) | (array >= limit)).any():
-            raise ValueError(
-                f"options['instance']: expected integers from 0 to {limit - 1} (the set "
-                f"{self.config.instances!r}), one or ({self.num_envs},) of them, got {instance!r}"
-            )
-        return np.broadcast_to(array, (self.num_envs,)).astype(np.int64)
-
-    def _members_of_mask(self, mask: Any, is_first: bool) -> IntArray:
-        array = np.asarray(mask)
-        if array.dtype != np.bool_ or array.shape != (self.num_envs,) or not array.any():
-            raise ValueError(
-                f"reset_mask: expected bool of shape ({self.num_envs},) with at least one True, "
-                f"got {array!r}"
-            )
-        if is_first and not array.all():
-            self._simulation = None
-            raise gym.error.ResetNeeded(
-                "the first reset must start all members: leave out the mask"
-            )
-        return np.nonzero(array)[0]
-
-
-def _masked_info(info: dict[str, Any], mask: BoolArray) -> dict[str, Any]:
-    """Restrict the `_key` masks of an info dictionary."""
-    result: dict[str, Any] = {}
-    for name, value in info.items():
-        if isinstance(value, dict):
-            result[name] = _masked_info(value, mask)
-        elif name.startswith("_"):
-            result[name] = value & mask
-        else:
-            result[name] = value
-    return result
-
-
-def member_info(info: dict[str, Any], index: int) -> dict[str, Any]:
-    """Return what a vector info has for one member, without Gymnasium's `_key` masks."""
-    result: dict[str, Any] = {}
-    for name, value in info.items():
-        has_it = info.get(f"_{name}")  # Gymnasium's own wrappers leave it out in nested parts.
-        if name.startswith("_") or (has_it is not None and not has_it[index]):
-            continue
-        result[name] = member_info(value, index) if isinstance(value, dict) else value[index]
-    return result

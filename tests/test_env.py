@@ -616,3 +616,25 @@ def test_gymnasiums_own_vector_environments_take_single_ones(mode: str) -> None:
             expected, *_ = native.step(actions)
     finally:
         envs.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"seed": -1}, "seed: expected non-negative integers, got -1"),
+        ({"seed": [1]}, "seed: expected one integer or 2 entries, got 1"),
+        ({"seed": [0, 0.5]}, "seed: expected non-negative integers, got 0.5"),
+        ({"options": {"mask": None}}, r"expected only 'reset_mask' and 'instance', got also"),
+        ({"options": {"instance": 1}}, r"options\['instance'\]: expected integers from 0 to 0"),
+        ({"options": {"reset_mask": [True]}}, r"reset_mask: expected bool of shape \(2,\)"),
+        ({"options": {"reset_mask": [True, False]}}, "the first reset must start all members"),
+    ],
+)
+def test_a_refused_first_reset_leaves_nothing_behind(arguments: dict[str, Any], text: str) -> None:
+    envs = make(2)
+    with pytest.raises((ValueError, gym.error.ResetNeeded), match=text):
+        envs.reset(**arguments)
+    with pytest.raises(gym.error.ResetNeeded):
+        envs.step(np.zeros((2, 8), dtype=np.int64))
+    envs.reset(seed=0)
+    envs.step(np.zeros((2, 8), dtype=np.int64))

@@ -29,10 +29,12 @@ ALLOWED: dict[str, set[str]] = {
     | {"governor", "lifecycle", "attribution", "observation", "rewards", "population", "tasks"},
     "vector_env": CONFIG
     | {"actions", "observation", "render", "rewards", "population", "tasks", "simulation"}
-    | {"trace"},
-    "env": CONFIG | {"actions", "render", "vector_env"},
+    | {"info", "reset_arguments", "trace"},
+    "info": CONFIG | {"simulation"},
+    "reset_arguments": CONFIG,
+    "env": CONFIG | {"actions", "info", "render", "vector_env"},
     "wrappers": CONFIG | {"actions", "env", "vector_env"},
-    "sb3": {"vector_env"},
+    "sb3": {"info", "vector_env"},
     "inspection": set(),
     "checks": {"inspection"},
     "registration": set(),
