@@ -150,7 +150,8 @@ class EnvConfig:
     """Smallest contribution that `strict_fossilize` accepts [accuracy, 0 to 1]."""
 
     snapshot_interval: int = 5
-    """Healthy env steps between snapshots; one is also taken after each fossilization."""
+    """Healthy env steps between snapshots; one is also taken at each fossilization, before the
+    training of that step."""
     panic_window: int = 8
     """Healthy losses that collapse and divergence are judged against [env steps]."""
     panic_patience: int = 2

@@ -28,6 +28,8 @@ PLATEAU_MARGIN = 0.003
 """Improvement of the best accuracy that resets the plateau counter [accuracy, 0 to 1]."""
 CHANGE_SCALE = 10.0
 """Factor on changes of accuracy, so that 0.1 becomes 1."""
+TEMPO_SCALE = 8.0
+"""Number of env steps that the length of the first ramp is divided by."""
 STEPS_SCALE = 20.0
 """Number of env steps that ages and counters divide by."""
 DOUBLINGS_SCALE = 4.0
@@ -122,6 +124,8 @@ class Sizes:
     """Of the live seed in each slot, 0 where there is none. (num_envs, num_slots)."""
     committed: IntArray
     """Of the fossilized seeds. (num_envs,)."""
+    budgeted: IntArray
+    """What the live seeds take from the budget: each with a gate. (num_envs,)."""
 
 
 @dataclass(frozen=True)
@@ -151,13 +155,15 @@ def episode_features() -> dict[str, str]:
         "growth": f"log2(1 + live seed / host parameters) / {DOUBLINGS_SCALE:.0f}",
         "committed_growth": "the same of the fossilized seeds",
         "rent": f"what the live seeds cost the score, x {CHANGE_SCALE:.0f}",
-        "parameter_budget_left": "share of the parameter budget that is left",
+        "parameter_budget_left": "1 - live seed parameters, with a gate for each, / "
+        "(parameter_budget x host parameters)",
         **{
-            f"accuracy_change_{i}": f"change of accuracy {i} steps ago, x {CHANGE_SCALE:.0f}"
+            f"accuracy_change_{i}": "change of accuracy over the env step that ended "
+            f"{i - 1} steps ago, x {CHANGE_SCALE:.0f}"
             for i in past
         },
         **{
-            f"loss_change_{i}": f"change of loss {i} steps ago / ln classes, x {CHANGE_SCALE:.0f}"
+            f"loss_change_{i}": f"the same of the loss / ln classes, x {CHANGE_SCALE:.0f}"
             for i in past
         },
         **{f"slots_{s.name.lower()}": f"share of slots that are {s.name}" for s in Stage},
@@ -174,7 +180,8 @@ def slot_features(blueprints: Sequence[str]) -> dict[str, str]:
     return {
         **{f"stage_{s.name.lower()}": f"1 if the slot is {s.name}" for s in Stage},
         "alpha": "blend weight",
-        "alpha_target": "where the present or last ramp ends",
+        "alpha_target": "where the present or last ramp ends, or the first one will",
+        "tempo": f"env steps of the first ramp / {TEMPO_SCALE:.0f}",
         "mode_hold": "1 if alpha keeps still",
         "mode_up": "1 if alpha rises",
         "mode_down": "1 if alpha falls",
@@ -191,15 +198,15 @@ def slot_features(blueprints: Sequence[str]) -> dict[str, str]:
         "would_be": "effect on accuracy of a seed of alpha 0 if its alpha were 1, "
         f"x {CHANGE_SCALE:.0f}",
         "would_be_valid": "1 if it was measured in the last step",
-        "interaction": f"of the two weighted trial seeds by inclusion and exclusion, "
-        f"x {CHANGE_SCALE:.0f}",
+        "interaction": "of the only two weighted trial seeds: acc(live) - acc(without one) - "
+        f"acc(without the other) + acc(without both), x {CHANGE_SCALE:.0f}",
         "interaction_valid": "1 if it was measured in the last step",
         "gradient_norm": "(log10 of the seed's gradient norm + 1.5) / 4.5",
         "gradient_vanishing": "mean severity over its tensors",
         "gradient_exploding": "largest severity over its tensors",
         "gradient_health": "(1 - vanishing) (1 - exploding)",
         "gradient_valid": "1 if a gradient reached the seed in the last step",
-        **{f"blueprint_{name}": f"1 if the seed is a {name}" for name in blueprints},
+        **{f"blueprint_{name}": f"1 if the seed is of blueprint {name}" for name in blueprints},
         **{f"style_{s.name.lower()}": f"1 if its style is {s.name}" for s in STYLES},
         "seed_growth": f"log2(1 + seed / host parameters) / {DOUBLINGS_SCALE:.0f}",
     }
@@ -274,7 +281,7 @@ class ObservationBuilder:
             doublings / DOUBLINGS_SCALE,
             np.log2(1 + sizes.committed / sizes.host) / DOUBLINGS_SCALE,
             CHANGE_SCALE * config.rent_weight * doublings,
-            1 - grown / limit,
+            1 - sizes.budgeted / limit,
         ]
         stages = np.arange(len(Stage))
         counts = (state.stage[:, :, None] == stages).sum(axis=1) / self.num_slots
@@ -301,7 +308,8 @@ class ObservationBuilder:
         norm = (np.log10(np.maximum(measured.gradient_norm, 1e-7)) + 1.5) / 4.5
         columns = [
             state.alpha,
-            state.alpha_target,
+            np.where(state.stage < Stage.BLENDING, state.first_target, state.alpha_target),
+            state.tempo / TEMPO_SCALE,
             state.mode == HOLD,
             state.mode == UP,
             state.mode == DOWN,

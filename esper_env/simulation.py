@@ -213,8 +213,11 @@ class Simulation:
         members = np.nonzero(active)[0]
         self.is_rolled_back = np.zeros(len(active), dtype=bool)
         if len(members):
-            is_finite = self._train(members)
-            self._govern(members, is_finite, request.op == Op.FOSSILIZE)
+            fossilized = np.nonzero(request.op == Op.FOSSILIZE)[0]
+            if len(fossilized):
+                # Before this step's training, so that no snapshot lacks a seed that is kept.
+                self._save(fossilized)
+            self._govern(members, self._train(members))
             progress.steps[members] += 1
             self._evaluate(members)
         is_lost = active & (self.governor.rollbacks >= config.max_rollbacks)
@@ -287,23 +290,27 @@ class Simulation:
             flips = by_batch(mirror < 0.5)
         return Draw(by_batch(index), by_batch(labels), shifts, flips)
 
-    def _govern(self, members: IntArray, is_finite: BoolArray, has_fossilized: BoolArray) -> None:
+    def _save(self, members: IntArray) -> None:
+        """Take snapshots of members."""
+        self.population.storage.save(members)
+        self.governor.since_snapshot[members] = 0
+
+    def _govern(self, members: IntArray, is_finite: BoolArray) -> None:
         """Roll back members that panic and take snapshots of those that are due."""
-        storage, governor, progress = self.population.storage, self.governor, self.progress
+        governor, progress = self.governor, self.progress
         loss = progress.train_loss[members]
         panics = judge(governor, members, loss, is_finite, self._initial_loss, self.config)
         panicked = members[panics]
         if len(panicked):
             self.is_rolled_back[panicked] = True
-            storage.restore(panicked)
+            self.population.storage.restore(panicked)
             lifecycle.roll_back(self.state, self.measured, panicked, self.config)
             progress.train_loss[panicked] = self._initial_loss
             self._take_inventory()
         is_due = governor.since_snapshot[members] >= self.config.snapshot_interval
-        due = members[~panics & (is_due | has_fossilized[members])]
+        due = members[~panics & is_due]
         if len(due):
-            storage.save(due)
-            governor.since_snapshot[due] = 0
+            self._save(due)
 
     def _judge_gradients(self, members: IntArray, norms: FloatArray) -> None:
         """Write what training measured of the seeds of members; norms are (m, slots, tensors)."""
@@ -369,6 +376,7 @@ class Simulation:
             host=population.host_parameters[width],
             seeds=seeds,
             committed=np.where(stage == Stage.FOSSILIZED, seeds, 0).sum(axis=1),
+            budgeted=lifecycle.used_parameters(state, self.budget_table),
         )
         self.conditions = Conditions(
             learning_rate=self.instances.learning_rate[self.instance],

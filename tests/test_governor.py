@@ -117,10 +117,10 @@ def test_a_rollback_restores_the_snapshot_and_removes_trial_seeds_but_no_fossils
     while info["stage"][0, 0] != Stage.HOLDING:
         can_advance = envs.conditional_masks()["slot"][0, Op.ADVANCE, 0]
         info = step(Op.ADVANCE if can_advance else Op.WAIT)
-    step(Op.FOSSILIZE)
     storage = envs._sim.population.storage
     saved = storage.parameters[0].clone()
-    assert torch.equal(storage.snapshots["parameters"][0], saved), "saved after fossilization"
+    step(Op.FOSSILIZE)
+    assert torch.equal(storage.snapshots["parameters"][0], saved), "saved at fossilization"
     step(Op.GERMINATE, 1, blueprint=CONV_LIGHT)
     poison(envs, 0)
     info = step(Op.WAIT)
@@ -151,6 +151,30 @@ def test_an_episode_ends_for_good_at_max_rollbacks() -> None:
         final = info["final_info"]["committed_score"][0]
         assert total == pytest.approx(final - start - 2 * envs.config.rollback_penalty)
         assert envs._sim.governor.rollbacks[0] == 0, "the next episode starts anew"
+
+
+def test_a_seed_fossilized_in_the_step_of_a_panic_is_kept_alive() -> None:
+    """The last regular snapshot is older than the seed, which may not come back as zeros."""
+    envs = make(1, episode_steps=60, snapshot_interval=1000)
+    envs.reset(seed=0)
+    sim = envs._sim
+    envs.step(action(Op.GERMINATE, blueprint=CONV_LIGHT, alpha_target=FULL_ALPHA)[None])
+    while sim.state.stage[0, 0] != Stage.HOLDING:
+        can_advance = envs.conditional_masks()["slot"][0, Op.ADVANCE, 0]
+        envs.step(action(Op.ADVANCE if can_advance else Op.WAIT)[None])
+    saved = sim.population.storage.parameters[0].clone()
+    train = sim.population.train
+
+    def break_down(*arguments: Any) -> Any:
+        report = train(*arguments)
+        report.loss[:] = np.nan
+        return report
+
+    sim.population.train = break_down  # type: ignore[method-assign]
+    *_, info = envs.step(action(Op.FOSSILIZE)[None])
+    assert info["rolled_back"][0]
+    assert info["stage"][0, 0] == Stage.FOSSILIZED
+    assert torch.equal(sim.population.storage.parameters[0], saved)
 
 
 @pytest.mark.parametrize("interval", [2, 5])

@@ -10,8 +10,10 @@ import torch
 
 from esper_env import Op, Stage, register_blueprint, register_host
 from esper_env.population import blueprints, hosts
+from esper_env.population.hosts import Host
 from esper_env.population.layers import Conv, Layer, Norm, Relu
 from tests.test_env import action, make, make_single
+from tests.test_population import make_images, make_population, make_seeds
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +115,18 @@ def test_a_registered_host_is_trained_and_grown(instances: str) -> None:
         *_, info = envs.step(envs.sample_valid_actions(rng))
     assert info["loss"].mean() < start - 0.1
     assert info["parameters"].any()
+
+
+def test_images_of_several_channels_may_meet_a_depthwise_convolution_first() -> None:
+    """All members share the images in an evaluation; alone and together, the same results."""
+    host = Host(in_channels=3, image_size=8, channels=(4, 6), num_classes=5, build_block=separable)
+    images = make_images(host=host)
+    population = make_population(3, host=host)
+    seeds, zeros = make_seeds(3), np.zeros((3, 2))
+    together = population.evaluate(np.arange(3), zeros, seeds, images)
+    for i in range(3):
+        alone = population.evaluate(np.array([i]), zeros[:1], seeds, images)
+        assert together.loss[i] == pytest.approx(alone.loss[0], abs=1e-5)
 
 
 def test_a_registered_host_without_blocks_of_its_own_has_the_built_in_ones() -> None:

@@ -101,7 +101,7 @@ def register_host(
     """Add a host that `EnvConfig.host` can name, for the images and classes of any task.
 
     Example:
-        Three blocks of a depthwise and a pointwise convolution::
+        Three blocks of a pointwise and a depthwise convolution::
 
             import gymnasium as gym
             from esper_env import register_host
@@ -109,8 +109,8 @@ def register_host(
 
             def separable(before, after):
                 return [
-                    Conv(before, before, 3, groups=before),
                     Conv(before, after, 1),
+                    Conv(after, after, 3, groups=after),
                     Norm(after),
                     Relu(),
                 ]
@@ -122,7 +122,8 @@ def register_host(
         name: What `EnvConfig.host` calls it.
         channels: Features of each block; one slot after each, before a 2x2 max-pool.
         build_block: From the features before and after to the layers of a block, which keep height
-            and width; None for a 3x3 convolution, batch norm and rectifier.
+            and width; None for a 3x3 convolution, batch norm and rectifier. The first layer of the
+            first block is a `Conv` without groups: in evaluation all members share its input.
 
     Raises:
         TypeError: If `build_block` does not return layers.

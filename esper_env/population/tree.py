@@ -76,6 +76,10 @@ class Tree:
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (rows, batch, classes) for images (batch, channels, height, width)."""
         x = images
+        first = self.levels[0].host[0][0].layer
+        if not isinstance(first, Conv) or first.groups > 1:
+            # Only a full convolution can read images that its members share.
+            x = as_images(as_members(x, 1).expand(-1, -1, -1, self.levels[0].num_nodes, -1))
         for level in self.levels:
             x = run_folded(level.host, x)
             if level.branches:

@@ -117,8 +117,8 @@ def _check_corner(label: str, narrow: Candidate, wide: Candidate) -> None:
         error = float((wide_out - _pad(out, wide_out.shape)).detach().abs().max())
         if error > 1e-4:
             raise ValueError(
-                f"{reason}: outputs differ by {error:.3g}, expected 0; a layer may not mix its "
-                "channels in a way that depends on how many there are"
+                f"{reason}: outputs differ by {error:.3g}, expected 0; a layer may not depend on "
+                "how many channels there are, and must put out zero for a channel of zeros"
             )
         _descend(out, target, few_p)
         _descend(wide_out, _pad(target, wide_out.shape), many_p)
