@@ -165,7 +165,8 @@ class Simulation:
         self.state.clear(where)
         self.measured.clear(where)
         self.progress.begin(members, self._initial_loss)
-        self.has_test = np.zeros(len(self.has_test), dtype=bool)
+        self.has_test[members] = False
+        self.is_rolled_back[members] = False
         if instance is None:
             key = streams.make_key(self._episode_key[members], _STREAM_INSTANCE)
             instance = (streams.uniform(key, 1)[:, 0] * len(self.instances)).astype(np.int64)
@@ -174,7 +175,6 @@ class Simulation:
         self.population.reset(members, self.instances.width[instance], key)
         self.population.storage.save(members)
         self.governor.begin(members)
-        self.is_rolled_back = np.zeros(len(self.has_test), dtype=bool)
         self._take_inventory()
         _, result = self._run_coalitions(members, self.splits.validation, "none")
         progress = self.progress
@@ -222,7 +222,7 @@ class Simulation:
             self._evaluate(members)
         is_lost = active & (self.governor.rollbacks >= config.max_rollbacks)
         is_last = is_lost | (active & (progress.steps >= config.episode_steps))
-        self.has_test = is_last
+        self.has_test = is_last.copy()
         if is_last.any():
             self._test(np.nonzero(is_last)[0])
         self._take_stock()
