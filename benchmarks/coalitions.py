@@ -75,6 +75,7 @@ def measure(host: Host, num_images: int, args: Args) -> dict[str, Any]:
         beta=np.full(shape, 0.5),
         is_isolated=np.zeros(shape, dtype=bool),
         is_frozen=np.zeros(shape, dtype=bool),
+        width=np.zeros(shape[0], dtype=np.int64),
     )
     size = (num_images, host.image_size, host.image_size, host.in_channels)
     ones = torch.ones(host.in_channels)

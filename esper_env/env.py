@@ -104,8 +104,9 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
 
     All slots are DORMANT and the host has fresh random weights; observation and info come from its
     evaluation before any training. `reset(seed=s)` makes this and the coming episodes a function
-    of s and the actions alone, bitwise on one device and number of threads; global random state is
-    neither read nor written. `reset()` starts the next episode of the same stream: other weights,
+    of s and the actions alone: bitwise on one device, and on a CPU whatever the number of threads
+    and the other members of a batch (for layers of a third party, which have no compiled kernel,
+    with the same of both). Global random state is neither read nor written. `reset()` starts the next episode of the same stream: other weights,
     other batches.
 
     With `instances="train"` or `"test"` each episode has one of a fixed set of conditions (learning

@@ -356,6 +356,7 @@ class Simulation:
         """Work out what the slots hold, once per change of the lifecycle state."""
         state = self.state
         stage, population = state.stage, self.population
+        width = self.instances.width[self.instance]
         is_mixed = (stage >= Stage.BLENDING) & (stage <= Stage.FOSSILIZED)
         alpha = np.where(is_mixed, state.alpha, 0.0)
         self.seeds = Seeds(
@@ -365,8 +366,8 @@ class Simulation:
             beta=np.where(stage == Stage.TRAINING, 1.0, alpha),
             is_isolated=self._isolates[stage],
             is_frozen=state.mode == DOWN,
+            width=width,
         )
-        width = self.instances.width[self.instance]
         at = (width[:, None], np.arange(stage.shape[1]), np.maximum(state.blueprint, 0))
         gate = population.gate_parameters[width] * (self.seeds.blend == Blend.GATE)
         seeds = np.where(state.is_live, population.seed_parameters[at] + gate, 0)

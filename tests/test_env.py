@@ -43,9 +43,6 @@ INFO_KEYS = {
     "test_accuracy",
     "committed_test_accuracy",
 }
-# A member of a batch and a single environment differ by float32 rounding, which training
-# amplifies; over a short episode of 12 steps an accuracy may move by a few images of 350.
-ACCURACY_TOLERANCE = 0.02
 
 
 def make(num_envs: int = 3, **options: Any) -> EsperVectorEnv:
@@ -180,7 +177,7 @@ def test_global_random_state_is_neither_read_nor_written() -> None:
 
 
 def test_member_i_of_a_batch_is_the_single_environment_with_seed_plus_i() -> None:
-    """Same discrete state for a whole episode, accuracies within the tolerance."""
+    """Bitwise, for a whole episode."""
     envs = make(4, autoreset_mode="SameStep")
     envs.reset(seed=5)
     single = make_single()
@@ -192,10 +189,8 @@ def test_member_i_of_a_batch_is_the_single_environment_with_seed_plus_i() -> Non
         *_, info = single.step(actions[2])
         source = infos["final_info"] if truncated.any() else infos
         assert info["action_valid"]
-        for key in ("stage", "blueprint", "alpha", "op", "parameters", "action_mask"):
-            np.testing.assert_array_equal(source[key][2], info[key])
-        for key in ("accuracy", "committed_accuracy"):
-            assert source[key][2] == pytest.approx(info[key], abs=ACCURACY_TOLERANCE)
+        for key in info.keys() - {"reward_terms"}:
+            np.testing.assert_array_equal(source[key][2], info[key], err_msg=key)
 
 
 def test_members_with_different_seeds_differ_and_episodes_follow_their_own_stream() -> None:
@@ -226,8 +221,7 @@ def test_reset_takes_a_list_of_seeds_and_a_mask() -> None:
     after, _ = envs.reset(seed=10, options=options)
     assert "reset_mask" in options
     np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
-    # Evaluated alone instead of beside others: float32 rounding of the loss.
-    np.testing.assert_allclose(after[1], expected[1], atol=1e-6)
+    np.testing.assert_array_equal(after[1], expected[1])
 
 
 def episodes_of(mode: str, episodes: int) -> list[list[Any]]:
@@ -610,7 +604,7 @@ def test_gymnasiums_own_vector_environments_take_single_ones(mode: str) -> None:
         observation, _ = envs.reset(seed=0)
         expected, _ = native.reset(seed=0)
         for _ in range(3):
-            np.testing.assert_allclose(observation, expected, atol=1e-3)
+            np.testing.assert_array_equal(observation, expected)
             actions = native.sample_valid_actions(np.random.default_rng(0))
             observation, *_ = envs.step(actions)
             expected, *_ = native.step(actions)

@@ -33,6 +33,7 @@ from tests.test_population import (
     train_plain,
 )
 
+pytestmark = pytest.mark.usefixtures("engine")
 WIDE = Host(in_channels=2, image_size=8, channels=(4, 8), num_classes=5)
 WIDTHS = (0.5, 0.75, 1.0)
 HOSTS = [WIDE.scaled(width) for width in WIDTHS]
@@ -79,6 +80,7 @@ def test_narrow_members_equal_narrow_networks(index: int, blend: Blend, stage: s
     """
     images = make_images(host=WIDE)
     population, seeds = make_mixed_population(), make_seeds(3)
+    seeds.width[:] = np.arange(3)
     members = np.arange(3)
     for slot in range(2):
         seeds.blueprint[:, slot], seeds.blend[:, slot] = index, blend
@@ -88,11 +90,11 @@ def test_narrow_members_equal_narrow_networks(index: int, blend: Blend, stage: s
             set_stage(seeds, member, slot, stage)
     networks = [narrow_copy(population, seeds, i) for i in range(3)]
     rates = np.full(3, RATE)
-    for batch in range(2):
-        indices = draw(np.random.default_rng(batch), images, 3)
+    for seed in (2, 3):
+        indices = draw(np.random.default_rng(seed), images, 3)
         report = population.train(members, seeds, images, shown(images, indices), rates, rates)
     # The momentum of the plain optimiser lives for one call, so train it on both draws at once.
-    both = [draw(np.random.default_rng(batch), images, 3) for batch in range(2)]
+    both = [draw(np.random.default_rng(seed), images, 3) for seed in (2, 3)]
     for i, network in enumerate(networks):
         train_plain(network, images, np.concatenate(both)[:, :, i])
         assert np.isfinite(report.loss[i])
@@ -116,6 +118,7 @@ def test_narrow_members_are_evaluated_like_narrow_networks(blend: Blend) -> None
     """After training, with running statistics of features that do not exist."""
     images = make_images(host=WIDE)
     population, seeds = make_mixed_population(), make_seeds(3)
+    seeds.width[:] = np.arange(3)
     members, rates = np.arange(3), np.full(3, RATE)
     index = NAMES.index("conv_heavy")
     seeds.blueprint[:, 0], seeds.blend[:, 0] = index, blend
@@ -136,6 +139,7 @@ def test_narrow_members_are_evaluated_like_narrow_networks(blend: Blend) -> None
 
 def test_counts_of_a_narrow_member_are_those_of_a_narrow_network() -> None:
     population, seeds = make_mixed_population(), make_seeds(3)
+    seeds.width[:] = np.arange(3)
     for width, host in enumerate(HOSTS):
         count = sum(p.numel() for p in PlainNetwork(host).parameters())
         assert population.host_parameters[width] == count

@@ -26,6 +26,7 @@ BATCHES, BATCH_SIZE = 3, 16
 # some optimiser steps; 2e-5 leaves room for other BLAS builds.
 TOLERANCE = 2e-5
 
+pytestmark = pytest.mark.usefixtures("engine")
 STAGES = {
     "training": {"alpha": 0.0, "beta": 1.0, "is_isolated": True},
     "blending": {"alpha": 0.4, "beta": 0.4, "is_isolated": True},
@@ -71,6 +72,7 @@ def make_seeds(num_members: int, num_slots: int = 2) -> Seeds:
         beta=np.zeros(shape),
         is_isolated=np.zeros(shape, dtype=bool),
         is_frozen=np.zeros(shape, dtype=bool),
+        width=np.zeros(shape[0], dtype=np.int64),
     )
 
 

@@ -27,7 +27,7 @@ class Draw:
     flips: BoolArray | None = None
     """Which are mirrored left to right; None mirrors nothing. (batches, batch_size, m)."""
 
-    def of(self, members: slice) -> Draw:
+    def of(self, members: slice | BoolArray) -> Draw:
         """Return the part of some members."""
         return Draw(
             self.indices[:, :, members],

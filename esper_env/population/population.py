@@ -15,21 +15,14 @@ import torch
 from esper_env import streams
 from esper_env.config import BoolArray, FloatArray, IntArray
 from esper_env.population.blueprints import Blueprint
+from esper_env.population.compiled import CompiledEngine
 from esper_env.population.hosts import Host
 from esper_env.population.images import Draw, ImageSet
-from esper_env.population.layers import cross_entropy
 from esper_env.population.layout import Layout
 from esper_env.population.optimizer import SGDSettings
-from esper_env.population.program import Program
 from esper_env.population.slots import Seeds
 from esper_env.population.storage import Storage
-from esper_env.population.tree import Tree
-
-CHUNK_BYTES = 4 * 2**20
-"""Activations of one block that a chunk may have, by default: about what stays in cache."""
-EVALUATION_BYTES = 2**20
-"""Likewise for one slice of an evaluation. Larger slices make glibc return and fetch memory pages
-in every step: 8 MiB took twice as long (16 members, 350 digits)."""
+from esper_env.population.torch_engine import TorchEngine
 
 
 @dataclass(frozen=True)
@@ -81,11 +74,9 @@ class Population:
         self.num_members = num_members
         self.settings = settings
         self.device = device
-        largest = max(c * host.slot_size(i) ** 2 for i, c in enumerate(host.channels))
-        self._feature_bytes = 4 * largest
-        fitting = CHUNK_BYTES // (self._feature_bytes * batch_size)
-        self.chunk_size = min(num_members, chunk_size or max(1, fitting))
         self.storage = Storage(self.layout, num_members, device)
+        self._torch = TorchEngine(self.storage, settings, batch_size, chunk_size)
+        self._compiled = CompiledEngine(self.storage, settings) if device.type == "cpu" else None
         registry = self.layout.blueprints
         self.host_parameters: IntArray = np.array([h.num_parameters for h in hosts])
         """Parameters of a host of each width. (widths,)."""
@@ -108,7 +99,6 @@ class Population:
             ]
         )
         """Multiply-adds per image of each blueprint. (widths, slots, blueprints)."""
-        self._programs: dict[int, tuple[bytes, Program]] = {}
 
     def reset(self, members: IntArray, widths: IntArray, key: streams.KeyArray) -> None:
         """Give members fresh hosts and empty slots.
@@ -139,8 +129,6 @@ class Population:
             start = self.layout.seed_start(*kind.tolist())
             self.storage.initialise(members[here], key[here], *start)
 
-    # A caller may step the environment inside no_grad.
-    @torch.enable_grad()
     def train(
         self,
         members: IntArray,
@@ -163,31 +151,17 @@ class Population:
         Returns:
             Measurements of these members.
         """
-        losses, squares, programs = [], [], []
-        for start in range(0, len(members), self.chunk_size):
-            part = slice(start, start + self.chunk_size)
-            program = self._program(start, members[part], seeds)
-            batches = images.batches(draw.of(part))
-            loss, square = program.train(seeds, *batches, host_rate[part], seed_rate[part])
-            losses.append(loss)
-            squares.append(square)
-            programs.append(program)
-        result = torch.cat([*losses, *squares]).cpu().numpy().astype(np.float64)
-        num_slots = self.layout.host.num_slots
-        norms = np.full((self.num_members, num_slots, self.layout.max_seed_tensors), np.nan)
-        start = len(members)
-        for program, square in zip(programs, squares, strict=True):
-            values = np.sqrt(result[start : start + len(square)])
-            start += len(square)
-            measured = values[program.seed_segments]
-            norms[program.segment_at] = np.where(np.isnan(measured), np.inf, measured)
+        loss = np.empty(len(members))
+        shape = (len(members), self.layout.host.num_slots, self.layout.max_seed_tensors)
+        norms = np.empty(shape)
+        for engine, own in self._engines(members, seeds):
+            loss[own], norms[own] = engine.train(
+                members[own], seeds, images, draw.of(own), host_rate[own], seed_rate[own]
+            )
         return TrainReport(
-            loss=result[: len(members)],
-            seed_gradient_norms=norms[members],
-            is_finite=self.storage.is_finite(members),
+            loss=loss, seed_gradient_norms=norms, is_finite=self.storage.is_finite(members)
         )
 
-    @torch.inference_mode()
     def evaluate(
         self, members: IntArray, alpha: FloatArray, seeds: Seeds, images: ImageSet
     ) -> Evaluation:
@@ -204,41 +178,17 @@ class Population:
         Returns:
             Accuracy [0 to 1] and mean loss [nats] per row.
         """
-        correct, loss = [], []
-        distinct = np.unique(members)
-        for start in range(0, len(distinct), self.chunk_size):
-            part = distinct[start : start + self.chunk_size]
-            rows = np.nonzero(np.isin(members, part))[0]
-            tree = Tree(self.storage, members[rows], alpha[rows], seeds)
-            per_image = self._feature_bytes * len(part)
-            step = max(1, min(len(images), EVALUATION_BYTES // per_image))
-            chunk_correct = torch.zeros(len(rows), device=self.device)
-            chunk_loss = torch.zeros(len(rows), device=self.device, dtype=torch.float64)
-            for first in range(0, len(images), step):
-                last = min(first + step, len(images))
-                logits = tree.forward(images.normalised(first, last))
-                labels = images.labels[first:last].expand(len(rows), -1)
-                chunk_correct += (logits.argmax(2) == labels).sum(1)
-                chunk_loss += cross_entropy(logits, labels).sum(1, dtype=torch.float64)
-            order = torch.from_numpy(rows)
-            correct.append((order, chunk_correct))
-            loss.append(chunk_loss)
-        stacked = torch.stack([torch.cat([c for _, c in correct]), torch.cat(loss)]).cpu()
-        result = np.empty((2, len(members)))
-        result[:, np.concatenate([order.numpy() for order, _ in correct])] = stacked.numpy()
-        result /= len(images)
-        return Evaluation(accuracy=result[0], loss=result[1])
+        accuracy, loss = np.empty(len(members)), np.empty(len(members))
+        for engine, own in self._engines(members, seeds):
+            accuracy[own], loss[own] = engine.evaluate(members[own], alpha[own], seeds, images)
+        return Evaluation(accuracy=accuracy, loss=loss)
 
-    def _program(self, position: int, members: IntArray, seeds: Seeds) -> Program:
-        """Return the chunk's program, rebuilt only when its composition changed."""
-        here = [
-            array[members]
-            for array in (seeds.blueprint, seeds.blend, seeds.is_isolated, seeds.is_frozen)
-        ]
-        runs = seeds.beta[members] > 0
-        key = b"".join(a.tobytes() for a in (members, *here, runs))
-        known = self._programs.get(position)
-        if known is None or known[0] != key:
-            program = Program(self.storage, members, seeds, self.settings)
-            self._programs[position] = known = (key, program)
-        return known[1]
+    def _engines(
+        self, members: IntArray, seeds: Seeds
+    ) -> list[tuple[TorchEngine | CompiledEngine, BoolArray]]:
+        """Say which engine serves which members."""
+        if self._compiled is None:
+            return [(self._torch, np.ones(len(members), dtype=bool))]
+        has_kernels = self._compiled.supports(members, seeds)
+        parts = ((self._compiled, has_kernels), (self._torch, ~has_kernels))
+        return [(engine, own) for engine, own in parts if own.any()]

@@ -41,6 +41,8 @@ class Seeds:
     """Whether the seed's input is detached."""
     is_frozen: BoolArray
     """Whether its parameters keep still."""
+    width: IntArray
+    """Index of the member's width among the hosts. (members,)."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,174 @@
+"""The compiled engine: what it alone promises; that it equals plain networks: test_population."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from esper_env import streams
+from esper_env.population.blueprints import CNN_BLUEPRINTS, Blueprint
+from esper_env.population.hosts import Host
+from esper_env.population.kernels import tanh_of
+from esper_env.population.layers import Conv, Layer, Norm, Relu
+from esper_env.population.optimizer import SGDSettings
+from esper_env.population.population import Population
+from tests.test_env import make, make_single
+from tests.test_population import (
+    BATCH_SIZE,
+    TOLERANCE,
+    awaken,
+    draw,
+    make_images,
+    make_seeds,
+    plain_copy,
+    plant,
+    set_stage,
+    shown,
+    train_plain,
+)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_tanh_is_that_of_numpy() -> None:
+    x = np.concatenate([np.linspace(-12, 12, 4001), [0, 1e-8, -1e-8, 88, -88]]).astype(np.float32)
+    out = np.empty_like(x)
+    tanh_of(out, x)
+    np.testing.assert_allclose(out, np.tanh(x), atol=5e-7)
+    assert out[4001] == 0
+    tanh_of(out[:1], np.array([np.nan], dtype=np.float32))
+    assert np.isnan(out[0])
+
+
+def test_a_member_of_a_batch_is_bitwise_the_single_environment() -> None:
+    """A whole episode of five members with different instances; nothing depends on the batch."""
+    options: dict[str, Any] = {"instances": "train", "episode_steps": 30, "attribution": "full"}
+    envs = make(5, **options)
+    observation, info = envs.reset(seed=40)
+    singles = [make_single(**options) for _ in range(5)]
+    for i, env in enumerate(singles):
+        own, _ = env.reset(seed=40 + i)
+        np.testing.assert_array_equal(own, observation[i])
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        actions = envs.sample_valid_actions(rng)
+        observation, reward, *_, info = envs.step(actions)
+        for i, env in enumerate(singles):
+            own, own_reward, *_, own_info = env.step(actions[i])
+            np.testing.assert_array_equal(own, observation[i])
+            assert own_reward == reward[i]
+            assert own_info["loss"] == info["loss"][i]
+    assert info["parameters"].any()
+
+
+@pytest.mark.usefixtures("threads")
+def test_the_number_of_threads_changes_nothing() -> None:
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        envs = make(7, instances="train", episode_steps=10)
+        envs.reset(seed=0)
+        rng = np.random.default_rng(0)
+        steps = [envs.step(envs.sample_valid_actions(rng)) for _ in range(12)]
+        results.append(np.stack([step[0] for step in steps]))
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+def make_population(
+    host: Host, blueprints: Sequence[Blueprint] = CNN_BLUEPRINTS, members: int = 2
+) -> Population:
+    population = Population(
+        [host], blueprints, members, SGDSettings(), torch.device("cpu"), BATCH_SIZE, None
+    )
+    own = np.arange(members)
+    population.reset(own, 0 * own, streams.make_key(own))
+    return population
+
+
+@pytest.mark.parametrize("size", [5, 7, 9])
+def test_odd_images_are_pooled_as_torch_does(size: int) -> None:
+    """A last odd row and column is left out, forwards and backwards."""
+    host = Host(in_channels=1, image_size=size, channels=(3, 4), num_classes=5)
+    images = make_images(host=host)
+    population, seeds = make_population(host), make_seeds(2)
+    networks = [plain_copy(population, seeds, i) for i in range(2)]
+    indices, rates = draw(np.random.default_rng(1), images, 2), np.full(2, 0.05)
+    population.train(np.arange(2), seeds, images, shown(images, indices), rates, rates)
+    for i, network in enumerate(networks):
+        train_plain(network, images, indices[:, :, i])
+        expected = network.state_dict()
+        actual = plain_copy(population, seeds, i).state_dict()
+        for name, tensor in expected.items():
+            if tensor.is_floating_point():
+                torch.testing.assert_close(actual[name], tensor, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+class Doubled(Relu):
+    """A layer without a kernel."""
+
+    def forward(self, x, parameters, buffers, training):  # type: ignore[no-untyped-def]
+        del parameters, buffers, training
+        return x + x
+
+
+def test_members_with_a_layer_without_kernel_run_on_torch_and_the_others_do_not() -> None:
+    """Each gets what it would get alone with its engine."""
+
+    def build(c: int) -> Sequence[Layer]:
+        return [Doubled(), Conv(c, c, 3), Norm(c), Relu(), Conv(c, c, 1, bias=True, zero=True)]
+
+    host = Host(in_channels=1, image_size=8, channels=(4, 8), num_classes=5)
+    blueprints = [*CNN_BLUEPRINTS, Blueprint("doubled", build)]
+    images, rates = make_images(host=host), np.full(2, 0.05)
+    population, seeds = make_population(host, blueprints), make_seeds(2)
+    for member, index in ((0, len(blueprints) - 1), (1, 5)):
+        plant(population, seeds, member, 0, index)
+        set_stage(seeds, member, 0, "holding")
+    awaken(population)
+    assert population._compiled is not None
+    assert population._compiled.supports(np.arange(2), seeds).tolist() == [False, True]
+    twin = make_population(host, blueprints)
+    twin.storage.parameters.copy_(population.storage.parameters)
+    twin.storage.buffers.copy_(population.storage.buffers)
+    twin._compiled = None
+    indices = draw(np.random.default_rng(2), images, 2)
+    for each in (population, twin):
+        report = each.train(np.arange(2), seeds, images, shown(images, indices), rates, rates)
+        assert np.isfinite(report.loss).all()
+        result = each.evaluate(np.arange(2), seeds.alpha, seeds, images)
+        assert np.isfinite(result.loss).all()
+    torch.testing.assert_close(
+        population.storage.parameters, twin.storage.parameters, atol=TOLERANCE, rtol=TOLERANCE
+    )
+
+
+def test_a_larger_kernel_runs_on_torch() -> None:
+    host = Host(in_channels=1, image_size=8, channels=(4,), num_classes=5, kernel_size=5)
+    population = make_population(host)
+    assert population._compiled is not None
+    assert not population._compiled.supports(np.arange(2), make_seeds(2, 1)).any()
+
+
+def test_a_nan_weight_shows_in_the_loss() -> None:
+    """The compiler may reorder sums, but not assume that numbers are finite."""
+    host = Host(in_channels=1, image_size=8, channels=(4, 8), num_classes=5)
+    population, seeds, images = make_population(host), make_seeds(2), make_images(host=host)
+    population.storage.parameters[0, 0] = float("nan")
+    indices, rates = draw(np.random.default_rng(3), images, 2), np.full(2, 0.05)
+    report = population.train(np.arange(2), seeds, images, shown(images, indices), rates, rates)
+    assert np.isnan(report.loss[0])
+    assert np.isfinite(report.loss[1])
+    assert report.is_finite.tolist() == [False, True]
+    loss = population.evaluate(np.arange(2), seeds.alpha, seeds, images).loss
+    assert np.isnan(loss[0])
+    assert np.isfinite(loss[1])
