@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 from typing import Any
 
 import gymnasium as gym
@@ -26,6 +27,9 @@ from esper_env.simulation import Simulation
 from esper_env.tasks import TASKS, resolve_host
 from esper_env.tasks.instances import SET_SIZES
 from esper_env.trace import Trace
+
+
+_IMPORTING_PROCESS = os.getpid()
 
 
 class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[Any]]):
@@ -409,6 +413,10 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
     # ------------------------------------------------------------------ what is shown
 
     def _build(self) -> Simulation:
+        if os.getpid() != _IMPORTING_PROCESS:
+            # A forked process inherits the state of torch's threads but not the threads, and
+            # would wait for them for ever.
+            torch.set_num_threads(1)
         return Simulation(self.num_envs, self.device, self.config, self._blueprints)
 
     def _begin(self, members: IntArray, instance: IntArray | None = None) -> None:

@@ -597,7 +597,13 @@ def test_records_of_gymnasiums_statistics_wrapper_agree_with_ours() -> None:
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_gymnasiums_own_vector_environments_take_single_ones(mode: str) -> None:
-    """For those who need them; `make_vec` without a mode trains all hosts as one program."""
+    """For those who need them; `make_vec` without a mode trains all hosts as one program.
+
+    Forked workers of a parent whose threads have run must not wait for threads they lack.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.zeros(10**6) + torch.ones(10**6)
     envs = gym.make_vec(ID, num_envs=2, vectorization_mode=mode, **SMALL)
     native = make(2)
     try:
@@ -610,6 +616,7 @@ def test_gymnasiums_own_vector_environments_take_single_ones(mode: str) -> None:
             expected, *_ = native.step(actions)
     finally:
         envs.close()
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
