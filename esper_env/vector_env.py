@@ -28,7 +28,6 @@ from esper_env.tasks import TASKS, resolve_host
 from esper_env.tasks.instances import SET_SIZES
 from esper_env.trace import Trace
 
-
 _IMPORTING_PROCESS = os.getpid()
 
 
