@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks import write_result
+from benchmarks import use_synthetic_cifar10, write_result
 from benchmarks.plain import PlainNetwork, train_batch
 from esper_env import EsperVectorEnv, Op, Stage
 from esper_env.attribution import plan_coalitions
@@ -51,6 +51,8 @@ class Args:
     """Batch size, if not the environment's default."""
     seed: int = 0
     """Random seed."""
+    synthetic: bool = False
+    """Whether CIFAR-10 ids train on made-up images of the same shape."""
     out: Path | None = None
     """Where to write the result as JSON."""
 
@@ -214,6 +216,8 @@ def main() -> None:
     """Measure all combinations, print a line for each, and save."""
     args = tyro.cli(Args)
     torch.set_num_threads(args.threads)
+    if args.synthetic:
+        use_synthetic_cifar10()
     rows = []
     for num_envs in args.num_envs:
         for mode in args.modes:
