@@ -31,7 +31,8 @@ from esper_env.observation import Conditions, Progress, Sizes
 from esper_env.population.blueprints import Blueprint
 from esper_env.population.images import PADDING, Draw, ImageSet
 from esper_env.population.optimizer import SGDSettings
-from esper_env.population.population import Evaluation, Population
+from esper_env.population.population import Population
+from esper_env.population.report import Evaluation
 from esper_env.population.slots import Seeds
 from esper_env.rewards.potential import potential
 from esper_env.rewards.terms import Standing, Transition, score

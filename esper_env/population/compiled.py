@@ -9,6 +9,7 @@ threads share the members out.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -26,12 +27,13 @@ from esper_env.population import kernels as k
 from esper_env.population.images import Draw, ImageSet
 from esper_env.population.kernels import entry_point, kernel
 from esper_env.population.optimizer import SGDSettings
+from esper_env.population.report import Evaluation, TrainReport
 from esper_env.population.slots import Seeds
 from esper_env.population.storage import Storage
 from esper_env.population.tape import FIELDS, Kind, SeedState, Tape, TapeBuilder, is_supported
 
-EVALUATION_BATCH = 40
-"""Images side by side in an evaluation, about."""
+EVALUATION_BATCH = 32
+"""Images side by side in an evaluation; two vectors of 16 floats."""
 
 (
     KIND, SRC, DST, CIN, COUT, SIZE, WIDTH, GROUPS, WEIGHT, STRIDE, BIAS, MEAN, VAR, AUX, RECTIFY,
@@ -189,8 +191,7 @@ def _update(
 
 @entry_point
 def _train(
-    lo: int,
-    hi: int,
+    order: Any,
     a: Any,
     d: Any,
     g: Any,
@@ -222,11 +223,12 @@ def _train(
     settings: Any,
     losses: Any,
     squares: Any,
+    is_finite: Any,
 ) -> None:
-    """Train members lo to hi; arrays with a row per member are in the order of `members`."""
+    """Train some members; `order` are positions in the arrays with a row per member."""
     last = -1
     batches, batch = indices.shape[1], indices.shape[2]
-    for m in range(lo, hi):
+    for m in order:
         t = tape[m]
         if t != last:
             k.run(a, 0, arena[t])[:] = np.float32(0)
@@ -255,12 +257,15 @@ def _train(
                 p, v, g, where, ends[first:stop], module[first:stop], tensor[first:stop],
                 is_frozen[t], rates[m], settings, squares[m],
             )  # fmt: skip
+        total = np.float32(0)
+        for i in where:
+            total += p[i]
+        is_finite[m] = math.isfinite(total) and math.isfinite(k.total_of(b))
 
 
 @entry_point
 def _evaluate(
-    lo: int,
-    hi: int,
+    order: Any,
     a: Any,
     tape: Any,
     ops: Any,
@@ -276,10 +281,10 @@ def _evaluate(
     losses: Any,
     hits: Any,
 ) -> None:
-    """Evaluate all networks of members lo to hi on chunks of normalised images."""
+    """Evaluate all networks of some members on chunks of normalised images."""
     last = -1
     batch = labels.shape[1]
-    for m in range(lo, hi):
+    for m in order:
         t = tape[m]
         if t != last:
             k.run(a, 0, arena[t])[:] = np.float32(0)
@@ -312,6 +317,7 @@ class _Batch:
     ops: IntArray
     op_start: IntArray
     arena: IntArray
+    cost: IntArray
     index: IntArray
     index_start: IntArray
     ends: IntArray
@@ -358,13 +364,8 @@ class CompiledEngine:
         draw: Draw,
         host_rate: FloatArray,
         seed_rate: FloatArray,
-    ) -> tuple[FloatArray, FloatArray]:
-        """Train members for some batches.
-
-        Returns:
-            Mean loss of each (m,), and the norm of each seed tensor's gradient, as in
-            `TrainReport`. (m, slots, max_tensors).
-        """
+    ) -> TrainReport:
+        """Train members for some batches; see `Population.train`."""
         batches, size, m = draw.indices.shape
         num_slots = self._layout.host.num_slots
         kinds, keys = self._training_kinds(members, seeds)
@@ -381,8 +382,10 @@ class CompiledEngine:
         no_flips = np.zeros((m, batches, 0), dtype=bool)
         rates = np.concatenate([host_rate[:, None], np.repeat(seed_rate[:, None], num_slots, 1)], 1)
         arrays = self._rows()
+        is_finite = np.zeros(m, dtype=bool)
+        tapes = [value for name, value in vars(batch).items() if name != "cost"]
         given = (
-            *vars(batch).values(),
+            *tapes,
             members,
             *arrays,
             seeds.alpha[members].astype(np.float32),
@@ -398,16 +401,18 @@ class CompiledEngine:
             self._settings,
             losses,
             squares,
+            is_finite,
         )
         largest = int(batch.arena.max())
-        self._share_out(_train, m, (largest, largest, self._layout.num_parameters), given)
+        self._share_out(_train, batch, (largest, largest, self._layout.num_parameters), given)
         norms = np.sqrt(squares / batches)
-        return losses / batches, np.where(exists & np.isnan(norms), np.inf, norms)
+        norms = np.where(exists & np.isnan(norms), np.inf, norms)
+        return TrainReport(losses / batches, norms, is_finite)
 
     def evaluate(
         self, members: IntArray, alpha: FloatArray, seeds: Seeds, images: ImageSet
-    ) -> tuple[FloatArray, FloatArray]:
-        """Return accuracy and mean loss of networks; see `Population.evaluate`. (rows,) each."""
+    ) -> Evaluation:
+        """Evaluate networks; see `Population.evaluate`."""
         order = np.argsort(members, kind="stable")
         own, first = np.unique(members[order], return_index=True)
         row_start = np.append(first, len(members))
@@ -430,10 +435,11 @@ class CompiledEngine:
             losses,
             hits,
         )
-        self._share_out(_evaluate, len(own), (int(batch.arena.max()),), given)
+        self._share_out(_evaluate, batch, (int(batch.arena.max()),), given)
         result = np.empty((2, len(members)))
         result[:, order] = hits, losses
-        return result[0] / len(images), result[1] / len(images)
+        result /= len(images)
+        return Evaluation(accuracy=result[0], loss=result[1])
 
     # ------------------------------------------------------------------ compositions
 
@@ -492,6 +498,7 @@ class CompiledEngine:
             ops=np.concatenate([t.ops for t in tapes]),
             op_start=_starts([t.ops for t in tapes]),
             arena=np.array([t.arena for t in tapes]),
+            cost=np.array([t.cost for t in tapes]),
             index=np.concatenate([t.index for t in tapes]),
             index_start=_starts([t.index for t in tapes]),
             ends=np.concatenate([t.ends for t in tapes]),
@@ -518,9 +525,8 @@ class CompiledEngine:
         known = self._chunks.get(id(images))
         if known is not None and known[0] is images:
             return known[1], known[2]
-        count = len(images)
-        num_chunks = max(1, round(count / EVALUATION_BATCH))
-        size = -(-count // num_chunks)
+        count, size = len(images), EVALUATION_BATCH
+        num_chunks = -(-count // size)
         labels = np.full((num_chunks, size), -1)
         labels.reshape(-1)[:count] = images.labels.numpy()
         height, channels = images.images.shape[1], images.images.shape[3]
@@ -533,27 +539,41 @@ class CompiledEngine:
         return chunks, labels
 
     def _share_out(
-        self, function: Callable[..., None], count: int, sizes: Sequence[int], given: Any
+        self, function: Callable[..., None], batch: _Batch, sizes: Sequence[int], given: Any
     ) -> None:
-        """Call a kernel for all members, in as many threads as torch may use."""
+        """Call a kernel for all members, in as many threads as torch may use.
+
+        Members are dealt out by falling cost, there and back again, so that threads end together;
+        those of one composition follow each other.
+        """
         _announce()
+        count = len(batch.tape)
         threads = min(torch.get_num_threads(), count)
-        bounds = np.linspace(0, count, threads + 1).round().astype(int).tolist()
+        falling = np.lexsort((batch.tape, -batch.cost[batch.tape]))
+        turn = np.arange(count) % (2 * threads)
+        dealt = np.minimum(turn, 2 * threads - 1 - turn)
         calls = []
         for n in range(threads):
             arenas = self._arenas.setdefault(n, [])
             for i, size in enumerate(sizes):
                 if i == len(arenas):
-                    arenas.append(np.zeros(0, dtype=np.float32))
+                    arenas.append(_aligned(0))
                 if len(arenas[i]) < size:
-                    arenas[i] = np.zeros(size, dtype=np.float32)
-            calls.append((bounds[n], bounds[n + 1], *arenas[: len(sizes)], *given))
+                    arenas[i] = _aligned(size)
+            calls.append((falling[dealt == n], *arenas[: len(sizes)], *given))
         if threads == 1:
             function(*calls[0])
             return
         pool = _pool(threads, os.getpid())
         for future in [pool.submit(function, *call) for call in calls]:
             future.result()
+
+
+def _aligned(size: int) -> npt.NDArray[np.float32]:
+    """Return zeros that begin at a multiple of 64 bytes, a cache line and a vector register."""
+    raw = np.zeros(size + 16, dtype=np.float32)
+    start = -raw.ctypes.data % 64 // 4
+    return raw[start : start + size]
 
 
 @functools.cache

@@ -7,7 +7,6 @@ actions or rewards. Per env step it makes one copy of results to the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,30 +19,10 @@ from esper_env.population.hosts import Host
 from esper_env.population.images import Draw, ImageSet
 from esper_env.population.layout import Layout
 from esper_env.population.optimizer import SGDSettings
+from esper_env.population.report import Evaluation, TrainReport
 from esper_env.population.slots import Seeds
 from esper_env.population.storage import Storage
 from esper_env.population.torch_engine import TorchEngine
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What one env step of training measured."""
-
-    loss: FloatArray
-    """Mean training loss. (m,) [nats]."""
-    seed_gradient_norms: FloatArray
-    """Norm of each tensor's gradient before clipping, root mean square over the batches; NaN where
-    there is no such tensor. (m, slots, max_tensors)."""
-    is_finite: BoolArray
-    """Whether all weights and statistics are finite afterwards. (m,)."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Accuracy and loss of some networks on one split. Arrays are (rows,)."""
-
-    accuracy: FloatArray
-    loss: FloatArray
 
 
 class Population:
@@ -151,16 +130,12 @@ class Population:
         Returns:
             Measurements of these members.
         """
-        loss = np.empty(len(members))
-        shape = (len(members), self.layout.host.num_slots, self.layout.max_seed_tensors)
-        norms = np.empty(shape)
+        slots, tensors = self.layout.host.num_slots, self.layout.max_seed_tensors
+        report = TrainReport.empty(len(members), slots, tensors)
         for engine, own in self._engines(members, seeds):
-            loss[own], norms[own] = engine.train(
-                members[own], seeds, images, draw.of(own), host_rate[own], seed_rate[own]
-            )
-        return TrainReport(
-            loss=loss, seed_gradient_norms=norms, is_finite=self.storage.is_finite(members)
-        )
+            rates = host_rate[own], seed_rate[own]
+            report.fill(own, engine.train(members[own], seeds, images, draw.of(own), *rates))
+        return report
 
     def evaluate(
         self, members: IntArray, alpha: FloatArray, seeds: Seeds, images: ImageSet
@@ -178,10 +153,10 @@ class Population:
         Returns:
             Accuracy [0 to 1] and mean loss [nats] per row.
         """
-        accuracy, loss = np.empty(len(members)), np.empty(len(members))
+        result = Evaluation.empty(len(members))
         for engine, own in self._engines(members, seeds):
-            accuracy[own], loss[own] = engine.evaluate(members[own], alpha[own], seeds, images)
-        return Evaluation(accuracy=accuracy, loss=loss)
+            result.fill(own, engine.evaluate(members[own], alpha[own], seeds, images))
+        return result
 
     def _engines(
         self, members: IntArray, seeds: Seeds

@@ -63,6 +63,8 @@ class Tape:
     """(n, len(FIELDS))."""
     arena: int
     """Numbers that the regions take."""
+    cost: int
+    """Multiply-adds and visits of a feature per image, to share work out."""
     index: IntArray
     """Positions in the row of all trained parameters, tensor by tensor."""
     ends: IntArray
@@ -284,6 +286,12 @@ class TapeBuilder:
             if mode:
                 assigned.add(src)
 
+    def _cost(self, op: dict[str, int]) -> int:
+        features = op["channels_in"] * op["size"] ** 2
+        if op["kind"] != Kind.CONV:
+            return 4 * features
+        return features * op["channels_out"] // op["groups"] * op["kernel_size"] ** 2
+
     def _region(self, channels: int, size: int) -> int:
         return self._take(channels * (size + 2) ** 2 * self._batch)
 
@@ -299,6 +307,7 @@ class TapeBuilder:
         return Tape(
             ops=ops,
             arena=self._cursor,
+            cost=sum(self._cost(op) for op in self._ops),
             index=np.concatenate([none, *(index for index, _, _ in self._tensors)]),
             ends=np.cumsum([len(index) for index, _, _ in self._tensors], dtype=np.int64),
             module=np.array([module for _, module, _ in self._tensors], dtype=np.int64),

@@ -14,6 +14,7 @@ from esper_env.population.images import Draw, ImageSet
 from esper_env.population.layers import cross_entropy
 from esper_env.population.optimizer import SGDSettings
 from esper_env.population.program import Program
+from esper_env.population.report import Evaluation, TrainReport
 from esper_env.population.slots import Seeds
 from esper_env.population.storage import Storage
 from esper_env.population.tree import Tree
@@ -57,13 +58,8 @@ class TorchEngine:
         draw: Draw,
         host_rate: FloatArray,
         seed_rate: FloatArray,
-    ) -> tuple[FloatArray, FloatArray]:
-        """Train members for some batches.
-
-        Returns:
-            Mean loss of each (m,), and the norm of each seed tensor's gradient, as in
-            `TrainReport`. (m, slots, max_tensors).
-        """
+    ) -> TrainReport:
+        """Train members for some batches; see `Population.train`."""
         losses, squares, programs = [], [], []
         for start in range(0, len(members), self.chunk_size):
             part = slice(start, start + self.chunk_size)
@@ -84,13 +80,14 @@ class TorchEngine:
             start += len(square)
             measured = values[program.seed_segments]
             norms[program.segment_at] = np.where(np.isnan(measured), np.inf, measured)
-        return result[: len(members)], norms[members]
+        is_finite = self.storage.is_finite(members)
+        return TrainReport(result[: len(members)], norms[members], is_finite)
 
     @torch.inference_mode()
     def evaluate(
         self, members: IntArray, alpha: FloatArray, seeds: Seeds, images: ImageSet
-    ) -> tuple[FloatArray, FloatArray]:
-        """Return accuracy and mean loss of networks; see `Population.evaluate`. (rows,) each."""
+    ) -> Evaluation:
+        """Evaluate networks; see `Population.evaluate`."""
         correct, loss = [], []
         distinct = np.unique(members)
         for start in range(0, len(distinct), self.chunk_size):
@@ -114,7 +111,7 @@ class TorchEngine:
         result = np.empty((2, len(members)))
         result[:, np.concatenate([order.numpy() for order, _ in correct])] = stacked.numpy()
         result /= len(images)
-        return result[0], result[1]
+        return Evaluation(accuracy=result[0], loss=result[1])
 
     def _program(self, position: int, members: IntArray, seeds: Seeds) -> Program:
         """Return the chunk's program, rebuilt only when its composition changed."""

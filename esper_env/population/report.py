@@ -1,0 +1,52 @@
+"""What training and evaluation tell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from esper_env.config import BoolArray, FloatArray
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What one env step of training measured."""
+
+    loss: FloatArray
+    """Mean training loss. (m,) [nats]."""
+    seed_gradient_norms: FloatArray
+    """Norm of each tensor's gradient before clipping, root mean square over the batches; NaN where
+    there is no such tensor. (m, slots, max_tensors)."""
+    is_finite: BoolArray
+    """Whether all weights and statistics are finite afterwards. (m,)."""
+
+    @classmethod
+    def empty(cls, members: int, slots: int, tensors: int) -> TrainReport:
+        """Return a report to be filled in."""
+        return cls(
+            np.empty(members), np.empty((members, slots, tensors)), np.empty(members, dtype=bool)
+        )
+
+    def fill(self, where: BoolArray, part: TrainReport) -> None:
+        """Write the report of some members. (m,) bool."""
+        for name, array in vars(self).items():
+            array[where] = getattr(part, name)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy and loss of some networks on one split. Arrays are (rows,)."""
+
+    accuracy: FloatArray
+    loss: FloatArray
+
+    @classmethod
+    def empty(cls, rows: int) -> Evaluation:
+        """Return a result to be filled in."""
+        return cls(np.empty(rows), np.empty(rows))
+
+    def fill(self, where: BoolArray, part: Evaluation) -> None:
+        """Write the result of some rows. (rows,) bool."""
+        for name, array in vars(self).items():
+            array[where] = getattr(part, name)
