@@ -7,7 +7,8 @@ process, after warm-up; the ratio is taken round by round.
     python benchmarks/throughput.py --out benchmarks/results/throughput.json
 
 Modes: "empty" has no seed; "mix" has a seed of a random blueprint and style in every slot, in
-random stages; "mix + leave-one-out" measures contributions as well.
+random stages; "mix + leave-one-out" measures contributions as well; "training" is "empty" without
+evaluations on both sides. With `--synthetic` the CIFAR-10 ids train on made-up images.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from esper_env.attribution import plan_coalitions
 
 EPISODE_STEPS = 20_000
 """More than are timed, so that no episode ends."""
+SLICE = 500
+"""Images that the loop evaluates at once."""
 MODES = ("empty", "mix", "mix + leave-one-out")
 
 
@@ -97,6 +100,10 @@ class PlainLoop:
         sim = envs._sim
         population, seeds, splits = sim.population, sim.seeds, sim.splits
         self.train_set, self.validation = splits.train, splits.validation
+        self.pixels, self.labels = (
+            splits.train.normalised(0, len(splits.train)),
+            splits.train.labels,
+        )
         self.rng = np.random.default_rng(seed)
         self.networks, self.optimizers = [], []
         for i in range(envs.num_envs):
@@ -116,31 +123,34 @@ class PlainLoop:
         plan = plan_coalitions(everyone, sim.state, leave_one_out=leave_one_out)
         self.coalitions = [plan.alpha[plan.member == i] for i in everyone]
 
-    def step(self) -> None:
+    def step(self, evaluates: bool = True) -> None:
         """Train every network on its batches and evaluate its coalitions."""
         config, data = self.config, self.train_set
         shape = (config.batches_per_step, config.batch_size, self.envs.num_envs)
         indices = torch.from_numpy(self.rng.integers(len(data), size=shape))
-        pixels = ((data.images.float() - data.mean) / data.std).permute(0, 3, 1, 2)
-        validation = self.validation.normalised(0, len(self.validation))
         for i, (network, optimizer) in enumerate(zip(self.networks, self.optimizers, strict=True)):
             network.train()
             for index in indices[:, :, i]:
-                train_batch(network, optimizer, pixels[index], data.labels[index], config.clip_norm)
+                batch = self.pixels[index], self.labels[index]
+                train_batch(network, optimizer, *batch, config.clip_norm)
             network.eval()
             with torch.inference_mode():
-                for alpha in self.coalitions[i]:
-                    self.evaluate(network, alpha, validation)
+                for alpha in self.coalitions[i] if evaluates else ():
+                    self.evaluate(network, alpha)
 
-    def evaluate(self, network: PlainNetwork, alpha: Any, images: torch.Tensor) -> None:
-        """Compute accuracy and loss of one coalition."""
+    def evaluate(self, network: PlainNetwork, alpha: Any) -> None:
+        """Compute accuracy and loss of one coalition, in slices that suit the cache."""
         before = {}
         for slot, seed in network.seeds.items():
             before[slot] = seed.alpha, seed.is_training_stage
             seed.alpha, seed.is_training_stage = float(alpha[int(slot)]), False
-        logits = network(images)
-        float(torch.nn.functional.cross_entropy(logits, self.validation.labels))
-        float((logits.argmax(1) == self.validation.labels).float().mean())
+        loss, hits = 0.0, 0
+        for first in range(0, len(self.validation), SLICE):
+            images = self.validation.normalised(first, first + SLICE)
+            labels = self.validation.labels[first : first + SLICE]
+            logits = network(images)
+            loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            hits += int((logits.argmax(1) == labels).sum())
         for slot, seed in network.seeds.items():
             seed.alpha, seed.is_training_stage = before[slot]
 
@@ -151,20 +161,36 @@ def measure(args: Args, num_envs: int, mode: str) -> dict[str, Any]:
     loop = PlainLoop(envs, args.seed)
     wait = np.zeros((num_envs, len(envs.heads)), dtype=np.int64)
 
-    def env_step() -> None:
-        envs.step(wait)
+    sim, everyone = envs._sim, np.arange(num_envs)
+    rates = np.full(num_envs, envs.config.host_learning_rate)
 
-    repeats = [_repeats(env_step), _repeats(loop.step)]
+    def env_step() -> None:
+        if mode == "training":
+            draw = sim._draw_batches(everyone)
+            sim.population.train(everyone, sim.seeds, sim.splits.train, draw, rates, rates)
+        else:
+            envs.step(wait)
+
+    def loop_step() -> None:
+        loop.step(evaluates=mode != "training")
+
+    repeats = [_repeats(env_step), _repeats(loop_step)]
     times = np.array(
-        [[_time(env_step, repeats[0]), _time(loop.step, repeats[1])] for _ in range(args.rounds)]
+        [[_time(env_step, repeats[0]), _time(loop_step, repeats[1])] for _ in range(args.rounds)]
     )
     ratios = times[:, 1] / times[:, 0]
-    outside = _share_outside(envs, env_step)
+    outside = None if mode == "training" else _share_outside(envs, env_step)
+    samples = num_envs * envs.config.batches_per_step * envs.config.batch_size
     return {
         "num_envs": num_envs,
         "mode": mode,
         "env_steps_per_second": float(num_envs / np.median(times[:, 0])),
         "loop_env_steps_per_second": float(num_envs / np.median(times[:, 1])),
+        "training_samples_per_second": float(samples / np.median(times[:, 0])),
+        "state_bytes_per_member": sum(
+            part[0].nbytes
+            for part in (*sim.member_arrays().values(), *sim.member_tensors().values())
+        ),
         "ratio_median": float(np.median(ratios)),
         "ratio_min": float(ratios.min()),
         "ratio_max": float(ratios.max()),
@@ -223,11 +249,12 @@ def main() -> None:
         for mode in args.modes:
             row = measure(args, num_envs, mode)
             rows.append(row)
+            outside = row["share_outside_training_and_evaluation"]
             print(
-                f"{num_envs:4d} members, {mode:19s} {row['env_steps_per_second']:7.0f} steps/s, "
-                f"loop {row['loop_env_steps_per_second']:6.0f}, ratio {row['ratio_median']:.2f} "
-                f"({row['ratio_min']:.2f} .. {row['ratio_max']:.2f}), outside training and "
-                f"evaluation {100 * row['share_outside_training_and_evaluation']:.1f} %",
+                f"{num_envs:4d} members, {mode:19s} {row['env_steps_per_second']:7.1f} steps/s, "
+                f"loop {row['loop_env_steps_per_second']:6.1f}, ratio {row['ratio_median']:.2f} "
+                f"({row['ratio_min']:.2f} .. {row['ratio_max']:.2f})"
+                + (f", outside training and evaluation {100 * outside:.1f} %" if outside else ""),
                 flush=True,
             )
     write_result(args.out, args, rows=rows)

@@ -96,6 +96,7 @@ class ActionSpace:
             [[name in RELEVANT_HEADS[op] for name in HEAD_NAMES] for op in ops]
         )
         """(ops, heads) bool."""
+        self._key, self._masks = b"", dict[str, BoolArray]()
         self._targets = np.array([ALPHA_TARGETS[i] for i in self.index["alpha_target"]])
         # All heads but op and slot side by side: every option for the ops that read the head,
         # option 0 for the others. (ops, 1, sum of options)
@@ -131,7 +132,8 @@ class ActionSpace:
         Returns:
             "op" (N, O), "slot" (N, O, S), every other head (N, O, S, options), all bool. A joint
             action is legal exactly if its op, its slot given the op, and every other option given
-            op and slot are True. Rows of an illegal op or (op, slot) are all False.
+            op and slot are True. Rows of an illegal op or (op, slot) are all False. As long as no
+            gate changes, the same arrays are returned again: they are not to be written to.
         """
         slots = self.index["slot"]
         shape = (len(state.stage), len(self.index["op"]), len(slots))
@@ -146,6 +148,11 @@ class ActionSpace:
             Op.PRUNE: lifecycle.can_prune(state, config),
             Op.FOSSILIZE: lifecycle.can_fossilize(state, measured, config),
         }
+        has_weight = state.alpha > 0
+        parts = (germinate, *gates.values(), state.alpha_target, has_weight)
+        key = b"".join([array.tobytes() for array in parts])
+        if key == self._key:
+            return self._masks
         legal: BoolArray = np.stack([gates[Op(op)][:, slots] for op in self.index["op"]], axis=1)
         legal[:, 0, 0] = True  # WAIT reads no slot, so its slot is option 0.
         packed = np.broadcast_to(self._unconditional, (*shape, self._unconditional.shape[2])).copy()
@@ -157,7 +164,7 @@ class ActionSpace:
             (
                 Op.PRUNE,
                 "alpha_speed",
-                (state.alpha[:, slots, None] > 0) | (self.index["alpha_speed"] == 0),
+                has_weight[:, slots, None] | (self.index["alpha_speed"] == 0),
             ),
         )
         for op, name, is_met in needs:
@@ -166,7 +173,8 @@ class ActionSpace:
                 legal[:, o] &= is_met.any(axis=2)
         packed &= legal[..., None]
         is_op_legal: BoolArray = np.any(legal, axis=2)
-        return {"op": is_op_legal, "slot": legal, **masks}
+        self._key, self._masks = key, {"op": is_op_legal, "slot": legal, **masks}
+        return self._masks
 
     def marginal_mask(self, conditional: dict[str, BoolArray]) -> BoolArray:
         """Return, for every option of every head, whether some legal joint action contains it.

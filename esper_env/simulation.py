@@ -108,6 +108,7 @@ class Simulation:
         """Scores and potential of the present state."""
         self._initial_loss = float(np.log(self.host.num_classes))
         self._isolates = np.array([stage.name in config.isolated_stages for stage in Stage])
+        self._inventory_key = b""
         self._member_key = np.zeros(num_envs, dtype=np.uint64)
         self._episode_key = np.zeros(num_envs, dtype=np.uint64)
         self._episode = np.zeros(num_envs, dtype=np.int64)
@@ -356,6 +357,11 @@ class Simulation:
     def _take_inventory(self) -> None:
         """Work out what the slots hold, once per change of the lifecycle state."""
         state = self.state
+        parts = (state.stage, state.blueprint, state.style, state.alpha, state.mode, self.instance)
+        key = b"".join([array.tobytes() for array in parts])
+        if key == self._inventory_key:
+            return
+        self._inventory_key = key
         stage, population = state.stage, self.population
         width = self.instances.width[self.instance]
         is_mixed = (stage >= Stage.BLENDING) & (stage <= Stage.FOSSILIZED)

@@ -116,6 +116,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._simulation: Simulation | None = None
         self._mask_key = b""
+        self._conditional: dict[str, BoolArray] = {}
         self._conditional_before_reset: dict[str, BoolArray] = {}
         self._trace = Trace.empty(self.num_envs, host.num_slots, self.config.episode_steps)
         self._is_done: BoolArray = np.zeros(self.num_envs, dtype=bool)
@@ -468,10 +469,12 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         if key == self._mask_key:
             return
         self._mask_key = key
+        before = self._conditional
         self._conditional = self._actions.conditional_masks(
             sim.state, sim.measured, sim.budget_table, sim.sizes.host, self.config
         )
-        self._marginal = self._actions.marginal_mask(self._conditional)
+        if self._conditional is not before:
+            self._marginal = self._actions.marginal_mask(self._conditional)
 
     def _observe(self) -> npt.NDArray[np.float32]:
         sim = self._sim

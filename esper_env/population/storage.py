@@ -42,13 +42,13 @@ class Storage:
         """Copy rows into the snapshot."""
         rows = torch.from_numpy(members).to(self.device)
         for name, matrix in self.matrices.items():
-            self.snapshots[name][rows] = matrix[rows]
+            self.snapshots[name].index_copy_(0, rows, matrix.index_select(0, rows))
 
     def restore(self, members: IntArray) -> None:
         """Copy rows back from the snapshot."""
         rows = torch.from_numpy(members).to(self.device)
         for name, matrix in self.matrices.items():
-            matrix[rows] = self.snapshots[name][rows]
+            matrix.index_copy_(0, rows, self.snapshots[name].index_select(0, rows))
 
     def is_finite(self, members: IntArray) -> npt.NDArray[np.bool_]:
         """Return whether all weights and statistics of members are finite. (m,) bool."""
