@@ -1,9 +1,7 @@
 """Does the environment's memory stay flat over many episodes with rollbacks and snapshots?
 
 Plays random legal actions in mixed instances, breaks a member now and then so that it is rolled
-back, and compares the resident set size after the first episodes with that at the end. Part of
-what little is added is oneDNN's cache of convolutions, which has a fixed limit: with
-ONEDNN_PRIMITIVE_CACHE_CAPACITY=0 it grew by 0.2 % from episode 20 to 110.
+back, and compares the resident set size after the first episodes with that at the end.
 
     python benchmarks/memory.py --out benchmarks/results/memory.json
 """

@@ -73,7 +73,7 @@ def make_state(args: Args, num_envs: int, mode: str) -> EsperVectorEnv:
     ).unwrapped
     assert isinstance(envs, EsperVectorEnv)
     envs.reset(seed=args.seed)
-    if mode == "empty":
+    if mode in ("empty", "training"):
         return envs
     rng = np.random.default_rng(args.seed)
     for slot in envs.heads[1].options:

@@ -32,6 +32,8 @@ from esper_env.population.slots import Seeds
 from esper_env.population.storage import Storage
 from esper_env.population.tape import FIELDS, Kind, SeedState, Tape, TapeBuilder, is_supported
 
+MAX_TAPES, MAX_BATCHES = 512, 8
+"""Compositions, of members and of batches of them, that are remembered: some 10 MB."""
 EVALUATION_BATCH = 32
 """Images side by side in an evaluation; two vectors of 16 floats."""
 
@@ -318,7 +320,7 @@ class _Batch:
     op_start: IntArray
     arena: IntArray
     cost: IntArray
-    index: IntArray
+    index: npt.NDArray[np.int32]
     index_start: IntArray
     ends: IntArray
     module: IntArray
@@ -507,9 +509,9 @@ class CompiledEngine:
             tensor_start=_starts([t.ends for t in tapes]),
             is_frozen=np.stack([t.is_frozen for t in tapes]),
         )
-        if len(self._batches) > 64:
+        if len(self._batches) >= MAX_BATCHES:
             self._batches.clear()
-        if len(self._tapes) > 4096:
+        if len(self._tapes) >= MAX_TAPES:
             self._tapes.clear()
         self._batches[key] = batch
         return batch

@@ -65,7 +65,7 @@ class Tape:
     """Numbers that the regions take."""
     cost: int
     """Multiply-adds and visits of a feature per image, to share work out."""
-    index: IntArray
+    index: npt.NDArray[np.int32]
     """Positions in the row of all trained parameters, tensor by tensor."""
     ends: IntArray
     """Where each tensor ends in `index`."""
@@ -129,6 +129,7 @@ class TapeBuilder:
                 0 is no weight.
         """
         self._evaluate_from(0, self._image, seeds, rows, list(range(len(rows))))
+        self._tensors.clear()  # Nothing is trained.
         return self._finish([])
 
     def _evaluate_from(
@@ -303,12 +304,12 @@ class TapeBuilder:
 
     def _finish(self, is_frozen: Sequence[bool]) -> Tape:
         ops = np.array([[op.get(name, 0) for name in FIELDS] for op in self._ops], dtype=np.int64)
-        none = np.zeros(0, dtype=np.int64)
+        none = np.zeros(0, dtype=np.int32)
         return Tape(
             ops=ops,
             arena=self._cursor,
             cost=sum(self._cost(op) for op in self._ops),
-            index=np.concatenate([none, *(index for index, _, _ in self._tensors)]),
+            index=np.concatenate([none, *(i.astype(np.int32) for i, _, _ in self._tensors)]),
             ends=np.cumsum([len(index) for index, _, _ in self._tensors], dtype=np.int64),
             module=np.array([module for _, module, _ in self._tensors], dtype=np.int64),
             tensor=np.array([tensor for _, _, tensor in self._tensors], dtype=np.int64),
