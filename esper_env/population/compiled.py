@@ -24,6 +24,7 @@ import torch
 
 from esper_env.config import BoolArray, FloatArray, IntArray
 from esper_env.population import kernels as k
+from esper_env.population import tape as tape_module
 from esper_env.population.images import Draw, ImageSet
 from esper_env.population.kernels import entry_point, kernel
 from esper_env.population.optimizer import SGDSettings
@@ -548,7 +549,7 @@ class CompiledEngine:
         Members are dealt out by falling cost, there and back again, so that threads end together;
         those of one composition follow each other.
         """
-        _announce()
+        _check_cache()
         count = len(batch.tape)
         threads = min(torch.get_num_threads(), count)
         falling = np.lexsort((batch.tape, -batch.cost[batch.tape]))
@@ -579,10 +580,19 @@ def _aligned(size: int) -> npt.NDArray[np.float32]:
 
 
 @functools.cache
-def _announce() -> None:
-    """Say why the first step of all takes long: once per installation, or edit of a kernel."""
+def _check_cache() -> None:
+    """Forget compiled code that is older than its sources, and say so if there is none.
+
+    Numba looks only at the file of an entry point, not at those of what is compiled into it.
+    """
     folder = Path(_train.stats.cache_path)  # type: ignore[attr-defined]
-    if not any(folder.glob("compiled._train-*.nbi")):
+    sources = [Path(file) for file in (__file__, k.__file__, tape_module.__file__)]
+    newest = max(source.stat().st_mtime for source in sources)
+    compiled = list(folder.glob("compiled.*.nb*"))
+    for file in compiled:
+        if file.stat().st_mtime < newest:
+            file.unlink(missing_ok=True)
+    if not any(file.exists() for file in compiled):
         print("esper_env: compiling for this processor, once; about 30 s", file=sys.stderr)
 
 
