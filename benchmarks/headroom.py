@@ -1,10 +1,14 @@
-"""What fixed growth schedules reach on an environment: how much there is to win by growing.
+"""What fixed growth schedules reach, and what is lost by taking the same one everywhere.
 
-Each arm germinates given blueprints in given slots at given steps, advances and fossilizes as soon
-as the masks allow, and otherwise waits. All arms see the same reset seeds. Evidence for the
-defaults of the environment ids.
+Every schedule germinates given blueprints in given slots at given env steps, and advances and
+fossilizes as soon as the masks allow. All see the same instances and reset seeds. With a set of
+instances, the best schedule of each is compared with the best single one and with never growing;
+both are chosen on one half of the episodes and judged on the other, in both directions, so that
+the luck of a choice does not count.
 
-    python benchmarks/headroom.py --env.batches-per-step 4 --out benchmarks/results/headroom.json
+    python benchmarks/headroom.py --out benchmarks/results/headroom.json
+    python benchmarks/headroom.py --env.instances test --repeats 16 \
+        --out benchmarks/results/headroom-instances.json
 """
 
 from __future__ import annotations
@@ -18,103 +22,104 @@ import numpy as np
 import tyro
 
 from benchmarks import write_result
-from esper_agent.ppo_lstm import make_envs
-from esper_env import EnvConfig, EsperVectorEnv, Op
+from benchmarks.protocol import play, summarise, table_of
+from esper_agent.baselines import FixedSchedule, parse_plan
+from esper_env import EnvConfig
+from esper_env.config import FloatArray
 
-Plan = tuple[tuple[int, str, int], ...]
-"""(slot, blueprint, step of germination) per seed."""
-
-ARMS: dict[str, Plan] = {
-    "never": (),
-    **{f"{b}@{s}": ((s, b, 1),) for s in (0, 1) for b in ("conv_small", "bottleneck", "depthwise")},
-    **{f"{b}@{s}": ((s, b, 1),) for s in (0, 1) for b in ("conv_light", "conv_heavy")},
-    "conv_light@0 + conv_light@1": ((0, "conv_light", 1), (1, "conv_light", 2)),
-    "conv_heavy@0 + conv_light@1": ((0, "conv_heavy", 1), (1, "conv_light", 2)),
-    "conv_heavy@0 + conv_heavy@1": ((0, "conv_heavy", 1), (1, "conv_heavy", 2)),
-    "conv_heavy@0 from step 15": ((0, "conv_heavy", 15),),
-    "conv_heavy@0 from step 30": ((0, "conv_heavy", 30),),
-}
+SMALL = ("norm", "attention", "conv_small", "bottleneck", "depthwise", "conv_light")
+GRID = (
+    "",
+    *(f"{blueprint}@{slot}" for blueprint in (*SMALL, "conv_heavy") for slot in (0, 1)),
+    *(
+        f"{first}@0+{second}@1"
+        for first in ("norm", "conv_light", "conv_heavy")
+        for second in ("norm", "conv_small", "conv_light", "conv_heavy")
+    ),
+    *(f"conv_heavy@{slot}:{step}" for slot in (0, 1) for step in (10, 20, 30)),
+)
+"""Schedules, as `parse_plan` reads them; the first never grows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Measure the arms."""
+    """Measure fixed schedules."""
 
     env_id: str = "Esper-Digits-v0"
     """Environment id."""
     env: EnvConfig = field(default_factory=EnvConfig)
-    """Its settings."""
-    episodes: int = 64
-    """Episodes per arm, side by side."""
+    """Its settings; `instances` says on which instances."""
+    repeats: int = 64
+    """Episodes per schedule and instance."""
     seed: int = 500_000
     """First reset seed; not one of training or evaluation."""
-    arms: tuple[str, ...] = tuple(ARMS)
-    """Which arms."""
+    schedules: tuple[str, ...] = GRID
+    """Which schedules; the first is what the others are compared with."""
     out: Path | None = None
     """Where to write the result as JSON."""
 
 
-def follow(envs: EsperVectorEnv, plan: Plan, step: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Choose the plan's actions for all members."""
-    masks = envs.conditional_masks()
-    names = list(envs.heads[2].options)
-    actions = np.zeros((envs.num_envs, len(envs.heads)), dtype=np.int64)
-    full_alpha = envs.heads[5].options.index(1.0)
-    for i in range(envs.num_envs):
-        for slot, blueprint, start in plan:
-            if step == start and masks["slot"][i, Op.GERMINATE, slot]:
-                actions[i, :6] = Op.GERMINATE, slot, names.index(blueprint), 0, 0, full_alpha
-            elif masks["slot"][i, Op.FOSSILIZE, slot]:
-                actions[i, :2] = Op.FOSSILIZE, slot
-            elif masks["slot"][i, Op.ADVANCE, slot]:
-                actions[i, :2] = Op.ADVANCE, slot
-            else:
-                continue
-            break
-    return actions
+def choose_and_judge(scores: FloatArray, rng: np.random.Generator) -> dict[str, Any]:
+    """Compare the best schedule of each instance with the best single one and with the first.
 
+    Args:
+        scores: (schedules, instances, repeats), repeats even.
+        rng: Source of the bootstrap.
 
-def run_arm(envs: EsperVectorEnv, plan: Plan, seed: int) -> dict[str, Any]:
-    """Run one episode per member and summarise it."""
-    envs.reset(seed=seed)
-    begin = time.perf_counter()
-    for step in range(envs.config.episode_steps):
-        *_, info = envs.step(follow(envs, plan, step))
-    seconds = (time.perf_counter() - begin) / envs.config.episode_steps
-    final = info["final_info"]
-    score = final["committed_score"]
+    Returns:
+        Summaries of the paired differences on episodes that were not used to choose.
+    """
+    half = scores.shape[2] // 2
+    everyone = np.arange(scores.shape[1])
+    judged: dict[str, list[FloatArray]] = {"first": [], "single": [], "each": []}
+    for chosen, held in ((np.s_[:half], np.s_[half:]), (np.s_[half:], np.s_[:half])):
+        mean = scores[:, :, chosen].mean(axis=2)
+        judged["each"].append(scores[mean.argmax(axis=0), everyone][:, held])
+        judged["single"].append(scores[mean.mean(axis=1).argmax()][:, held])
+        judged["first"].append(scores[0][:, held])
+    tables = {name: np.concatenate(parts, axis=1)[None] for name, parts in judged.items()}
     return {
-        "score_mean": float(score.mean()),
-        "score_std": float(score.std(ddof=1)),
-        "test_accuracy_mean": float(final["committed_test_accuracy"].mean()),
-        "parameters_mean": float(final["parameters"].mean()),
-        "step_seconds": seconds,
-        "score": score.tolist(),
+        **{name: summarise(table, rng) for name, table in tables.items()},
+        "each - first": summarise(tables["each"] - tables["first"], rng),
+        "single - first": summarise(tables["single"] - tables["first"], rng),
+        "each - single": summarise(tables["each"] - tables["single"], rng),
     }
 
 
 def main() -> None:
-    """Run all arms, print a line for each, and save."""
+    """Run all schedules, print a line for each, and save."""
     args = tyro.cli(Args)
-    envs = make_envs(args.env_id, args.episodes, "cpu", args.env)
-    arms: dict[str, Any] = {}
-    never: list[float] = []
-    for name in args.arms:
-        arm = run_arm(envs, ARMS[name], args.seed)
-        never = never or arm["score"]
-        difference = np.array(arm["score"]) - np.array(never)
-        arm["minus_first_mean"] = float(difference.mean())
-        arm["minus_first_standard_error"] = float(difference.std(ddof=1) / len(difference) ** 0.5)
-        arms[name] = arm
+    if args.repeats < 2 or args.repeats % 2:
+        raise ValueError(f"repeats: expected an even number of at least 2, got {args.repeats}")
+    rng = np.random.default_rng(args.seed)
+    rows: dict[str, Any] = {}
+    tables: list[FloatArray] = []
+    for name in args.schedules:
+        began = time.perf_counter()
+        policy = FixedSchedule(parse_plan(name))
+        episodes = play(policy, args.env_id, args.env, args.repeats, args.seed)
+        tables.append(table_of([episodes])[0])
+        difference = tables[-1] - tables[0]
+        rows[name] = {
+            "score_mean": float(tables[-1].mean()),
+            "minus_first_mean": float(difference.mean()),
+            "minus_first_standard_error": float(difference.std(ddof=1) / difference.size**0.5),
+            "test_accuracy_mean": float(np.mean(episodes["committed_test_accuracy"])),
+            "parameters_mean": float(np.mean(episodes["parameters"])),
+            "score_of_each_instance": tables[-1].mean(axis=1).tolist(),
+        }
         print(
-            f"{name:32s} score {arm['score_mean']:.4f} sd {arm['score_std']:.4f}  "
-            f"minus first {arm['minus_first_mean']:+.4f} "
-            f"+- {arm['minus_first_standard_error']:.4f}  "
-            f"test {arm['test_accuracy_mean']:.4f}  parameters {arm['parameters_mean']:.0f}  "
-            f"{1e3 * arm['step_seconds']:.0f} ms/step",
+            f"{name or 'never':26s} score {rows[name]['score_mean']:.4f}  minus first "
+            f"{rows[name]['minus_first_mean']:+.4f} "
+            f"+- {rows[name]['minus_first_standard_error']:.4f}  "
+            f"parameters {rows[name]['parameters_mean']:.0f}  "
+            f"{time.perf_counter() - began:.1f} s",
             flush=True,
         )
-    write_result(args.out, args, arms=arms)
+    judged = choose_and_judge(np.stack(tables), rng)
+    for name, summary in judged.items():
+        print(f"{name:16s} {summary['iqm']:+.4f} ({summary['low']:+.4f} .. {summary['high']:+.4f})")
+    write_result(args.out, args, schedules=rows, judged=judged)
 
 
 if __name__ == "__main__":

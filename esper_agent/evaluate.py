@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from esper_agent.baselines import BASELINES, Policy
+from esper_agent.baselines import BASELINES, FixedSchedule, Policy, parse_plan
 from esper_agent.ppo_lstm import ConditionalMasks, load_agent, make_envs
-from esper_env import EnvConfig, EsperVectorEnv
+from esper_env import EnvConfig, EsperVectorEnv, Stage
 
 MAX_ENVS = 64
 """Episodes that run side by side."""
@@ -49,7 +49,8 @@ class Args:
     """Evaluate agents on the same episodes and print a table."""
 
     agents: tuple[str, ...] = ("never-grow", "random", "heuristic")
-    """Names of baselines, or ppo:RUN_DIR."""
+    """Names of baselines, ppo:RUN_DIR, or schedule:PLAN with a plan such as
+    conv_heavy@0+norm@1:20."""
     env_id: str = "Esper-Digits-v0"
     """Environment id."""
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -96,35 +97,46 @@ class TrainedPolicy:
 
 
 def make_policy(name: str, envs: EsperVectorEnv) -> Policy:
-    """Return the policy of a name: a baseline, or ppo:RUN_DIR.
+    """Return the policy of a name: a baseline, ppo:RUN_DIR, or schedule:PLAN.
 
     Raises:
-        ValueError: If the name is unknown or a checkpoint does not fit the environment.
+        ValueError: If the name is unknown, a plan cannot be read, or a checkpoint does not fit the
+            environment.
         FileNotFoundError: If there is no checkpoint.
     """
     if name.startswith("ppo:"):
         return TrainedPolicy(Path(name.removeprefix("ppo:")), envs)
+    if name.startswith("schedule:"):
+        return FixedSchedule(parse_plan(name.removeprefix("schedule:")))
     if name not in BASELINES:
-        raise ValueError(f"agents: expected {sorted(BASELINES)} or ppo:RUN_DIR, got {name!r}")
+        raise ValueError(
+            f"agents: expected {sorted(BASELINES)}, ppo:RUN_DIR or schedule:PLAN, got {name!r}"
+        )
     return BASELINES[name]()
 
 
 def run_episodes(
     policy: Policy, envs: EsperVectorEnv, num_episodes: int, seed: int
-) -> dict[str, list[float]]:
+) -> dict[str, list[Any]]:
     """Run one episode for each of the seeds seed, seed + 1, ..., on all instances in turn.
 
     Returns:
-        The figures of every episode, in order of its seed, "seed" and "instance".
+        "seed", "instance", the figures, and "growth" of every episode, in order of its seed. Growth
+        is the plan of its fossils, such as "conv_heavy@0:3": blueprint@slot:step of germination.
     """
-    result: dict[str, list[float]] = {name: [] for name in ("seed", "instance", *FIGURES)}
+    prefix = "slot_0.blueprint_"
+    names = [n.removeprefix(prefix) for n in envs.observation_names if n.startswith(prefix)]
+    result: dict[str, list[Any]] = {n: [] for n in ("seed", "instance", *FIGURES, "growth")}
     for first in range(seed, seed + num_episodes, envs.num_envs):
         instance = (first - seed + np.arange(envs.num_envs)) % envs.num_instances
         observation, info = envs.reset(seed=first, options={"instance": instance})
         policy.begin(envs, first)
         final: dict[str, npt.NDArray[np.float64]] = {}
+        growth = [""] * envs.num_envs
+        born, step = np.zeros_like(info["blueprint"]), 0
         is_running = np.ones(envs.num_envs, dtype=bool)
         while is_running.any():
+            is_empty = info["blueprint"] < 0
             observation, _, terminated, truncated, info = envs.step(policy.act(observation, info))
             ends = (terminated | truncated) & is_running
             if ends.any():
@@ -133,10 +145,18 @@ def run_episodes(
                 last = {**last, "test_score": last["committed_test_accuracy"] - rent}
                 for name in FIGURES:
                     final.setdefault(name, np.zeros(envs.num_envs))[ends] = last[name][ends]
+                for i in np.nonzero(ends)[0].tolist():
+                    slots = np.nonzero(last["stage"][i] == Stage.FOSSILIZED)[0].tolist()
+                    growth[i] = "+".join(
+                        f"{names[last['blueprint'][i, s]]}@{s}:{born[i, s]}" for s in slots
+                    )
+            born[is_empty & (info["blueprint"] >= 0)] = step
+            step += 1
             is_running &= ~ends
         count = min(envs.num_envs, seed + num_episodes - first)
         result["seed"].extend(range(first, first + count))
         result["instance"].extend(instance[:count].tolist())
+        result["growth"].extend(growth[:count])
         for name in FIGURES:
             result[name].extend(float(x) for x in final[name][:count])
     return result

@@ -21,7 +21,14 @@ import pytest
 from rich.console import Console
 
 from esper_agent import evaluate
-from esper_agent.baselines import NeverGrow, PlateauHeuristic, RandomLegal
+from esper_agent.baselines import (
+    FixedSchedule,
+    NeverGrow,
+    Periodic,
+    PlateauHeuristic,
+    RandomLegal,
+    parse_plan,
+)
 from esper_agent.evaluate import (
     FIGURES,
     bootstrap_interval,
@@ -250,7 +257,10 @@ def test_the_same_call_gives_the_same_result() -> None:
 @pytest.mark.parametrize("name", ["grow-never", "ppo", ""])
 def test_an_unknown_agent_raises_with_the_known_names(name: str) -> None:
     """And does so before any episode is run."""
-    expected = r"agents: expected \['heuristic', 'never-grow', 'random'\] or ppo:RUN_DIR, got "
+    expected = (
+        r"agents: expected \['heuristic', 'never-grow', 'periodic', 'random'\], ppo:RUN_DIR or "
+        "schedule:PLAN, got "
+    )
     envs = make_envs(ENV_ID, 1, "cpu", LIFE)
     with pytest.raises(ValueError, match=expected + repr(name)):
         make_policy(name, envs)
@@ -388,6 +398,62 @@ def test_the_heuristic_works_with_restricted_heads(heads: dict[str, Any], ops: s
         assert (steps[-1]["stage"][:, 1] != Stage.DORMANT).all()
 
 
+def test_the_heuristic_can_start_with_the_deepest_slot_and_stop_at_a_number_of_seeds() -> None:
+    """With two slots: the second one first; with at most one seed, only that one."""
+    always = {"patience": 1, "margin": 1.0, "steps_to_live": 1, "min_contribution": -1.0}
+    for max_seeds, expected in ((None, [True, True]), (1, [False, True])):
+        policy = PlateauHeuristic(deepest_first=True, max_seeds=max_seeds, **always)
+        steps = play(policy, LIFE)
+        first = next(info["stage"] for info in steps if (info["stage"] != Stage.DORMANT).any())
+        assert ((first != Stage.DORMANT) == [False, True]).all()
+        assert ((steps[-1]["stage"] != Stage.DORMANT) == expected).all()
+
+
+def test_a_schedule_grows_what_it_says_when_it_says() -> None:
+    """And the record of the episode is the schedule itself, in its own notation.
+
+    Slot 0 at step 1; slot 1 at once, although it comes second in the plan.
+    """
+    text = "norm@0:1+conv_small@1:0"
+    envs = make_envs(ENV_ID, 2, "cpu", LIFE)
+    episodes = run_episodes(FixedSchedule(parse_plan(text)), envs, 3, seed=0)
+    assert episodes["growth"] == [text] * 3
+    assert run_episodes(NeverGrow(), envs, 3, seed=0)["growth"] == [""] * 3
+    policy = make_policy("schedule:norm@0:1+conv_small@1", envs)
+    assert run_episodes(policy, envs, 3, seed=0) == episodes
+    envs.close()
+
+
+@pytest.mark.parametrize("text", ["conv_heavy", "conv_heavy@x", "@0", "norm@0:", "norm@0,norm@1"])
+def test_a_schedule_that_cannot_be_read_raises_with_an_example(text: str) -> None:
+    """The remedy is the form."""
+    message = r"schedule: expected blueprint@slot or blueprint@slot:step joined by \+, such as conv"
+    with pytest.raises(ValueError, match=message):
+        parse_plan(text)
+
+
+def test_a_schedule_takes_each_slot_once_and_only_what_is_offered() -> None:
+    """A slot twice, a slot that is not enabled, and a blueprint that is not offered."""
+    with pytest.raises(ValueError, match="expected each slot once, got 'norm@0\\+norm@0'"):
+        parse_plan("norm@0+norm@0")
+    envs = make_envs(ENV_ID, 1, "cpu", LIFE)
+    for text, message in (
+        ("norm@2", r"plan: expected slots among \[0, 1\], got 2"),
+        ("nrom@0", r"blueprint: expected one of \('norm', .*, got 'nrom'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FixedSchedule(parse_plan(text)).begin(envs, 0)
+    envs.close()
+
+
+def test_periodic_germinates_at_every_multiple_of_its_period_and_keeps_all() -> None:
+    """Period 3: decisions 3 and 6 find a free slot, later ones none."""
+    steps = play(Periodic(period=3), LIFE)
+    ops = np.stack([info["op"] for info in steps])
+    assert (np.nonzero((ops == Op.GERMINATE).all(axis=1))[0] == [3, 6]).all()
+    assert (steps[-1]["stage"] == Stage.FOSSILIZED).all()
+
+
 def test_the_heuristic_names_the_blueprints_it_could_take() -> None:
     """When the one it was given is not among the options."""
     config = dataclasses.replace(LIFE, heads={"blueprint": ["norm", "conv_heavy"]})
@@ -459,7 +525,10 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     assert list(result["agents"]) == ["random", "never-grow"]
     assert result["env"]["episode_steps"] == 6
-    assert set(result["agents"]["random"]["episodes"]) == {"seed", "instance", *FIGURES}
+    assert set(result["agents"]["random"]["episodes"]) == {
+        *("seed", "instance", "growth"),
+        *FIGURES,
+    }
     assert all(len(v) == 2 for v in result["agents"]["random"]["episodes"].values())
     assert result["agents"]["random"]["episodes"]["seed"] == [5, 6]
     assert result["env"]["instances"] == "test"
