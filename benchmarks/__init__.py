@@ -53,8 +53,5 @@ def write_result(out: Path | None, args: Any, **content: Any) -> None:
     """Write arguments, machine and content as JSON, if there is a path to write to."""
     if out is None:
         return
-    head = {
-        "arguments": dataclasses.asdict(args) | {"out": str(out)},
-        "machine": describe_machine(),
-    }
-    out.write_text(json.dumps(head | content, indent=1))
+    head = {"arguments": dataclasses.asdict(args), "machine": describe_machine()}
+    out.write_text(json.dumps(head | content, indent=1, default=str))

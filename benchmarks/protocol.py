@@ -6,27 +6,27 @@ has the shape (agent seeds, instances, repeats); an arm without agent seeds has 
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
 import numpy as np
 
 from esper_agent.baselines import Policy
-from esper_agent.evaluate import MAX_ENVS, interquartile_mean, run_episodes
+from esper_agent.evaluate import MAX_ENVS, interquartile_mean, make_policy, run_episodes
 from esper_agent.ppo_lstm import make_envs
 from esper_env import EnvConfig
 from esper_env.config import FloatArray
 
 NUM_RESAMPLES = 2000
 """Bootstrap resamples."""
+Episodes = dict[str, list[Any]]
+"""Figures of episodes, as `run_episodes` gives them."""
 
 
-def play(
-    policy: Policy, env_id: str, config: EnvConfig, repeats: int, seed: int
-) -> dict[str, list[float]]:
+def play(policy: Policy | str, env_id: str, config: EnvConfig, repeats: int, seed: int) -> Episodes:
     """Run a policy on every instance of the configured set, in turn.
 
     Args:
-        policy: Who acts.
+        policy: Who acts, or its name for `make_policy`.
         env_id: Environment id.
         config: Its settings.
         repeats: Episodes per instance.
@@ -36,12 +36,14 @@ def play(
         Figures of all episodes, as `run_episodes` gives them.
     """
     envs = make_envs(env_id, MAX_ENVS, "cpu", config)
+    if isinstance(policy, str):
+        policy = make_policy(policy, envs)
     episodes = run_episodes(policy, envs, repeats * envs.num_instances, seed)
     envs.close()
     return episodes
 
 
-def table_of(runs: list[dict[str, list[float]]], figure: str = "committed_score") -> FloatArray:
+def table_of(runs: list[Episodes], figure: str = "committed_score") -> FloatArray:
     """Return a figure of the episodes of several agent seeds. (agent seeds, instances, repeats)."""
     num_instances = int(max(runs[0]["instance"])) + 1
     values = np.array([run[figure] for run in runs])
@@ -96,8 +98,3 @@ def compare(first: FloatArray, second: FloatArray, rng: np.random.Generator) -> 
         "probability_of_improvement": float(is_better.mean()),
         "agent_seeds": len(difference),
     }
-
-
-def with_instances(config: EnvConfig, name: str) -> EnvConfig:
-    """Return the configuration with another set of instances."""
-    return dataclasses.replace(config, instances=name)

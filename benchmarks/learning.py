@@ -1,0 +1,314 @@
+"""Does growing pay, and does the agent beat what it should beat? The whole protocol in one command.
+
+Agents and searches see training instances only; every arm is then run on the same held-out
+instances and reset seeds. The searches get as many env steps as one agent. Finished parts lie in
+the working directory, and a second call goes on from there.
+
+    python benchmarks/learning.py --out benchmarks/results/learning-digits.json
+    python benchmarks/learning.py --quick
+
+Arms:
+    never_grow, random, periodic, heuristic   baselines with their default settings
+    tuned_heuristic   the plateau heuristic; the best of a random search with successive halving
+    best_schedule     the fixed schedule that the same kind of search finds
+    ppo_lstm          the agent, once per agent seed
+    static_grown      what each agent's episode ended with, trained from scratch (`references`)
+    static_longer     the host alone with at least the compute of that episode (`references`)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from benchmarks import write_result
+from benchmarks.headroom import GRID
+from benchmarks.protocol import compare, play, summarise, table_of
+from benchmarks.references import Episodes, train_equal_compute, train_grown_size
+from esper_agent import ppo_lstm
+from esper_agent.baselines import FixedSchedule, PlateauHeuristic, Policy, parse_plan
+from esper_agent.evaluate import MAX_ENVS, run_episodes
+from esper_env import EnvConfig
+
+SEARCH_SEED = 3_000_000
+"""First reset seed of the searches, far from those of training and evaluation."""
+ROUNDS, KEEP = 4, 3
+"""Successive halving: rounds of equal cost, after each of which one in `KEEP` goes on."""
+NUM_HEURISTICS = 96
+"""Settings that the random search of the heuristic begins with."""
+
+BASELINE_ARMS = {
+    "never_grow": "never-grow",
+    "random": "random",
+    "periodic": "periodic",
+    "heuristic": "heuristic",
+}
+"""Name of the arm, and of the baseline."""
+
+Make = Callable[[], Policy]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Run the protocol."""
+
+    env_id: str = "Esper-Digits-v0"
+    """Environment id."""
+    env: EnvConfig = field(default_factory=lambda: ppo_lstm.Args().env)
+    """Its settings, except for the instances."""
+    agent_seeds: tuple[int, ...] = tuple(range(1, 11))
+    """Seeds of the agents."""
+    total_timesteps: int = ppo_lstm.Args().total_timesteps
+    """Env steps of one agent, and of each search."""
+    repeats: int = 8
+    """Evaluation episodes per held-out instance."""
+    seed: int = 1_000_000
+    """First reset seed of the evaluation."""
+    jobs: int = 2
+    """Agents that train at the same time, with one thread each."""
+    work_dir: Path = Path("runs/learning")
+    """Where finished parts lie."""
+    quick: bool = False
+    """Whether to run everything in its smallest form, to see that it runs."""
+    out: Path | None = None
+    """Where to write the result as JSON."""
+
+
+def quick(args: Args) -> Args:
+    """Return the smallest form of everything."""
+    env = dataclasses.replace(args.env, episode_steps=8, batches_per_step=1, batch_size=8)
+    steps = 2 * 16 * ppo_lstm.Args().num_steps
+    return dataclasses.replace(
+        args, env=env, agent_seeds=args.agent_seeds[:2], total_timesteps=steps, repeats=2
+    )
+
+
+def remember(path: Path, make: Callable[[], Any]) -> Any:
+    """Return what the file holds, or make it and write it."""
+    if not path.exists():
+        content = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(content))
+        part.rename(path)
+    return json.loads(path.read_text())
+
+
+# ------------------------------------------------------------------ searches
+
+
+def halve(candidates: dict[str, Make], args: Args) -> dict[str, Any]:
+    """Find the best candidate on training instances by successive halving.
+
+    All candidates of a round see the same episodes; no episode comes twice.
+
+    Args:
+        candidates: How to make each one.
+        args: Budget and environment.
+
+    Returns:
+        "best", its name; "rounds", mean committed score and episodes of every candidate.
+
+    Source: Jamieson and Talwalkar (2016), algorithm 1, with a reduction by `KEEP`.
+    """
+    config = dataclasses.replace(args.env, instances="train")
+    envs = ppo_lstm.make_envs(args.env_id, MAX_ENVS, "cpu", config)
+    budget = args.total_timesteps // config.episode_steps // ROUNDS
+    names, seed, rounds = list(candidates), SEARCH_SEED, []
+    for _ in range(ROUNDS):
+        count = max(1, budget // len(names))
+        scores = {}
+        for name in names:
+            episodes = run_episodes(candidates[name](), envs, count, seed)
+            scores[name] = float(np.mean(episodes["committed_score"]))
+        rounds.append({"episodes": count, "scores": scores})
+        names = sorted(names, key=scores.__getitem__, reverse=True)
+        names = names[: max(1, len(names) // KEEP)]
+        seed += count
+    envs.close()
+    return {"best": names[0], "rounds": rounds}
+
+
+def schedules() -> dict[str, Make]:
+    """Return the fixed schedules to search among."""
+    return {text: _schedule(text) for text in GRID}
+
+
+def _schedule(text: str) -> Make:
+    return lambda: FixedSchedule(parse_plan(text))
+
+
+def heuristics(blueprints: tuple[str, ...]) -> dict[str, Make]:
+    """Return the plateau heuristic with random settings, by their JSON text."""
+    rng = np.random.default_rng(SEARCH_SEED)
+    candidates = {}
+    for _ in range(NUM_HEURISTICS):
+        settings = {
+            "patience": int(rng.integers(0, 16)),
+            "margin": float(np.exp(rng.uniform(np.log(0.002), np.log(0.05)))),
+            "blueprint": str(rng.choice(blueprints)),
+            "deepest_first": bool(rng.random() < 0.5),
+            "max_seeds": int(rng.integers(1, 3)),
+            "min_contribution": float(rng.uniform(-0.02, 0.03)),
+            "trial_steps": int(rng.integers(1, 11)),
+            "steps_to_live": int(rng.integers(10, 46)),
+        }
+        candidates[json.dumps(settings)] = _heuristic(settings)
+    return candidates
+
+
+def _heuristic(settings: dict[str, Any]) -> Make:
+    return lambda: PlateauHeuristic(**settings)
+
+
+# ------------------------------------------------------------------ agents
+
+
+def train_agents(runs: list[ppo_lstm.Args], jobs: int) -> None:
+    """Train agents that are not there yet, in processes with one thread each.
+
+    Args:
+        runs: Their arguments; each `run_dir` is also where a finished agent is looked for.
+        jobs: Processes at a time.
+    """
+    missing = [run for run in runs if not (_directory(run) / "agent.safetensors").exists()]
+    if not missing:
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, _use_one_thread) as pool:
+        for run in pool.map(_train, missing):
+            print(f"trained {run}", flush=True)
+
+
+def _directory(run: ppo_lstm.Args) -> Path:
+    assert run.run_dir is not None
+    return run.run_dir
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _train(run: ppo_lstm.Args) -> Path:
+    """Train one agent, from the start if it was interrupted; what it prints goes into a file."""
+    directory = _directory(run)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").unlink(missing_ok=True)
+    with (directory / "output.txt").open("w") as file, contextlib.redirect_stdout(file):
+        return ppo_lstm.train(run)
+
+
+def agent_args(args: Args, seed: int, directory: Path) -> ppo_lstm.Args:
+    """Return the arguments of one agent of the protocol."""
+    return ppo_lstm.Args(
+        env_id=args.env_id,
+        env=dataclasses.replace(args.env, instances="train"),
+        seed=seed,
+        total_timesteps=args.total_timesteps,
+        run_dir=directory / str(seed),
+        eval_episodes=0,
+    )
+
+
+# ------------------------------------------------------------------ arms
+
+
+def run_arms(args: Args) -> dict[str, list[Episodes]]:
+    """Search, train and evaluate; return the episodes of every arm, one entry per agent seed."""
+    held_out = dataclasses.replace(args.env, instances="test")
+    directory = args.work_dir
+
+    def episodes(name: str, make: Callable[[], list[Episodes]]) -> list[Episodes]:
+        runs: list[Episodes] = remember(directory / f"arm-{name}.json", make)
+        print(f"{name:16s} {np.mean([run['committed_score'] for run in runs]):.4f}", flush=True)
+        return runs
+
+    def of_policy(policy: Policy | str) -> list[Episodes]:
+        return [play(policy, args.env_id, held_out, args.repeats, args.seed)]
+
+    arms = {}
+    for arm, name in BASELINE_ARMS.items():
+        arms[arm] = episodes(arm, partial(of_policy, name))
+    found = search(args)
+    heuristic = PlateauHeuristic(**json.loads(found["heuristic"]["best"]))
+    schedule = FixedSchedule(parse_plan(found["schedule"]["best"]))
+    arms["tuned_heuristic"] = episodes("tuned_heuristic", partial(of_policy, heuristic))
+    arms["best_schedule"] = episodes("best_schedule", partial(of_policy, schedule))
+
+    runs = [agent_args(args, seed, directory / "agents") for seed in args.agent_seeds]
+    train_agents(runs, args.jobs)
+    arms["ppo_lstm"] = []
+    for run in runs:
+        arm = partial(of_policy, f"ppo:{run.run_dir}")
+        arms["ppo_lstm"] += episodes(f"ppo_lstm-{run.seed}", arm)
+    for name, train in (("grown", train_grown_size), ("longer", train_equal_compute)):
+        arms[f"static_{name}"] = episodes(
+            f"static_{name}",
+            lambda train=train: [train(run, args.env_id, held_out) for run in arms["ppo_lstm"]],
+        )
+    return arms
+
+
+def search(args: Args) -> dict[str, Any]:
+    """Search the fixed schedule and the settings of the heuristic on the training instances."""
+    envs = ppo_lstm.make_envs(args.env_id, 1, "cpu", args.env)
+    blueprints = next(head.options for head in envs.heads if head.name == "blueprint")
+    candidates = {"schedule": schedules(), "heuristic": heuristics(blueprints)}
+    return {
+        name: remember(args.work_dir / f"search-{name}.json", partial(halve, makes, args))
+        for name, makes in candidates.items()
+    }
+
+
+def main() -> None:
+    """Run what is missing, print the comparison, and save."""
+    args = tyro.cli(Args)
+    args = quick(args) if args.quick else args
+    began = time.perf_counter()
+    settings = json.loads(json.dumps(dataclasses.asdict(args), default=str))
+    known = remember(args.work_dir / "settings.json", lambda: settings)
+    differing = [name for name in known if known[name] != settings[name] and name != "out"]
+    if differing:
+        raise ValueError(
+            f"work_dir: {args.work_dir} holds parts made with other {', '.join(differing)}; "
+            "choose another directory"
+        )
+    arms = run_arms(args)
+    rng = np.random.default_rng(args.seed)
+    tables = {name: table_of(runs) for name, runs in arms.items()}
+    summaries = {name: summarise(table, rng) for name, table in tables.items()}
+    paired = {
+        f"ppo_lstm - {name}": compare(tables["ppo_lstm"], table, rng)
+        for name, table in tables.items()
+        if name != "ppo_lstm"
+    }
+    for name, pair in paired.items():
+        print(
+            f"{name:30s} {pair['difference']:+.4f} ({pair['low']:+.4f} .. {pair['high']:+.4f})  "
+            f"better in {100 * pair['probability_of_improvement']:.0f} %"
+        )
+    write_result(
+        args.out,
+        args,
+        seconds=time.perf_counter() - began,
+        search=search(args),
+        arms={name: {"summary": summaries[name], "episodes": runs} for name, runs in arms.items()},
+        paired=paired,
+    )
+
+
+if __name__ == "__main__":
+    main()
