@@ -49,9 +49,9 @@ def use_synthetic_cifar10(num_train: int = 2000) -> None:
             TASKS[name] = dataclasses.replace(task, load=load)
 
 
-def write_result(out: Path | None, args: Any, **content: Any) -> None:
+def write_result(out: Path | None, args: Any, *, indent: int | None = 1, **content: Any) -> None:
     """Write arguments, machine and content as JSON, if there is a path to write to."""
     if out is None:
         return
     head = {"arguments": dataclasses.asdict(args), "machine": describe_machine()}
-    out.write_text(json.dumps(head | content, indent=1, default=str))
+    out.write_text(json.dumps(head | content, indent=indent, default=str))

@@ -47,8 +47,6 @@ SEARCH_SEED = 3_000_000
 """First reset seed of the searches, far from those of training and evaluation."""
 ROUNDS, KEEP = 4, 3
 """Successive halving: rounds of equal cost, after each of which one in `KEEP` goes on."""
-NUM_HEURISTICS = 96
-"""Settings that the random search of the heuristic begins with."""
 
 BASELINE_ARMS = {
     "never_grow": "never-grow",
@@ -73,6 +71,10 @@ class Args:
     """Seeds of the agents."""
     total_timesteps: int = ppo_lstm.Args().total_timesteps
     """Env steps of one agent, and of each search."""
+    schedules: tuple[str, ...] = GRID
+    """Fixed schedules to search among."""
+    num_heuristics: int = 96
+    """Random settings of the heuristic to search among."""
     repeats: int = 8
     """Evaluation episodes per held-out instance."""
     seed: int = 1_000_000
@@ -90,9 +92,15 @@ class Args:
 def quick(args: Args) -> Args:
     """Return the smallest form of everything."""
     env = dataclasses.replace(args.env, episode_steps=8, batches_per_step=1, batch_size=8)
-    steps = 2 * 16 * ppo_lstm.Args().num_steps
+    steps = ppo_lstm.Args().num_envs * ppo_lstm.Args().num_steps
     return dataclasses.replace(
-        args, env=env, agent_seeds=args.agent_seeds[:2], total_timesteps=steps, repeats=2
+        args,
+        env=env,
+        agent_seeds=args.agent_seeds[:2],
+        total_timesteps=steps,
+        schedules=args.schedules[:6],
+        num_heuristics=6,
+        repeats=2,
     )
 
 
@@ -142,20 +150,15 @@ def halve(candidates: dict[str, Make], args: Args) -> dict[str, Any]:
     return {"best": names[0], "rounds": rounds}
 
 
-def schedules() -> dict[str, Make]:
-    """Return the fixed schedules to search among."""
-    return {text: _schedule(text) for text in GRID}
-
-
 def _schedule(text: str) -> Make:
     return lambda: FixedSchedule(parse_plan(text))
 
 
-def heuristics(blueprints: tuple[str, ...]) -> dict[str, Make]:
-    """Return the plateau heuristic with random settings, by their JSON text."""
+def heuristics(blueprints: tuple[str, ...], count: int) -> dict[str, Make]:
+    """Return plateau heuristics with random settings, by their JSON text."""
     rng = np.random.default_rng(SEARCH_SEED)
     candidates = {}
-    for _ in range(NUM_HEURISTICS):
+    for _ in range(count):
         settings = {
             "patience": int(rng.integers(0, 16)),
             "margin": float(np.exp(rng.uniform(np.log(0.002), np.log(0.05)))),
@@ -266,7 +269,10 @@ def search(args: Args) -> dict[str, Any]:
     """Search the fixed schedule and the settings of the heuristic on the training instances."""
     envs = ppo_lstm.make_envs(args.env_id, 1, "cpu", args.env)
     blueprints = next(head.options for head in envs.heads if head.name == "blueprint")
-    candidates = {"schedule": schedules(), "heuristic": heuristics(blueprints)}
+    candidates = {
+        "schedule": {text: _schedule(text) for text in args.schedules},
+        "heuristic": heuristics(blueprints, args.num_heuristics),
+    }
     return {
         name: remember(args.work_dir / f"search-{name}.json", partial(halve, makes, args))
         for name, makes in candidates.items()
@@ -303,6 +309,7 @@ def main() -> None:
     write_result(
         args.out,
         args,
+        indent=None,
         seconds=time.perf_counter() - began,
         search=search(args),
         arms={name: {"summary": summaries[name], "episodes": runs} for name, runs in arms.items()},

@@ -1,0 +1,204 @@
+"""The learning protocol: its statistics by hand, searches, references and quick form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import headroom, learning
+from benchmarks.protocol import compare, play, summarise, table_of
+from benchmarks.references import train_equal_compute, train_grown_size
+from esper_agent.baselines import FixedSchedule, NeverGrow, parse_plan
+from esper_agent.evaluate import FIGURES
+from esper_env import EnvConfig
+
+ENV_ID = "Esper-Digits-v0"
+SHORT = EnvConfig(batches_per_step=1, batch_size=8, episode_steps=10, instances="test")
+"""Long enough for a seed to be fossilized."""
+
+# ------------------------------------------------------------------ statistics
+
+
+def test_a_table_has_agents_instances_and_repeats() -> None:
+    """Episode e is repeat e // 2 of instance e % 2."""
+    run = {"instance": [0, 1, 0, 1, 0, 1], "committed_score": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}
+    other = {**run, "committed_score": [0.0] * 6}
+    table = table_of([run, other])
+    assert table.tolist() == [[[1, 3, 5], [2, 4, 6]], [[0, 0, 0], [0, 0, 0]]]
+
+
+def test_a_summary_is_the_interquartile_mean_over_agents_and_instances() -> None:
+    """Means over repeats are 1, 2, 3 and 100; the middle half is 2 and 3."""
+    table = np.array([[[0.0, 2.0], [2.0, 2.0]], [[4.0, 2.0], [100.0, 100.0]]])
+    summary = summarise(table, np.random.default_rng(0))
+    assert (summary["iqm"], summary["mean"], summary["agent_seeds"]) == (2.5, 26.5, 2)
+    assert summary["low"] <= 2.5 <= summary["high"]
+
+
+def test_the_interval_knows_both_the_luck_of_agents_and_that_of_episodes() -> None:
+    """Luck of either kind alone widens it; without any it has no width."""
+    rng = np.random.default_rng(0)
+    agents, episodes = rng.normal(size=(8, 1, 1)), rng.normal(size=(1, 5, 8))
+
+    def width(table: Any) -> float:
+        summary = summarise(np.broadcast_to(table, (8, 5, 8)), np.random.default_rng(1))
+        return summary["high"] - summary["low"]
+
+    assert width(np.ones((1, 1, 1))) == 0.0
+    # The mean of 8 agents has a standard error of 1 / sqrt(8): about 1.4 from 2.5 to 97.5 %.
+    assert 0.7 < width(agents) < 2.8
+    # That of 40 episodes 1 / sqrt(40): about 0.6.
+    assert 0.3 < width(episodes) < 1.2
+
+
+def test_paired_differences_cancel_what_arms_share() -> None:
+    """Episodes differ by much, arms by exactly 0.5 on all of them."""
+    second = np.random.default_rng(0).normal(scale=10.0, size=(1, 4, 6))
+    pair = compare(second + np.full((3, 1, 1), 0.5), second, np.random.default_rng(1))
+    assert pair["low"] == pytest.approx(0.5)
+    assert pair["high"] == pytest.approx(0.5)
+    assert pair["difference"] == pytest.approx(0.5)
+    assert (pair["probability_of_improvement"], pair["agent_seeds"]) == (1.0, 3)
+
+
+def test_equal_arms_improve_in_half_of_the_cases() -> None:
+    """Ties count one half."""
+    table = np.ones((2, 3, 2))
+    pair = compare(table, table[:1], np.random.default_rng(0))
+    assert (pair["difference"], pair["probability_of_improvement"]) == (0.0, 0.5)
+
+
+def test_schedules_are_judged_on_episodes_that_did_not_choose_them() -> None:
+    """Schedule 1 is better by 1 on instance 0 only, and schedule 2 on instance 1 only.
+
+    In one repeat each, schedule 0 has a lucky 9: it is chosen in that half, and is judged in the
+    other, where it gets 0. So luck costs, and never pays.
+    """
+    scores = np.zeros((3, 2, 4))
+    scores[1, 0], scores[2, 1] = 1.0, 1.0
+    judged = headroom.choose_and_judge(scores, np.random.default_rng(0))
+    assert judged["each"]["mean"] == 1.0
+    assert judged["single"]["mean"] == 0.5
+    assert judged["each - first"]["mean"] == 1.0
+    scores[0, :, 0] = 9.0
+    lucky = headroom.choose_and_judge(scores, np.random.default_rng(0))
+    assert lucky["each"]["mean"] < 1.0 + 9.0 / 4
+
+
+# ------------------------------------------------------------------ searches
+
+
+def test_halving_ends_with_the_best_and_never_shows_an_episode_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """27 candidates whose score is their number: 9, then 3, then 1 go on; rounds cost the same."""
+    shown: list[tuple[int, int]] = []
+
+    def run(policy: int, envs: Any, count: int, seed: int) -> dict[str, list[float]]:
+        assert envs.config.instances == "train"
+        shown.append((seed, count))
+        return {"committed_score": [float(policy)] * count}
+
+    monkeypatch.setattr(learning, "run_episodes", run)
+    args = learning.Args(total_timesteps=60 * 4 * 54)
+    candidates: Any = {str(n): lambda n=n: n for n in range(27)}
+    found = learning.halve(candidates, args)
+    assert found["best"] == "26"
+    assert [len(r["scores"]) for r in found["rounds"]] == [27, 9, 3, 1]
+    assert [r["episodes"] for r in found["rounds"]] == [2, 6, 18, 54]
+    assert len({seed for seed, _ in shown}) == 4
+    assert sorted({*shown})[1][0] == sorted({*shown})[0][0] + 2
+
+
+def test_every_random_heuristic_can_play() -> None:
+    """Their settings are names of the heuristic's arguments."""
+    candidates = learning.heuristics(("norm", "conv_heavy"), 50)
+    assert len(candidates) == 50
+    policies = [make() for make in candidates.values()]
+    assert {policy.blueprint for policy in policies} == {"norm", "conv_heavy"}  # type: ignore[attr-defined]
+
+
+# ------------------------------------------------------------------ references
+
+
+def test_a_static_network_of_the_grown_size_has_its_parameters() -> None:
+    """And costs more to train, because the seeds are there from the first batch."""
+    policy = FixedSchedule(parse_plan("norm@0+conv_small@1"))
+    grown = play(policy, ENV_ID, SHORT, 1, 0)
+    static = train_grown_size(grown, ENV_ID, SHORT)
+    assert set(static) == {"seed", "instance", "growth", *FIGURES}
+    assert static["parameters"] == grown["parameters"]
+    assert (static["seed"], static["instance"]) == (grown["seed"], grown["instance"])
+    assert (np.array(static["flops"]) > np.array(grown["flops"])).all()
+
+
+def test_a_static_network_without_seeds_is_the_host_itself() -> None:
+    """Bitwise, in more episodes than run side by side at once."""
+    host = play(NeverGrow(), ENV_ID, SHORT, 4, 0)
+    assert train_grown_size(host, ENV_ID, SHORT) == host
+
+
+def test_a_longer_host_costs_at_least_what_growing_did() -> None:
+    """A whole multiple of its episode, less than one multiple above; 1 where nothing grew."""
+    policy = FixedSchedule(parse_plan("conv_heavy@0"))
+    grown = play(policy, ENV_ID, SHORT, 1, 0)
+    host = play(NeverGrow(), ENV_ID, SHORT, 1, 0)
+    longer = train_equal_compute(grown, ENV_ID, SHORT)
+    multiple = np.array(longer["flops"]) / np.array(host["flops"])
+    needed = np.array(grown["flops"]) / np.array(host["flops"])
+    assert np.allclose(multiple, np.ceil(needed))
+    assert (multiple > 1).any()
+    assert train_equal_compute(host, ENV_ID, SHORT) == host
+
+
+# ------------------------------------------------------------------ one command
+
+
+def test_the_quick_protocol_writes_all_arms_goes_on_and_refuses_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second call makes nothing again: it gives the same result without training anything."""
+    out = tmp_path / "result.json"
+    command = ["learning", "--quick", "--work-dir", str(tmp_path / "work"), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", command)
+    learning.main()
+    result = json.loads(out.read_text())
+    arms = set(learning.BASELINE_ARMS) | {"tuned_heuristic", "best_schedule", "ppo_lstm"}
+    assert set(result["arms"]) == arms | {"static_grown", "static_longer"}
+    assert set(result["paired"]) == {f"ppo_lstm - {arm}" for arm in result["arms"]} - {
+        "ppo_lstm - ppo_lstm"
+    }
+    for pair in result["paired"].values():
+        assert pair["agent_seeds"] == 2
+        assert pair["low"] <= pair["difference"] <= pair["high"]
+    runs = result["arms"]["ppo_lstm"]["episodes"]
+    assert [len(run["committed_score"]) for run in runs] == [40, 40]
+    assert runs[0]["seed"] == result["arms"]["random"]["episodes"][0]["seed"]
+
+    def fail(*values: Any, **keywords: Any) -> None:
+        raise AssertionError("nothing is left to be done")
+
+    for name in ("play", "run_episodes", "_train", "train_grown_size", "train_equal_compute"):
+        monkeypatch.setattr(learning, name, fail)
+    learning.main()
+    again = json.loads(out.read_text())
+    assert (again["arms"], again["paired"]) == (result["arms"], result["paired"])
+    monkeypatch.setattr("sys.argv", [*command, "--repeats", "5", "--total-timesteps", "2000"])
+    learning.main()  # The quick form sets both itself.
+    monkeypatch.setattr("sys.argv", [*command, "--seed", "7"])
+    with pytest.raises(ValueError, match="holds parts made with other seed; choose another"):
+        learning.main()
+
+
+def test_arguments_of_agents_are_those_of_the_protocol() -> None:
+    """Training instances, the budget, and no evaluation of their own."""
+    args = learning.Args(total_timesteps=96_000, env=dataclasses.replace(SHORT, rent_weight=0.5))
+    run = learning.agent_args(args, 7, Path("somewhere"))
+    assert (run.env.instances, run.env.rent_weight) == ("train", 0.5)
+    assert (run.seed, run.total_timesteps, run.eval_episodes) == (7, 96_000, 0)
+    assert run.run_dir == Path("somewhere/7")
