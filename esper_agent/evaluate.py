@@ -23,7 +23,7 @@ from rich.table import Table
 from scipy import stats
 
 from esper_agent.baselines import BASELINES, FixedSchedule, Policy, parse_plan
-from esper_agent.ppo_lstm import ConditionalMasks, load_agent, make_envs
+from esper_agent.ppo_lstm import load_agent, make_envs, one_thread, pad_masks
 from esper_env import EnvConfig, EsperVectorEnv, Stage
 
 MAX_ENVS = 64
@@ -81,6 +81,7 @@ class TrainedPolicy:
         self._generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
+    @one_thread()
     def act(
         self, observation: npt.NDArray[np.float32], info: dict[str, Any]
     ) -> npt.NDArray[np.int64]:
@@ -90,7 +91,7 @@ class TrainedPolicy:
             torch.from_numpy(observation), self._state, self._start
         )
         self._start = torch.zeros_like(self._start)
-        masks = ConditionalMasks(self._envs.conditional_masks(), torch.device("cpu"))
+        masks = pad_masks(self._envs.conditional_masks(), torch.device("cpu"))
         actions, _ = self._agent.act(core, slots, masks, self._generator)
         result: npt.NDArray[np.int64] = actions.numpy()
         return result

@@ -31,6 +31,8 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -147,47 +149,32 @@ def make_envs(env_id: str, num_envs: int, device: str, config: EnvConfig) -> Esp
 # ---------------------------------------------------------------------------------- network
 
 
-@dataclass(frozen=True)
-class Masks:
-    """Legal options along an autoregressive choice. The leading dimensions are free.
+def pad_masks(masks: dict[str, npt.NDArray[np.bool_]], device: torch.device) -> Tensor:
+    """Return the environment's conditional masks as one tensor; True is legal.
 
-    Attributes:
-        op: (..., ops) bool.
-        slot: Given the op. (..., slots) bool.
-        rest: Given op and slot, padded with False. (..., heads - 2, largest head) bool.
+    Returns:
+        (envs, ops, slots, heads, largest head) bool, padded with False. The row of a head says what
+        is legal given the op and the slot; that of op is the same for all of them, that of slot for
+        all slots.
     """
-
-    op: Tensor
-    slot: Tensor
-    rest: Tensor
-
-    def __getitem__(self, index: Any) -> Masks:
-        """Index the leading dimensions."""
-        return Masks(self.op[index], self.slot[index], self.rest[index])
-
-
-class ConditionalMasks:
-    """The environment's conditional masks as tensors, for one env step of all members."""
-
-    def __init__(self, masks: dict[str, npt.NDArray[np.bool_]], device: torch.device) -> None:
-        op, slot, *rest = masks.values()
-        width = max(mask.shape[-1] for mask in rest)
-        padded = np.zeros((*slot.shape, len(rest), width), dtype=bool)
-        for h, mask in enumerate(rest):
-            padded[..., h, : mask.shape[-1]] = mask
-        self.op = torch.from_numpy(op).to(device)
-        self.slot = torch.from_numpy(slot).to(device)
-        self.rest = torch.from_numpy(padded).to(device)
+    op, slot, *rest = masks.values()
+    heads = [op[:, None, None], slot[:, :, None], *rest]
+    width = max(mask.shape[-1] for mask in heads)
+    padded = np.zeros((*slot.shape, len(heads), width), dtype=bool)
+    for h, mask in enumerate(heads):
+        padded[..., h, : mask.shape[-1]] = mask
+    return torch.from_numpy(padded).to(device)
 
 
 class Agent(nn.Module):
     """Slot encoder shared over slots, LSTM core, critic, and autoregressive heads.
 
     Heads: op from the core; slot from core, slot encodings and op; all others from these and the
-    slot.
+    slot. All have as many logits as the largest head; those past a head's options are never legal.
 
     Args:
-        observation_names: Names of the features; those of slots start with "slot_<s>.".
+        observation_names: Names of the features: the episode's, then slot by slot with the prefix
+            "slot_<s>.".
         nvec: Options per head; the first head is op, the second slot.
         hidden_size: Width of encoder output, core and heads.
     """
@@ -198,19 +185,14 @@ class Agent(nn.Module):
         super().__init__()
         self.nvec = nvec
         self.hidden_size = hidden_size
-        prefixes = list(dict.fromkeys(n.split(".")[0] for n in observation_names if "." in n))
-        slots = [
-            [i for i, n in enumerate(observation_names) if n.startswith(f"{prefix}.")]
-            for prefix in prefixes
-        ]
-        episode = [i for i, n in enumerate(observation_names) if "." not in n]
-        self.slot_index: Tensor
-        self.episode_index: Tensor
-        self.register_buffer("slot_index", torch.tensor(slots), persistent=False)
-        self.register_buffer("episode_index", torch.tensor(episode), persistent=False)
-        num_ops, slot_size, self.num_rest = nvec[0], 32, len(nvec) - 2
-        self.width = max(nvec[2:])
-        self.slot_encoder = nn.Sequential(_linear(len(slots[0]), slot_size), nn.ReLU())
+        episode = [n for n in observation_names if "." not in n]
+        slots = list(dict.fromkeys(n.split(".")[0] for n in observation_names if "." in n))
+        features = list(dict.fromkeys(n.split(".")[1] for n in observation_names if "." in n))
+        in_order = (*episode, *(f"{slot}.{feature}" for slot in slots for feature in features))
+        assert observation_names == in_order, "observation: expected episode, then slot by slot"
+        self.num_episode, self.num_slots, slot_size = len(episode), len(slots), 32
+        self.num_rest, self.width = len(nvec) - 2, max(nvec)
+        self.slot_encoder = nn.Sequential(_linear(len(features), slot_size), nn.ReLU())
         self.encoder = nn.Sequential(
             _linear(len(episode) + len(slots) * slot_size, hidden_size), nn.ReLU()
         )
@@ -221,11 +203,11 @@ class Agent(nn.Module):
             else:
                 nn.init.orthogonal_(parameter)
         self.critic = nn.Sequential(_linear(hidden_size, 64), nn.ReLU(), _linear(64, 1, gain=1.0))
-        self.op_head = _linear(hidden_size, num_ops, gain=0.01)
-        self.op_embedding = nn.Embedding(num_ops, 64)
+        self.op_head = _linear(hidden_size, self.width, gain=0.01)
+        self.op_embedding = nn.Embedding(nvec[0], 64)
         self.core_to_joint = _linear(hidden_size, 64)
         self.slots_to_joint = _linear(len(slots) * slot_size, 64)
-        self.slot_head = _linear(64, nvec[1], gain=0.01)
+        self.slot_head = _linear(64, self.width, gain=0.01)
         self.slot_embedding = nn.Embedding(nvec[1], 64)
         self.rest_head = _linear(64, self.num_rest * self.width, gain=0.01)
 
@@ -248,9 +230,12 @@ class Agent(nn.Module):
             core (envs, hidden), slot encodings (envs, slots * size), next state.
         """
         x, slots = self._encode(observations)
-        keep = (~starts)[None, :, None].to(x.dtype)
-        out, state = self.lstm(x[None], (state[0] * keep, state[1] * keep))
-        return out[0] + x, slots, state
+        hidden, cell = state[0][0], state[1][0]
+        if starts.any():
+            hidden, cell = (part.masked_fill(starts[:, None], 0.0) for part in (hidden, cell))
+        # The bare cell, without what nn.LSTM prepares for a sequence.
+        hidden, cell = torch.lstm_cell(x, (hidden, cell), *self.lstm.all_weights[0])
+        return hidden + x, slots, (hidden[None], cell[None])
 
     def sequence_core(
         self, observations: Tensor, state: tuple[Tensor, Tensor], starts: Tensor
@@ -274,35 +259,30 @@ class Agent(nn.Module):
         return value
 
     def act(
-        self,
-        core: Tensor,
-        slots: Tensor,
-        masks: ConditionalMasks,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, Masks]:
+        self, core: Tensor, slots: Tensor, masks: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
         """Choose actions for one env step.
 
         Args:
             core: (envs, hidden).
             slots: (envs, slots * size).
-            masks: Of this step.
+            masks: From `pad_masks`.
             generator: Source of randomness; None takes the likeliest option of each head.
 
         Returns:
-            actions (envs, heads) int64, and the masks along the way.
+            actions (envs, heads) int64, and the masks along the way (envs, heads, width) bool.
         """
         rows = torch.arange(len(core), device=core.device)
-        op = _draw(_masked_log_softmax(self.op_head(core), masks.op), generator)
-        slot_mask = masks.slot[rows, op]
+        noise = _gumbel((len(core), len(self.nvec), self.width), core.device, generator)
+        op = _choose(self.op_head(core) + noise[:, 0], masks[:, 0, 0, 0])
         joint = self._joint(core, slots, op)
-        slot = _draw(_masked_log_softmax(self.slot_head(joint), slot_mask), generator)
-        rest_mask = masks.rest[rows, op, slot]
-        rest = _draw(_masked_log_softmax(self._rest_logits(joint, slot), rest_mask), generator)
-        actions = torch.cat([op[:, None], slot[:, None], rest], dim=1)
-        return actions, Masks(masks.op, slot_mask, rest_mask)
+        slot = _choose(self.slot_head(joint) + noise[:, 1], masks[rows, op, 0, 1])
+        along = masks[rows, op, slot]
+        rest = _choose(self._rest_logits(joint, slot) + noise[:, 2:], along[:, 2:])
+        return torch.cat([op[:, None], slot[:, None], rest], dim=1), along
 
     def evaluate_actions(
-        self, core: Tensor, slots: Tensor, actions: Tensor, masks: Masks
+        self, core: Tensor, slots: Tensor, actions: Tensor, masks: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return log-probabilities, entropies and where each head had a choice.
 
@@ -312,38 +292,33 @@ class Agent(nn.Module):
             core: (..., hidden).
             slots: (..., slots * size).
             actions: (..., heads).
-            masks: Along the choice.
+            masks: Along the choice. (..., heads, width) bool.
 
         Returns:
             Three tensors (..., heads): float32, float32, bool.
         """
-        op, slot, rest = actions[..., 0], actions[..., 1], actions[..., 2:]
+        op, slot = actions[..., 0], actions[..., 1]
         joint = self._joint(core, slots, op)
-        op_log = _masked_log_softmax(self.op_head(core), masks.op)
-        slot_log = _masked_log_softmax(self.slot_head(joint), masks.slot)
-        rest_log = _masked_log_softmax(self._rest_logits(joint, slot), masks.rest)
-        chosen = [
-            op_log.gather(-1, op[..., None]),
-            slot_log.gather(-1, slot[..., None]),
-            rest_log.gather(-1, rest[..., None]).squeeze(-1),
-        ]
-        entropies = [
-            _entropy(op_log, masks.op)[..., None],
-            _entropy(slot_log, masks.slot)[..., None],
-            _entropy(rest_log, masks.rest),
-        ]
-        choices = [
-            (masks.op.sum(-1) > 1)[..., None],
-            (masks.slot.sum(-1) > 1)[..., None],
-            masks.rest.sum(-1) > 1,
-        ]
-        return torch.cat(chosen, -1), torch.cat(entropies, -1), torch.cat(choices, -1)
+        op_logits, slot_logits = self.op_head(core), self.slot_head(joint)
+        rest_logits = self._rest_logits(joint, slot)
+        logits = torch.cat([op_logits[..., None, :], slot_logits[..., None, :], rest_logits], -2)
+        # (width, ..., heads): over a leading dimension softmax is vectorised and takes a tenth.
+        logits = logits.float().movedim(-1, 0)
+        legal = masks.movedim(-1, 0).contiguous().float()
+        # A sum with the lowest number is the lowest number. Masked fills are slower.
+        log_probs = (logits + (1 - legal) * torch.finfo(torch.float32).min).log_softmax(0)
+        chosen = log_probs.gather(0, actions[None]).squeeze(0)
+        # exp is slow where it underflows. An illegal option becomes 0 here, and exp(0) * 0 = 0.
+        log_probs = log_probs * legal
+        return chosen, -(log_probs.exp() * log_probs).sum(0), legal.sum(0) > 1
 
     def _encode(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Return the core's input (..., hidden) and the slot encodings (..., slots * size)."""
-        slots = self.slot_encoder(observations[..., self.slot_index]).flatten(-2)
-        x = self.encoder(torch.cat([observations[..., self.episode_index], slots], dim=-1))
-        return x, slots
+        episode = observations[..., : self.num_episode]
+        blocks = observations[..., self.num_episode :]
+        blocks = blocks.reshape(*blocks.shape[:-1], self.num_slots, -1)
+        slots = self.slot_encoder(blocks).flatten(-2)
+        return self.encoder(torch.cat([episode, slots], dim=-1)), slots
 
     def _joint(self, core: Tensor, slots: Tensor, op: Tensor) -> Tensor:
         """Combine core, slot encodings and the chosen op. (..., 64)."""
@@ -411,24 +386,21 @@ def _linear(size: int, out: int, gain: float = 2**0.5) -> nn.Linear:
     return layer
 
 
-def _masked_log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """Return log-probabilities in float32; illegal options get the lowest finite number."""
-    lowest = torch.finfo(torch.float32).min
-    return torch.log_softmax(logits.float().masked_fill(~mask, lowest), -1)
+def _gumbel(
+    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """Return Gumbel noise, -log of an exponential, or zeros without a generator.
 
-
-def _entropy(log_probs: Tensor, mask: Tensor) -> Tensor:
-    legal = torch.where(mask, log_probs, 0.0)
-    return -(legal.exp() * legal * mask).sum(-1)
-
-
-def _draw(log_probs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw the last dimension by the Gumbel-max trick, or take the likeliest."""
+    The option with the largest sum of logit and noise is a draw from the softmax of the logits.
+    """
     if generator is None:
-        return log_probs.argmax(-1)
-    noise = torch.rand(log_probs.shape, generator=generator, device=log_probs.device)
-    gumbel = -torch.log(-torch.log(noise.clamp_(1e-20, 1 - 1e-7)))
-    return (log_probs + gumbel).argmax(-1)
+        return torch.zeros(shape, device=device)
+    return torch.empty(shape, device=device).exponential_(generator=generator).log_().neg_()
+
+
+def _choose(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return the legal option with the highest score, over the last dimension."""
+    return scores.masked_fill(~mask, -torch.inf).argmax(-1)
 
 
 # ---------------------------------------------------------------------------------- advantages
@@ -460,14 +432,12 @@ def compute_gae(
     Returns:
         (steps, envs).
     """
-    is_over = (terminations | truncations).to(rewards.dtype)
+    carries = gamma * gae_lambda * ~(terminations | truncations)
     deltas = rewards + gamma * next_values * (~terminations) - values
-    advantages = torch.zeros_like(rewards)
-    last = torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
-        last = deltas[t] + gamma * gae_lambda * (1 - is_over[t]) * last
-        advantages[t] = last
-    return advantages
+    advantages = list(deltas)
+    for t in reversed(range(len(deltas) - 1)):
+        advantages[t] = deltas[t] + carries[t] * advantages[t + 1]
+    return torch.stack(advantages)
 
 
 class ReturnScale:
@@ -504,13 +474,29 @@ class ReturnScale:
 # ---------------------------------------------------------------------------------- rollout
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread; a block or a decorator.
+
+    Matrices of 16 x 128 gain little from a second thread, and two that wait for each other at every
+    step of the LSTM lose much where a core is busy (docs/speed.md). The environment keeps its own.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
 @dataclass(frozen=True)
 class Rollout:
     """What one rollout saw and did. Tensors are (steps, envs, ...)."""
 
     observations: Tensor
     actions: Tensor
-    masks: Masks
+    masks: Tensor
+    """Along the choice. (steps, envs, heads, width) bool."""
     starts: Tensor
     """Whether an episode begins with the observation."""
     rewards: Tensor
@@ -519,8 +505,6 @@ class Rollout:
     truncations: Tensor
     state: tuple[Tensor, Tensor]
     """LSTM state before the first step."""
-    values: Tensor
-    """V of the observations, while acting."""
     next_values: Tensor
     """V of the observation that each step led to; filled at truncations and on the last step."""
 
@@ -532,26 +516,24 @@ class Collector:
         self.envs, self.agent, self.args = envs, agent, args
         self.device = torch.device(args.device)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
-        observation, _ = envs.reset(seed=args.seed)
-        self.observation = self._tensor(observation)
-        self.start = torch.ones(args.num_envs, dtype=torch.bool, device=self.device)
+        self.observation, _ = envs.reset(seed=args.seed)
+        self.start = np.ones(args.num_envs, dtype=bool)
         self.state = agent.initial_state(args.num_envs)
         self.scale = ReturnScale(args.num_envs, args.gamma)
         self.running_return = np.zeros(args.num_envs)
         self.env_seconds = 0.0
         """Wall time spent inside the environment."""
 
-    @torch.no_grad()
     def collect(self) -> tuple[Rollout, dict[str, list[float]]]:
         """Run `num_steps` env steps.
 
         Returns:
             The rollout, and per finished episode its score, return and parameters.
         """
-        agent, envs = self.agent, self.envs
         first_state = self.state
-        steps: dict[str, list[Tensor]] = {name: [] for name in _STEP_FIELDS}
-        masks: list[Masks] = []
+        steps: list[dict[str, npt.NDArray[Any]]] = []
+        masks: list[Tensor] = []
+        next_values = torch.zeros(self.args.num_steps, self.args.num_envs, device=self.device)
         episodes: dict[str, list[float]] = {
             "score": [],
             "return": [],
@@ -559,14 +541,11 @@ class Collector:
             "valid": [],
         }
         for t in range(self.args.num_steps):
-            core, slots, self.state = agent.step_core(self.observation, self.state, self.start)
-            conditional = ConditionalMasks(envs.conditional_masks(), self.device)
-            action, mask = agent.act(core, slots, conditional, self.generator)
+            actions, along = self._act()
             began = time.perf_counter()
-            observation, reward, terminated, truncated, info = envs.step(action.cpu().numpy())
+            observation, reward, terminated, truncated, info = self.envs.step(actions)
             self.env_seconds += time.perf_counter() - began
             is_over = terminated | truncated
-            next_value = torch.zeros(len(reward), device=self.device)
             self.running_return += reward
             reached, is_valid = observation, info["action_valid"]
             if is_over.any():
@@ -576,27 +555,44 @@ class Collector:
                 self._record(episodes, info["final_info"], is_over)
             episodes["valid"].extend(is_valid.tolist())
             if truncated.any() or t == self.args.num_steps - 1:
-                no_start = torch.zeros_like(self.start)
-                after, _, _ = agent.step_core(self._tensor(reached), self.state, no_start)
-                next_value = agent.value(after)
+                next_values[t] = self._value(reached)
             self.scale.update(reward, is_over)
-            masks.append(mask)
-            for name, value in (
-                ("observations", self.observation),
-                ("actions", action),
-                ("starts", self.start),
-                ("rewards", self._tensor(reward)),
-                ("terminations", self._tensor(terminated)),
-                ("truncations", self._tensor(truncated)),
-                ("values", agent.value(core)),
-                ("next_values", next_value),
-            ):
-                steps[name].append(value)
-            self.observation = self._tensor(observation)
-            self.start = self._tensor(is_over)
-        stacked = {name: torch.stack(values) for name, values in steps.items()}
-        all_masks = Masks(*(torch.stack([getattr(m, n) for m in masks]) for n in _MASK_FIELDS))
-        return Rollout(masks=all_masks, state=first_state, **stacked), episodes
+            masks.append(along)
+            steps.append(
+                {
+                    "observations": self.observation,
+                    "actions": actions,
+                    "starts": self.start,
+                    "rewards": reward,
+                    "terminations": terminated,
+                    "truncations": truncated,
+                }
+            )
+            self.observation, self.start = observation, is_over
+        fields: dict[str, Any] = {
+            name: self._tensor(np.stack([step[name] for step in steps])) for name in steps[0]
+        }
+        fields |= {"masks": torch.stack(masks), "state": first_state, "next_values": next_values}
+        return Rollout(**fields), episodes
+
+    @torch.inference_mode()
+    @one_thread()
+    def _act(self) -> tuple[npt.NDArray[np.int64], Tensor]:
+        """Choose actions by the present observations; also return the masks along the way."""
+        core, slots, self.state = self.agent.step_core(
+            self._tensor(self.observation), self.state, self._tensor(self.start)
+        )
+        masks = pad_masks(self.envs.conditional_masks(), self.device)
+        actions, along = self.agent.act(core, slots, masks, self.generator)
+        return actions.cpu().numpy(), along
+
+    @torch.inference_mode()
+    @one_thread()
+    def _value(self, reached: npt.NDArray[np.float32]) -> Tensor:
+        """Return V of observations that the last step led to, before any reset."""
+        no_start = torch.zeros(len(reached), dtype=torch.bool, device=self.device)
+        core, _, _ = self.agent.step_core(self._tensor(reached), self.state, no_start)
+        return self.agent.value(core)
 
     def _record(
         self,
@@ -611,20 +607,7 @@ class Collector:
         self.running_return[is_over] = 0.0
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
-
-
-_STEP_FIELDS = (
-    "observations",
-    "actions",
-    "starts",
-    "rewards",
-    "terminations",
-    "truncations",
-    "values",
-    "next_values",
-)
-_MASK_FIELDS = ("op", "slot", "rest")
+        return torch.from_numpy(array).to(self.device)
 
 
 # ---------------------------------------------------------------------------------- update
@@ -674,6 +657,7 @@ def mean_entropies(entropies: Tensor, choices: Tensor) -> Tensor:
     return total / choices.flatten(0, 1).sum(0).clamp(min=1)
 
 
+@one_thread()
 def update(
     agent: Agent,
     optimizer: torch.optim.Optimizer,
@@ -707,10 +691,8 @@ def update(
         )
         returns = advantages + values
         normalised = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    sums: dict[str, list[float]] = {
-        name: [] for name in ("policy", "value", "kl", "clip_fraction", "gradient_norm")
-    }
-    entropy_rows, first_ratio_error, stop = [], 0.0, False
+    names = ("policy", "value", "kl", "clip_fraction", "gradient_norm")
+    loss_rows, entropy_rows, first_ratio_error, stop = [], [], 0.0, False
     for epoch in range(args.update_epochs):
         order = torch.randperm(num_envs, generator=generator, device=everyone.device)
         for mb_index, envs in enumerate(order.chunk(args.num_minibatches)):
@@ -736,12 +718,12 @@ def update(
             torch.autograd.backward(loss)
             norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
+            loss_rows.append(torch.stack([pg_loss, v_loss, kl, clipped, norm]).detach())
             entropy_rows.append(head_entropies.detach())
-            for name, value in zip(sums, (pg_loss, v_loss, kl, clipped, norm), strict=True):
-                sums[name].append(value.item())
         if stop:
             break
-    metrics = {f"losses/{name}": float(np.mean(rows)) for name, rows in sums.items() if rows}
+    means = torch.stack(loss_rows).double().mean(0).tolist()
+    metrics = {f"losses/{name}": mean for name, mean in zip(names, means, strict=True)}
     residual = (returns - values).var()
     metrics["losses/explained_variance"] = float(1 - residual / returns.var().clamp(min=1e-12))
     metrics["losses/first_ratio_error"] = first_ratio_error
@@ -861,7 +843,7 @@ def train(args: Args) -> Path:
     console.print(f"run directory: {directory}", soft_wrap=True)
     device = torch.device(args.device)
     agent = make_agent(envs, args.hidden_size, args.seed).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     collector = Collector(envs, agent, args)
     head_names = [head.name for head in envs.heads]
     shuffler = torch.Generator(device).manual_seed(args.seed + 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 
 from esper_agent.ppo_lstm import (
     Agent,
-    ConditionalMasks,
-    Masks,
     ReturnScale,
     compute_gae,
     mean_entropies,
+    one_thread,
+    pad_masks,
     policy_loss,
     run_lstm,
 )
@@ -235,11 +236,27 @@ def is_legal(masks: dict[str, np.ndarray], env: int, action: tuple[int, ...]) ->
     )
 
 
-def along_choice(masks: ConditionalMasks, actions: Tensor) -> Masks:
+def along_choice(masks: Tensor, actions: Tensor) -> Tensor:
     """Select the masks that a choice meets, as `Agent.act` returns them."""
-    rows = torch.arange(len(actions))
-    op, slot = actions[:, 0], actions[:, 1]
-    return Masks(masks.op, masks.slot[rows, op], masks.rest[rows, op, slot])
+    return masks[torch.arange(len(actions)), actions[:, 0], actions[:, 1]]
+
+
+def masks_of(op: Tensor, slot: Tensor, rest: Tensor) -> Tensor:
+    """Pad masks along a choice: op (..., 3), slot (..., 2), both others (..., 2, 3)."""
+    slot = torch.cat([slot, torch.zeros_like(slot[..., :1])], dim=-1)
+    return torch.cat([op[..., None, :], slot[..., None, :], rest], dim=-2)
+
+
+def test_padded_masks_are_those_of_the_environment_for_every_op_and_slot() -> None:
+    """Brute force: what a mask does not have is False."""
+    masks = small_masks(4)
+    padded = pad_masks(masks, torch.device("cpu"))
+    assert padded.shape == (4, 3, 2, len(NVEC), 3)
+    for env, op, slot in itertools.product(range(4), range(3), range(2)):
+        rows = [masks["op"][env], masks["slot"][env, op]]
+        rows += [masks[name][env, op, slot] for name in ("x", "y")]
+        expected = [row.tolist() + [False] * (3 - len(row)) for row in rows]
+        assert padded[env, op, slot].tolist() == expected
 
 
 def test_probabilities_of_all_legal_joint_actions_sum_to_one() -> None:
@@ -251,7 +268,7 @@ def test_probabilities_of_all_legal_joint_actions_sum_to_one() -> None:
     num_envs = 20
     agent, conditional = small_agent(), small_masks(num_envs)
     core, slots = small_inputs(num_envs)
-    masks = ConditionalMasks(conditional, torch.device("cpu"))
+    masks = pad_masks(conditional, torch.device("cpu"))
     total = torch.zeros(num_envs)
     num_illegal = 0
     for action in itertools.product(*(range(n) for n in NVEC)):
@@ -276,7 +293,7 @@ def test_illegal_actions_are_never_drawn() -> None:
     num_envs = 20
     agent, conditional = small_agent(), small_masks(num_envs)
     core, slots = small_inputs(num_envs)
-    masks = ConditionalMasks(conditional, torch.device("cpu"))
+    masks = pad_masks(conditional, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     seen = set()
     for _ in range(300):
@@ -295,9 +312,7 @@ def test_the_likeliest_action_is_legal_even_if_an_illegal_op_is_preferred() -> N
     core, slots = small_inputs(num_envs)
     with torch.no_grad():
         agent.op_head.bias[2] = 1e4
-        actions, _ = agent.act(
-            core, slots, ConditionalMasks(conditional, torch.device("cpu")), None
-        )
+        actions, _ = agent.act(core, slots, pad_masks(conditional, torch.device("cpu")), None)
     forbids = ~conditional["op"][:, 2]
     assert forbids.any()
     assert (actions[:, 0].numpy()[forbids] != 2).all()
@@ -322,7 +337,7 @@ def test_draws_follow_the_log_probabilities() -> None:
             "y": np.ones((1, 3, 2, 2), dtype=bool),
         }.items()
     }
-    masks = ConditionalMasks(conditional, torch.device("cpu"))
+    masks = pad_masks(conditional, torch.device("cpu"))
     with torch.no_grad():
         actions, along = agent.act(core, slots, masks, torch.Generator().manual_seed(3))
         log_probs, _, _ = agent.evaluate_actions(core, slots, actions, along)
@@ -340,7 +355,7 @@ def test_a_head_with_one_legal_option_has_no_probability_entropy_or_gradient() -
     agent = small_agent()
     core, slots = small_inputs(4)
     actions = torch.zeros(4, 4, dtype=torch.int64)
-    masks = Masks(
+    masks = masks_of(
         op=torch.tensor([[True, True, False]]).expand(4, -1),
         slot=torch.tensor([[True, False]]).expand(4, -1),
         rest=torch.tensor([[True, False, False], [True, False, False]]).expand(4, -1, -1),
@@ -370,7 +385,7 @@ def test_entropy_is_that_of_the_legal_options_alone() -> None:
         agent.op_head.weight.zero_()
         agent.op_head.bias.copy_(torch.tensor([0.0, math.log(3.0), 50.0]))
     core, slots = small_inputs(1)
-    masks = Masks(
+    masks = masks_of(
         torch.tensor([[True, True, False]]),
         torch.tensor([[True, False]]),
         torch.tensor([[[True, False, False], [True, False, False]]]),
@@ -392,7 +407,7 @@ def test_no_op_has_a_probability_floor() -> None:
     """
     agent = small_agent()
     core, slots = small_inputs(1)
-    masks = Masks(
+    masks = masks_of(
         torch.ones(1, 3, dtype=torch.bool),
         torch.ones(1, 2, dtype=torch.bool),
         torch.ones(1, 2, 3, dtype=torch.bool),
@@ -499,7 +514,7 @@ def test_heads_without_a_choice_add_nothing_to_the_joint_kl() -> None:
     actions = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 2, 1], [1, 0, 1, 0]])
     forced = torch.tensor([True, False])
     is_op_one = (actions[:, 0] == 1)[:, None]
-    masks = Masks(
+    masks = masks_of(
         torch.ones(4, 3, dtype=torch.bool),
         forced | is_op_one,
         torch.tensor([True, False, False]) | is_op_one[..., None].expand(-1, 2, 3),
@@ -632,3 +647,33 @@ def test_one_step_of_the_core_equals_a_sequence_of_one_with_and_without_a_reset(
     torch.testing.assert_close(encodings[0], slots, rtol=0, atol=1e-6)
     assert torch.equal(core[0], fresh[0])
     assert (core[1] - fresh[1]).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------------ threads
+
+
+@pytest.fixture(name="three_threads")
+def let_torch_use_three_threads() -> Iterator[None]:
+    """More than one, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_the_number_of_threads_is_as_before_after_one_thread_also_if_something_fails() -> None:
+    """As a block and as a decorator, which must work on every call."""
+
+    @one_thread()
+    def fail() -> None:
+        assert torch.get_num_threads() == 1
+        raise KeyError
+
+    with one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 3
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            fail()
+        assert torch.get_num_threads() == 3

@@ -27,12 +27,12 @@ from esper_agent.ppo_lstm import (
     Agent,
     Args,
     Collector,
-    ConditionalMasks,
     Rollout,
     check_gamma,
     compute_gae,
     load_agent,
     make_envs,
+    pad_masks,
     prepare_run_directory,
     replay,
     save_agent,
@@ -95,6 +95,8 @@ class Recorded:
     rollout: Rollout
     log_probs: Tensor
     """Of the actions, computed when they were chosen."""
+    values: Tensor
+    """Of the observations, likewise."""
     final_observations: dict[int, np.ndarray]
     """By step, where episodes ended: (envs, features)."""
     last_observation: np.ndarray
@@ -108,6 +110,7 @@ def record(envs: EsperVectorEnv, args: Args, num_rollouts: int) -> Recorded:
     agent = make_agent(envs)
     collector = Collector(envs, agent, args)
     log_probs: list[Tensor] = []
+    values: list[Tensor] = []
     finals: list[np.ndarray | None] = []
     last: list[np.ndarray] = []
     act, step = agent.act, envs.step
@@ -115,6 +118,7 @@ def record(envs: EsperVectorEnv, args: Args, num_rollouts: int) -> Recorded:
     def watched_act(*arguments: Any) -> Any:
         actions, masks = act(*arguments)
         log_probs.append(agent.evaluate_actions(*arguments[:2], actions, masks)[0])
+        values.append(agent.value(arguments[0]))
         return actions, masks
 
     def watched_step(actions: np.ndarray) -> Any:
@@ -128,13 +132,14 @@ def record(envs: EsperVectorEnv, args: Args, num_rollouts: int) -> Recorded:
         patch.setattr(agent, "act", watched_act)
         patch.setattr(envs, "step", watched_step)
         for _ in range(num_rollouts):
-            log_probs.clear(), finals.clear()
+            log_probs.clear(), values.clear(), finals.clear()
             rollout, episodes = collector.collect()
     return Recorded(
         agent,
         args,
         rollout,
         torch.stack(log_probs),
+        torch.stack(values),
         {t: rows for t, rows in enumerate(finals) if rows is not None},
         last[-1],
         collector.scale.std,
@@ -200,7 +205,7 @@ def test_replay_at_unchanged_weights_equals_what_was_acted_on(recorded: Recorded
     with torch.no_grad():
         log_probs, _, _, values = replay(recorded.agent, recorded.rollout, torch.arange(NUM_ENVS))
     torch.testing.assert_close(log_probs, recorded.log_probs, rtol=0, atol=REPLAY)
-    torch.testing.assert_close(values, recorded.rollout.values, rtol=0, atol=REPLAY)
+    torch.testing.assert_close(values, recorded.values, rtol=0, atol=REPLAY)
 
 
 def test_replay_of_some_members_equals_their_part_of_the_replay_of_all(
@@ -243,7 +248,7 @@ def test_the_bootstrap_value_is_that_of_the_observation_before_the_reset(
                     rollout.next_values[t], agent.value(core), rtol=0, atol=REPLAY
                 )
     # The observation after the reset is another one, and so is its value.
-    assert (rollout.next_values[3] - rollout.values[4]).abs().min() > 100 * REPLAY
+    assert (rollout.next_values[3] - recorded.values[4]).abs().min() > 100 * REPLAY
 
 
 def test_masks_after_a_germination_differ_from_those_that_were_acted_on(
@@ -420,8 +425,8 @@ def test_probability_of_an_op_falls_to_zero_in_the_real_action_space(recorded: R
             agent.initial_state(NUM_ENVS),
             torch.ones(NUM_ENVS, dtype=torch.bool),
         )
-        masks = ConditionalMasks(envs.conditional_masks(), torch.device("cpu"))
-        assert masks.op[:, Op.GERMINATE].all()
+        masks = pad_masks(envs.conditional_masks(), torch.device("cpu"))
+        assert masks[:, 0, 0, 0, Op.GERMINATE].all()
         generator = torch.Generator().manual_seed(0)
         drawn, along = agent.act(core, slots, masks, generator)
         actions = drawn.clone()
@@ -511,7 +516,7 @@ def test_a_loaded_checkpoint_acts_like_the_agent_that_was_saved(
     save_agent(saved, envs, tmp_path)
     loaded = load_agent(tmp_path, envs)
     state, other = rollout.state, rollout.state
-    masks = ConditionalMasks(envs.conditional_masks(), torch.device("cpu"))
+    masks = pad_masks(envs.conditional_masks(), torch.device("cpu"))
     with torch.no_grad():
         for t in range(8):
             observation, starts = rollout.observations[t], rollout.starts[t]
@@ -711,6 +716,36 @@ def test_the_same_seed_gives_the_same_metrics(run: Run, repeated: Run) -> None:
         for name in row:
             if not name.startswith("time/") and name != "charts/steps_per_second":
                 assert row[name] == other[name], name
+
+
+def test_the_agent_uses_one_thread_and_the_environment_those_of_torch(
+    envs: EsperVectorEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent's matrices are too small to share out."""
+    seen: dict[str, set[int]] = {"act": set(), "step": set(), "replay": set()}
+
+    def watch(name: str, function: Any) -> Any:
+        def watched(*arguments: Any) -> Any:
+            seen[name].add(torch.get_num_threads())
+            return function(*arguments)
+
+        return watched
+
+    agent, args = make_agent(envs), tiny_args()
+    collector = Collector(envs, agent, args)
+    monkeypatch.setattr(agent, "act", watch("act", agent.act))
+    monkeypatch.setattr(envs, "step", watch("step", envs.step))
+    monkeypatch.setattr(ppo_lstm, "replay", watch("replay", replay))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rollout, _ = collector.collect()
+        optimizer = torch.optim.Adam(agent.parameters())
+        names = [head.name for head in envs.heads]
+        update(agent, optimizer, rollout, 1.0, args, torch.Generator(), names)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {"act": {1}, "step": {2}, "replay": {1}}
 
 
 def test_another_seed_gives_other_metrics(repeated: Run, tmp_path: Path) -> None:

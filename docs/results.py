@@ -1,0 +1,185 @@
+"""Writes docs/results.md and its pictures from the committed result files.
+
+    python docs/results.py     write the page and the pictures
+
+The page is part of `docs/generate.py --check` too: a test fails when a number in it is not that of
+the result files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.protocol import table_of
+from esper_agent.baselines import parse_plan
+from esper_env.tasks import TASKS
+from esper_env.tasks.instances import make_instances
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURE = "docs/learning-digits.png"
+ARMS = {
+    "ppo_lstm": "`ppo_lstm`",
+    "best_schedule": "best fixed schedule",
+    "tuned_heuristic": "plateau heuristic, tuned",
+    "heuristic": "plateau heuristic",
+    "periodic": "periodic growth",
+    "random": "random legal actions",
+    "never_grow": "never grow",
+    "static_grown": "grown size from scratch",
+    "static_longer": "host alone, equal compute",
+}
+"""Arms in the order of the tables."""
+
+
+def read(name: str) -> dict[str, Any]:
+    """Return a committed result."""
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return result
+
+
+def headline(result: dict[str, Any]) -> str:
+    """Return the table of the arms."""
+    rows = []
+    for arm, label in ARMS.items():
+        record = result["arms"][arm]
+        summary, pair = record["summary"], result["paired"].get(f"ppo_lstm - {arm}")
+        runs = record["episodes"]
+
+        def mean(figure: str, runs: list[dict[str, Any]] = runs) -> float:
+            return float(np.mean([run[figure] for run in runs]))
+
+        rows.append(
+            [
+                label,
+                f"{summary['iqm']:.4f}",
+                f"{summary['low']:.4f} .. {summary['high']:.4f}",
+                _difference(pair) if pair else "",
+                f"{100 * pair['probability_of_improvement']:.0f} %" if pair else "",
+                f"{mean('test_score'):.4f}",
+                f"{mean('committed_test_accuracy'):.4f}",
+                f"{mean('parameters'):.0f}",
+                f"{mean('flops') / 1e9:.2f}",
+            ]
+        )
+    head = ["arm", "score (IQM)", "95 %", "`ppo_lstm` minus it", "better in", "test score"]
+    head += ["test accuracy", "parameters grown", "training GFLOP"]
+    return _table(head, rows)
+
+
+def growth_pays(result: dict[str, Any]) -> str:
+    """Return the table of what fixed schedules reach on the held-out instances."""
+    labels = {
+        "each - first": "best schedule of each instance minus never growing",
+        "single - first": "best single schedule minus never growing",
+        "each - single": "best of each minus best single",
+    }
+    rows = [
+        [label, f"{s['iqm']:+.4f}", f"{s['low']:+.4f} .. {s['high']:+.4f}"]
+        for label, s in ((label, result["judged"][name]) for name, label in labels.items())
+    ]
+    return _table(["difference", "IQM", "95 %"], rows)
+
+
+def policy_table(result: dict[str, Any]) -> str:
+    """Return what the trained agents grew, by the width of the host."""
+    runs = result["arms"]["ppo_lstm"]["episodes"]
+    instances = make_instances("test", TASKS["digits"].ranges, 0.05)
+    width = np.array(instances.widths)[instances.width]
+    rows = []
+    for value in instances.widths:
+        growths = [
+            growth
+            for run in runs
+            for growth, instance in zip(run["growth"], run["instance"], strict=True)
+            if width[instance] == value
+        ]
+        if growths:
+            rows.append([f"{value:g}", *_describe(growths)])
+    every = [growth for run in runs for growth in run["growth"]]
+    rows.append(["all", *_describe(every)])
+    head = ["host width", "episodes", "nothing grown", "slot 0", "slot 1", "both slots"]
+    return _table([*head, "median step of germination"], rows)
+
+
+def _describe(growths: Sequence[str]) -> list[str]:
+    plans = [parse_plan(growth) for growth in growths]
+    share = 100 / len(plans)
+    cells = [str(len(plans)), f"{share * sum(not plan for plan in plans):.0f} %"]
+    for slot in (0, 1):
+        counts = Counter(name for plan in plans for s, name, _ in plan if s == slot)
+        parts = [f"{name} {share * n:.0f} %" for name, n in counts.most_common(3)]
+        cells.append(", ".join(parts) or "-")
+    cells.append(f"{share * sum(len(plan) == 2 for plan in plans):.0f} %")
+    steps = [step for plan in plans for *_, step in plan]
+    cells.append(f"{np.median(steps):.0f}" if steps else "-")
+    return cells
+
+
+def ablation_table(result: dict[str, Any]) -> str:
+    """Return the table of the ablations."""
+    rows = []
+    for name, variant in result["variants"].items():
+        summary, pair = variant["summary"], variant["paired"]
+        rows.append(
+            [
+                name,
+                f"{summary['iqm']:.4f}",
+                f"{summary['low']:.4f} .. {summary['high']:.4f}",
+                _difference(pair) if pair else "",
+                f"{variant['parameters_mean']:.0f}",
+            ]
+        )
+    head = ["variant", "score (IQM)", "95 %", "minus the default", "parameters grown"]
+    return _table(head, rows)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw scores per instance, and accuracy against parameters and training compute."""
+    figure = Figure(figsize=(12.0, 3.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1.6, 1, 1))
+    means = {arm: table_of(result["arms"][arm]["episodes"]).mean(axis=(0, 2)) for arm in ARMS}
+    order = np.argsort(means["never_grow"])
+    for arm, style in (
+        ("never_grow", "k_"),
+        ("heuristic", "C2x"),
+        ("best_schedule", "C1o"),
+        ("ppo_lstm", "C0D"),
+    ):
+        label = ARMS[arm].replace("`", "")
+        left.plot(means[arm][order], style, label=label, markersize=5, alpha=0.85)
+    left.set_xlabel("held-out instance, by the score of never growing")
+    left.set_ylabel("committed score")
+    left.legend(fontsize=8)
+    for axes, name, label in (
+        (middle, "parameters", "parameters grown"),
+        (right, "flops", "training compute [GFLOP]"),
+    ):
+        for n, (arm, text) in enumerate(ARMS.items()):
+            runs = result["arms"][arm]["episodes"]
+            x = np.mean([run[name] for run in runs]) / (1e9 if name == "flops" else 1)
+            y = np.mean([run["committed_test_accuracy"] for run in runs])
+            axes.plot(x, y, "o", color=f"C{n}")
+            axes.annotate(text.replace("`", ""), (x, y), (4, 4), textcoords="offset points", size=7)
+        axes.set_xlabel(label)
+        axes.set_ylabel("test accuracy (mean)")
+        axes.margins(x=0.35, y=0.12)
+    for axes in (left, middle, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def _difference(pair: dict[str, float]) -> str:
+    return f"{pair['difference']:+.4f} ({pair['low']:+.4f} .. {pair['high']:+.4f})"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
