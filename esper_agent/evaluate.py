@@ -23,7 +23,7 @@ from rich.table import Table
 from scipy import stats
 
 from esper_agent.baselines import BASELINES, FixedSchedule, Policy, parse_plan
-from esper_agent.ppo_lstm import load_agent, make_envs, one_thread, pad_masks
+from esper_agent.ppo_lstm import TRAINING, load_agent, make_envs, one_thread, pad_masks
 from esper_env import EnvConfig, EsperVectorEnv, Stage
 
 MAX_ENVS = 64
@@ -53,10 +53,10 @@ class Args:
     conv_heavy@0+norm@1:20."""
     env_id: str = "Esper-Digits-v0"
     """Environment id."""
-    env: EnvConfig = field(default_factory=EnvConfig)
+    env: EnvConfig = field(default_factory=lambda: TRAINING)
     """Settings of the environment; those that differ from their default are passed on."""
-    instances: Literal["default", "train", "test"] | None = None
-    """Instances to evaluate on, in turn; None leaves those of `env`."""
+    instances: Literal["default", "train", "test"] = "test"
+    """Instances to evaluate on, in turn."""
     episodes: int = 64
     """Episodes per agent."""
     seed: int = 1_000_000
@@ -308,7 +308,7 @@ def main() -> None:
     result = evaluate_agents(
         list(args.agents),
         args.env_id,
-        dataclasses.replace(args.env, instances=args.instances or args.env.instances),
+        dataclasses.replace(args.env, instances=args.instances),
         args.episodes,
         args.seed,
         args.device,

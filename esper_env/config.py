@@ -110,7 +110,7 @@ class EnvConfig:
     """Reward preset; a name of `esper_env.rewards.presets.PRESETS`."""
     reward_weights: Mapping[str, float] = field(default_factory=dict)
     """Weights of reward terms that replace those of the preset, for example {"pbrs": 0.1}."""
-    rent_weight: float = 0.01
+    rent_weight: float = 0.02
     """Price of growth in the score [accuracy per doubling of the parameters]."""
     attribution: Literal["none", "leave_one_out", "full"] = "leave_one_out"
     """How the contribution of each blended, unfossilized seed is measured every env step: not at

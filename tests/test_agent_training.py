@@ -56,6 +56,7 @@ def tiny_args(**changes: Any) -> Args:
         "num_envs": NUM_ENVS,
         "num_steps": 6,
         "total_timesteps": 48,
+        "group_size": 2,
         "num_minibatches": 2,
         "update_epochs": 2,
         "hidden_size": 16,
@@ -65,6 +66,11 @@ def tiny_args(**changes: Any) -> Args:
         "eval_episodes": 0,
     }
     return Args(**(settings | changes))
+
+
+def group_seeds(args: Args) -> list[int | None]:
+    """Reset seeds with which the collector starts."""
+    return [args.seed + i // args.group_size for i in range(args.num_envs)]
 
 
 def make_agent(envs: EsperVectorEnv, rng_seed: int = 0) -> Agent:
@@ -271,12 +277,23 @@ def test_the_rollout_keeps_the_observations_and_rewards_of_the_environment(
     """Finding LOOP-2: replaying its actions in a fresh environment gives the same, bit by bit."""
     args = tiny_args(num_steps=8)
     rollout = record(envs, args, num_rollouts=1).rollout
-    observation, _ = envs.reset(seed=args.seed)
+    observation, _ = envs.reset(seed=group_seeds(args))
     for t in range(8):
         assert np.array_equal(rollout.observations[t].numpy(), observation)
         observation, rewards, _, truncations, _ = envs.step(rollout.actions[t].numpy())
         assert np.array_equal(rollout.rewards[t].numpy(), rewards)
         assert np.array_equal(rollout.truncations[t].numpy(), truncations)
+
+
+def test_members_of_a_group_live_the_same_life_until_their_actions_differ(
+    envs: EsperVectorEnv,
+) -> None:
+    """Pairs share the host at birth; another pair has another one."""
+    rollout = record(envs, tiny_args(num_steps=2), num_rollouts=1).rollout
+    first = rollout.observations[0]
+    assert torch.equal(first[0], first[1])
+    assert torch.equal(first[2], first[3])
+    assert not torch.equal(first[0], first[2])
 
 
 def test_episode_figures_are_those_of_the_episodes_that_ended(envs: EsperVectorEnv) -> None:
@@ -285,7 +302,7 @@ def test_episode_figures_are_those_of_the_episodes_that_ended(envs: EsperVectorE
     Two episodes per member end in 12 steps. Tolerance 1e-9: sums of 6 float64 rewards.
     """
     args = tiny_args(num_steps=12, total_timesteps=48)
-    _, info = envs.reset(seed=args.seed)
+    _, info = envs.reset(seed=group_seeds(args))
     first_scores = info["score"]
     collector = Collector(envs, make_agent(envs), args)
     rollout, episodes = collector.collect()
