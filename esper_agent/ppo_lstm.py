@@ -171,6 +171,22 @@ def make_envs(env_id: str, num_envs: int, device: str, config: EnvConfig) -> Esp
     return envs.unwrapped
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread; a block or a decorator. The environment keeps its threads.
+
+    Matrices of 16 x 128 gain little from a second thread, and two that wait for each other at every
+    step of the LSTM lose much where a core is busy (docs/speed.md). Results do not depend on how
+    many there are.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
 # ---------------------------------------------------------------------------------- network
 
 
@@ -356,6 +372,7 @@ class Agent(nn.Module):
         return logits.view(*logits.shape[:-1], self.num_rest, self.width)
 
 
+@one_thread()
 def make_agent(envs: EsperVectorEnv, hidden_size: int, seed: int) -> Agent:
     """Build an agent for an environment; global random state stays as it was."""
     nvec = tuple(len(head.options) for head in envs.heads)
@@ -363,6 +380,11 @@ def make_agent(envs: EsperVectorEnv, hidden_size: int, seed: int) -> Agent:
         # torch.manual_seed would seed CUDA too, which is not forked.
         torch.default_generator.manual_seed(seed)
         return Agent(envs.observation_names, nvec, hidden_size)
+
+
+def make_optimizer(agent: Agent, args: Args) -> torch.optim.Optimizer:
+    """Return Adam at the first learning rate; fused, which takes a third of the time on a CPU."""
+    return torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
 
 def run_lstm(lstm: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
@@ -524,21 +546,6 @@ class ReturnScale:
 
 
 # ---------------------------------------------------------------------------------- rollout
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread; a block or a decorator.
-
-    Matrices of 16 x 128 gain little from a second thread, and two that wait for each other at every
-    step of the LSTM lose much where a core is busy (docs/speed.md). The environment keeps its own.
-    """
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
 
 
 @dataclass(frozen=True)
@@ -898,7 +905,7 @@ def train(args: Args) -> Path:
     console.print(f"run directory: {directory}", soft_wrap=True)
     device = torch.device(args.device)
     agent = make_agent(envs, args.hidden_size, args.seed).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    optimizer = make_optimizer(agent, args)
     collector = Collector(envs, agent, args)
     head_names = [head.name for head in envs.heads]
     shuffler = torch.Generator(device).manual_seed(args.seed + 1)

@@ -32,6 +32,7 @@ from esper_agent.ppo_lstm import (
     compute_gae,
     load_agent,
     make_envs,
+    make_optimizer,
     pad_masks,
     prepare_run_directory,
     replay,
@@ -170,7 +171,7 @@ def update_once(recorded: Recorded, **changes: Any) -> tuple[dict[str, float], i
     envs = make_envs(ENV_ID, NUM_ENVS, "cpu", TINY)
     agent = make_agent(envs)
     agent.load_state_dict(recorded.agent.state_dict())
-    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, eps=1e-5)
+    optimizer = make_optimizer(agent, tiny_args())
     num_gradient_steps = 0
     step = optimizer.step
 
@@ -757,12 +758,33 @@ def test_the_agent_uses_one_thread_and_the_environment_those_of_torch(
     torch.set_num_threads(2)
     try:
         rollout, _ = collector.collect()
-        optimizer = torch.optim.Adam(agent.parameters())
+        optimizer = make_optimizer(agent, args)
         names = [head.name for head in envs.heads]
         update(agent, optimizer, rollout, 1.0, args, torch.Generator(), names)
     finally:
         torch.set_num_threads(before)
     assert seen == {"act": {1}, "step": {2}, "replay": {1}}
+
+
+def test_what_the_agent_does_and_learns_does_not_depend_on_the_number_of_threads() -> None:
+    """Bit by bit, initial weights included; wide enough that torch would share out the work."""
+    args = tiny_args(hidden_size=128)
+    before, results = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        try:
+            envs = make_envs(ENV_ID, NUM_ENVS, "cpu", TINY)
+            agent = ppo_lstm.make_agent(envs, args.hidden_size, seed=0)
+            collector = Collector(envs, agent, args)
+            rollout, _ = collector.collect()
+            generator = torch.Generator().manual_seed(0)
+            names = [head.name for head in envs.heads]
+            update(agent, make_optimizer(agent, args), rollout, 1.0, args, generator, names)
+            envs.close()
+        finally:
+            torch.set_num_threads(before)
+        results.append([rollout.actions, *agent.state_dict().values()])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_another_seed_gives_other_metrics(repeated: Run, tmp_path: Path) -> None:

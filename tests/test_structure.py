@@ -128,6 +128,7 @@ def test_the_readmes_example_runs() -> None:
         ["-m", "esper_agent.evaluate"],
         ["-m", "benchmarks.throughput"],
         ["-m", "benchmarks.headroom"],
+        ["-m", "benchmarks.agent"],
     ],
     ids=lambda c: c[-1],
 )

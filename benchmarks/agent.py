@@ -1,0 +1,162 @@
+"""Time of the agent beside that of the environment: decisions of a rollout, and updates.
+
+`esper_agent.ppo_lstm` runs with its default arguments. Its agent starts untrained, so seeds are
+grown at random. Three forms of the update are timed in turn on the same rollout, each with its own
+copy of the agent: as it is (one thread, one LSTM call for whole sequences); with all threads; with
+an LSTM call for every step, as in CleanRL's `ppo_atari_lstm.py`.
+
+    python benchmarks/agent.py --out benchmarks/results/agent.json && python docs/generate.py
+
+With `--quick` sizes are small; the figures then say nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+
+from benchmarks import write_result
+from esper_agent import ppo_lstm
+from esper_env import EnvConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Measure inference and update of the agent."""
+
+    env_id: str = "Esper-Digits-v0"
+    """Environment id."""
+    num_envs: tuple[int, ...] = (16, 64)
+    """Numbers of members."""
+    rounds: int = 7
+    """Timed rollouts, each with one update of every form; a round for warm-up precedes them."""
+    threads: int = 2
+    """Torch threads."""
+    seed: int = 0
+    """Of agent and environment."""
+    quick: bool = False
+    """Whether to measure tiny networks and short rollouts, to see that the script works."""
+    out: Path | None = None
+    """Where to write the result as JSON."""
+
+
+def training_arguments(args: Args, num_envs: int) -> ppo_lstm.Args:
+    """Return those of the script: the defaults, unless it is to be quick."""
+    settings: dict[str, Any] = {}
+    if args.quick:
+        config = EnvConfig(batches_per_step=1, batch_size=8, episode_steps=6, horizon="terminal")
+        settings = {"env": config, "num_steps": 6, "hidden_size": 16}
+    default = ppo_lstm.Args(env_id=args.env_id, seed=args.seed, **settings)
+    settings |= {"num_envs": num_envs, "total_timesteps": num_envs * default.num_steps}
+    return ppo_lstm.Args(env_id=args.env_id, seed=args.seed, **settings)
+
+
+def step_by_step(lstm: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
+    """Do what `ppo_lstm.run_lstm` does with one call per step.
+
+    Source: `Agent.get_states` of CleanRL's `ppo_atari_lstm.py`.
+    """
+    outputs = []
+    for features, start in zip(x, starts, strict=True):
+        keep = (1.0 - start.float())[None, :, None]
+        output, state = lstm(features[None], (keep * state[0], keep * state[1]))
+        outputs.append(output)
+    return torch.cat(outputs)
+
+
+class Learner:
+    """One form of the update, with an agent and an optimizer of its own."""
+
+    def __init__(self, agent: ppo_lstm.Agent, args: ppo_lstm.Args, heads: list[str]) -> None:
+        self.agent, self.args, self.heads = copy.deepcopy(agent), args, heads
+        self.optimizer = ppo_lstm.make_optimizer(self.agent, args)
+        self.generator = torch.Generator().manual_seed(args.seed)
+
+    def seconds(self, update: Callable[..., Any], rollout: ppo_lstm.Rollout, scale: float) -> float:
+        """Return the time of an update."""
+        began = time.perf_counter()
+        update(
+            self.agent,
+            self.optimizer,
+            rollout,
+            scale,
+            self.args,
+            self.generator,
+            self.heads,
+        )
+        return time.perf_counter() - began
+
+
+def measure(args: Args, num_envs: int) -> dict[str, Any]:
+    """Time rollouts, and the forms of the update in turn."""
+    training = training_arguments(args, num_envs)
+    envs = ppo_lstm.make_envs(args.env_id, num_envs, "cpu", training.env)
+    collector = ppo_lstm.Collector(
+        envs, ppo_lstm.make_agent(envs, training.hidden_size, args.seed), training
+    )
+    heads = [head.name for head in envs.heads]
+    own, threaded, looped = (Learner(collector.agent, training, heads) for _ in range(3))
+    collector.agent = own.agent
+    rows = []
+    for _ in range(args.rounds + 1):
+        began, env_before = time.perf_counter(), collector.env_seconds
+        rollout, _ = collector.collect()
+        total, in_env = time.perf_counter() - began, collector.env_seconds - env_before
+        work = rollout, collector.scale.std
+        row = [in_env, total - in_env, own.seconds(ppo_lstm.update, *work)]
+        row.append(threaded.seconds(ppo_lstm.update.__wrapped__, *work))  # type: ignore[attr-defined]
+        with mock.patch.object(ppo_lstm, "run_lstm", step_by_step):
+            row.append(looped.seconds(ppo_lstm.update, *work))
+        rows.append(row)
+    envs.close()
+    env, inference, update, all_threads, loop = np.array(rows[1:]).T
+    steps = training.num_steps
+    return {
+        "num_envs": num_envs,
+        "env_step_milliseconds": _spread(1e3 * env / steps),
+        "inference_milliseconds": _spread(1e3 * inference / steps),
+        "update_milliseconds": _spread(1e3 * update),
+        "inference_share": _spread(inference / (env + inference + update)),
+        "update_share": _spread(update / (env + inference + update)),
+        "all_threads_ratio": _spread(all_threads / update),
+        "step_by_step_ratio": _spread(loop / update),
+    }
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    """Return median, least and largest of the rounds."""
+    return {
+        "median": float(np.median(values)),
+        "min": float(values.min()),
+        "max": float(values.max()),
+    }
+
+
+def main() -> None:
+    """Measure all numbers of members, print a line for each figure, and save."""
+    args = tyro.cli(Args)
+    torch.set_num_threads(args.threads)
+    rows = []
+    for num_envs in args.num_envs:
+        row = measure(args, num_envs)
+        rows.append(row)
+        print(f"{num_envs} members")
+        for name, value in row.items():
+            if isinstance(value, dict):
+                spread = f"{value['median']:9.3f} ({value['min']:.3f} .. {value['max']:.3f})"
+                print(f"  {name:24s} {spread}", flush=True)
+    write_result(args.out, args, rows=rows)
+
+
+if __name__ == "__main__":
+    main()
