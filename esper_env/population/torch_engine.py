@@ -65,23 +65,24 @@ class TorchEngine:
             part = slice(start, start + self.chunk_size)
             program = self._program(start, members[part], seeds)
             batches = images.batches(draw.of(part))
-            loss, square = program.train(seeds, *batches, host_rate[part], seed_rate[part])
+            loss, segment_squares = program.train(seeds, *batches, host_rate[part], seed_rate[part])
             losses.append(loss)
-            squares.append(square)
+            squares.append(segment_squares)
             programs.append(program)
-        result = torch.cat([*losses, *squares]).cpu().numpy().astype(np.float64)
+        # The one place where the host waits for results.
+        result = torch.cat([*losses, self.storage.total(members), *squares]).cpu().numpy()
+        mean_loss, total, square = np.split(
+            result.astype(np.float64), np.cumsum([len(members)] * 2)
+        )
         num_slots = self.layout.host.num_slots
         norms = np.full(
             (len(self.storage.parameters), num_slots, self.layout.max_seed_tensors), np.nan
         )
-        start = len(members)
-        for program, square in zip(programs, squares, strict=True):
-            values = np.sqrt(result[start : start + len(square)])
-            start += len(square)
-            measured = values[program.seed_segments]
-            norms[program.segment_at] = np.where(np.isnan(measured), np.inf, measured)
-        is_finite = self.storage.is_finite(members)
-        return TrainReport(result[: len(members)], norms[members], is_finite)
+        ends = np.cumsum([len(program.sgd.lengths) for program in programs])[:-1]
+        for program, values in zip(programs, np.split(np.sqrt(square), ends), strict=True):
+            own = values[program.seed_segments]
+            norms[program.segment_at] = np.where(np.isnan(own), np.inf, own)
+        return TrainReport(mean_loss, norms[members], np.isfinite(total))
 
     @torch.inference_mode()
     def evaluate(
