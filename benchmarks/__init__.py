@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,21 @@ def use_synthetic_cifar10(num_train: int = 2000) -> None:
     for name, task in TASKS.items():
         if name.startswith("cifar10"):
             TASKS[name] = dataclasses.replace(task, load=load)
+
+
+def seconds_per_call(function: Callable[[], object], calls: int) -> float:
+    """Time some calls; work that was left to a GPU is waited for."""
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / calls
+
+
+def calls_per_round(function: Callable[[], object]) -> int:
+    """Warm up, and choose how many calls take about a third of a second."""
+    return max(1, int(0.35 / min(seconds_per_call(function, 1) for _ in range(3))))
 
 
 def write_result(out: Path | None, args: Any, *, indent: int | None = 1, **content: Any) -> None:

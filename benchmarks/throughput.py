@@ -1,39 +1,48 @@
-"""Env steps per second against a loop over ordinary PyTorch networks doing the same work.
+r"""Env steps per second against a loop over ordinary PyTorch networks doing the same work.
 
 The loop trains one network after the other: channels-last, foreach SGD and clipping, data in
-memory, the same batches and the same evaluations. Both sides are timed in turn in the same
-process, after warm-up; the ratio is taken round by round.
+memory, the same batches and the same evaluations; on a GPU each network has a stream of its own.
+Both sides are timed in turn in the same process, after warm-up; the ratio is taken round by round.
 
     python benchmarks/throughput.py --out benchmarks/results/throughput.json
 
-Modes: "empty" has no seed; "mix" has a seed of a random blueprint and style in every slot, in
-random stages; "mix + leave-one-out" measures contributions as well; "training" is "empty" without
-evaluations on both sides. With `--synthetic` the CIFAR-10 ids train on made-up images.
+With `--peers` the other sides are Gymnasium's `AsyncVectorEnv` and `SyncVectorEnv` (see `peers`):
+
+    python benchmarks/throughput.py --peers --num-envs 16 --modes empty mix --rounds 5 \
+        --out benchmarks/results/throughput-peers.json
+
+On a GPU, made-up images in CIFAR-10's shape:
+
+    python benchmarks/throughput.py --device cuda --env-id Esper-CIFAR10-v0 --synthetic \
+        --num-envs 64 --out benchmarks/results/throughput-cuda.json
+
+Modes are those of `states`, and "training", which is "empty" without evaluations on both sides.
+With `--synthetic` the CIFAR-10 ids train on made-up images.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 
-from benchmarks import use_synthetic_cifar10, write_result
+from benchmarks import calls_per_round, seconds_per_call, use_synthetic_cifar10, write_result
+from benchmarks.peers import OURS, measure_peers
 from benchmarks.plain import PlainNetwork, train_batch
-from esper_env import EsperVectorEnv, Op, Stage
+from benchmarks.states import MODES, grow, make_envs, settings_of
+from benchmarks.step_profile import count_work, measured_phases
+from benchmarks.work import measure_limits
+from esper_env import EsperVectorEnv, Stage
 from esper_env.attribution import plan_coalitions
 
-EPISODE_STEPS = 20_000
-"""More than are timed, so that no episode ends."""
 SLICE = 500
 """Images that the loop evaluates at once."""
-MODES = ("empty", "mix", "mix + leave-one-out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +57,10 @@ class Args:
     """Which states of the slots."""
     rounds: int = 7
     """Timed rounds."""
+    device: str = "cpu"
+    """Where both sides run, "cpu" or "cuda"."""
+    peers: bool = False
+    """Whether to compare with Gymnasium's vector environments instead of the loop."""
     threads: int = 2
     """Torch threads."""
     batch_size: int | None = None
@@ -60,38 +73,6 @@ class Args:
     """Where to write the result as JSON."""
 
 
-def make_state(args: Args, num_envs: int, mode: str) -> EsperVectorEnv:
-    """Make an environment and bring its slots into the mode's state."""
-    options: dict[str, Any] = {} if args.batch_size is None else {"batch_size": args.batch_size}
-    envs = gym.make_vec(
-        args.env_id,
-        num_envs=num_envs,
-        max_episode_steps=EPISODE_STEPS,
-        episode_steps=EPISODE_STEPS,
-        attribution="leave_one_out" if mode.endswith("leave-one-out") else "none",
-        **options,
-    ).unwrapped
-    assert isinstance(envs, EsperVectorEnv)
-    envs.reset(seed=args.seed)
-    if mode in ("empty", "training"):
-        return envs
-    rng = np.random.default_rng(args.seed)
-    for slot in envs.heads[1].options:
-        actions = np.stack(
-            [rng.integers(len(head.options), size=num_envs) for head in envs.heads], axis=1
-        )
-        actions[:, :2] = Op.GERMINATE, slot
-        actions[:, 6:] = 0
-        envs.step(actions)
-    for _ in range(12):
-        masks = envs.conditional_masks()["slot"][:, Op.ADVANCE]
-        chosen = masks.any(axis=1) & (rng.random(num_envs) < 0.2)
-        actions = np.zeros((num_envs, len(envs.heads)), dtype=np.int64)
-        actions[chosen, 0], actions[chosen, 1] = Op.ADVANCE, masks.argmax(axis=1)[chosen]
-        envs.step(actions)
-    return envs
-
-
 class PlainLoop:
     """The same networks as ordinary modules, and one env step of work on them."""
 
@@ -100,10 +81,10 @@ class PlainLoop:
         sim = envs._sim
         population, seeds, splits = sim.population, sim.seeds, sim.splits
         self.train_set, self.validation = splits.train, splits.validation
-        self.pixels, self.labels = (
-            splits.train.normalised(0, len(splits.train)),
-            splits.train.labels,
-        )
+        self.pixels = splits.train.normalised(0, len(splits.train))
+        self.labels = splits.train.labels
+        on_gpu = envs.device.type == "cuda"
+        self.streams = [torch.cuda.Stream() if on_gpu else None for _ in range(envs.num_envs)]
         self.rng = np.random.default_rng(seed)
         self.networks, self.optimizers = [], []
         for i in range(envs.num_envs):
@@ -115,7 +96,7 @@ class PlainLoop:
                 seed_module.is_training_stage = sim.state.stage[i, slot] == Stage.TRAINING
                 seed_module.is_isolated = bool(seeds.is_isolated[i, slot])
                 seed_module.alpha = float(seeds.alpha[i, slot])
-            self.networks.append(network.to(memory_format=torch.channels_last))
+            self.networks.append(network.to(envs.device, memory_format=torch.channels_last))
             rates = self.config.host_learning_rate, self.config.seed_learning_rate
             self.optimizers.append(network.optimizer(*rates, self.config.host_weight_decay))
         everyone = np.arange(envs.num_envs)
@@ -124,40 +105,59 @@ class PlainLoop:
         self.coalitions = [plan.alpha[plan.member == i] for i in everyone]
 
     def step(self, evaluates: bool = True) -> None:
-        """Train every network on its batches and evaluate its coalitions."""
+        """Train every network on its batches, evaluate its coalitions and fetch the results."""
         config, data = self.config, self.train_set
         shape = (config.batches_per_step, config.batch_size, self.envs.num_envs)
-        indices = torch.from_numpy(self.rng.integers(len(data), size=shape))
+        indices = torch.from_numpy(self.rng.integers(len(data), size=shape)).to(self.envs.device)
+        results = []
         for i, (network, optimizer) in enumerate(zip(self.networks, self.optimizers, strict=True)):
-            network.train()
-            for index in indices[:, :, i]:
-                batch = self.pixels[index], self.labels[index]
-                train_batch(network, optimizer, *batch, config.clip_norm)
-            network.eval()
-            with torch.inference_mode():
-                for alpha in self.coalitions[i] if evaluates else ():
-                    self.evaluate(network, alpha)
+            with self.in_stream(i):
+                network.train()
+                for index in indices[:, :, i]:
+                    batch = self.pixels[index], self.labels[index]
+                    results.append(train_batch(network, optimizer, *batch, config.clip_norm))
+                network.eval()
+                with torch.inference_mode():
+                    for alpha in self.coalitions[i] if evaluates else ():
+                        results += self.evaluate(network, alpha)
+        torch.stack(results).cpu()
 
-    def evaluate(self, network: PlainNetwork, alpha: Any) -> None:
-        """Compute accuracy and loss of one coalition, in slices that suit the cache."""
+    @contextmanager
+    def in_stream(self, i: int) -> Iterator[None]:
+        """Queue the work of one network beside that of the others, if on a GPU."""
+        stream = self.streams[i]
+        if stream is None:
+            yield
+            return
+        main = torch.cuda.current_stream()
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            yield
+        main.wait_stream(stream)
+
+    def evaluate(self, network: PlainNetwork, alpha: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return loss and hits of one coalition, in slices that suit the cache. () float32."""
         before = {}
         for slot, seed in network.seeds.items():
             before[slot] = seed.alpha, seed.is_training_stage
             seed.alpha, seed.is_training_stage = float(alpha[int(slot)]), False
-        loss, hits = 0.0, 0
+        loss, hits = torch.zeros(2, device=self.labels.device)
         for first in range(0, len(self.validation), SLICE):
             images = self.validation.normalised(first, first + SLICE)
             labels = self.validation.labels[first : first + SLICE]
             logits = network(images)
-            loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-            hits += int((logits.argmax(1) == labels).sum())
+            loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            hits += (logits.argmax(1) == labels).sum()
         for slot, seed in network.seeds.items():
             seed.alpha, seed.is_training_stage = before[slot]
+        return loss, hits
 
 
-def measure(args: Args, num_envs: int, mode: str) -> dict[str, Any]:
-    """Time environment and loop in turn."""
-    envs = make_state(args, num_envs, mode)
+def measure(args: Args, num_envs: int, mode: str, limits: dict[str, float]) -> dict[str, Any]:
+    """Time environment and loop in turn; `limits` are those of `work.measure_limits`."""
+    settings = settings_of(mode, args.batch_size)
+    envs = make_envs(args.env_id, num_envs, device=args.device, **settings)
+    grow(envs, mode, args.seed)
     loop = PlainLoop(envs, args.seed)
     wait = np.zeros((num_envs, len(envs.heads)), dtype=np.int64)
 
@@ -174,12 +174,15 @@ def measure(args: Args, num_envs: int, mode: str) -> dict[str, Any]:
     def loop_step() -> None:
         loop.step(evaluates=mode != "training")
 
-    repeats = [_repeats(env_step), _repeats(loop_step)]
-    times = np.array(
-        [[_time(env_step, repeats[0]), _time(loop_step, repeats[1])] for _ in range(args.rounds)]
-    )
+    sides = [(side, calls_per_round(side)) for side in (env_step, loop_step)]
+    times = np.array([[seconds_per_call(*side) for side in sides] for _ in range(args.rounds)])
     ratios = times[:, 1] / times[:, 0]
-    outside = None if mode == "training" else _share_outside(envs, env_step)
+    with measured_phases(envs) as phases:
+        total = sides[0][1] * seconds_per_call(*sides[0])
+    inside = phases.seconds["training"] + phases.seconds["evaluation"]
+    work, seconds = count_work(envs, phases).values(), np.median(times[:, 0])
+    gflops = sum(part.flops for part in work) / 1e9 / seconds
+    gigabytes = sum(part.traffic_bytes for part in work) / 1e9 / seconds
     samples = num_envs * envs.config.batches_per_step * envs.config.batch_size
     return {
         "num_envs": num_envs,
@@ -196,69 +199,65 @@ def measure(args: Args, num_envs: int, mode: str) -> dict[str, Any]:
         "ratio_max": float(ratios.max()),
         "step_milliseconds": (1e3 * times[:, 0]).tolist(),
         "loop_milliseconds": (1e3 * times[:, 1]).tolist(),
-        "share_outside_training_and_evaluation": outside,
+        "share_outside_training_and_evaluation": 1 - inside / total,
+        "share_of_matrix_rate": float(gflops / limits["matrix_gflops"]),
+        "share_of_copy_bandwidth": float(gigabytes / limits["copy_gigabytes_per_second"]),
     }
 
 
-def _share_outside(envs: EsperVectorEnv, env_step: Callable[[], None]) -> float:
-    """Return the share of `step` spent outside the population's train and evaluate."""
-    population: Any = envs._sim.population
-    inside = 0.0
-    for name in ("train", "evaluate"):
-        method = getattr(population, name)
-
-        def timed(*values: Any, method: Any = method) -> Any:
-            nonlocal inside
-            begin = time.perf_counter()
-            result = method(*values)
-            inside += time.perf_counter() - begin
-            return result
-
-        setattr(population, name, timed)
-    begin = time.perf_counter()
-    for _ in range(30):
-        env_step()
-    total = time.perf_counter() - begin
-    for name in ("train", "evaluate"):
-        delattr(population, name)
-    return 1 - inside / total
+def describe(row: dict[str, Any]) -> str:
+    """Return the line printed for a result."""
+    if "sides" in row:
+        parts = [
+            f"{name} {side['env_steps_per_second']:.0f} steps/s"
+            + ("" if name == OURS else f" ({_ratio(side)})")
+            for name, side in row["sides"].items()
+        ]
+    else:
+        parts = [
+            f"{row['env_steps_per_second']:.1f} steps/s",
+            f"loop {row['loop_env_steps_per_second']:.1f} ({_ratio(row)})",
+            f"outside training and evaluation {row['share_outside_training_and_evaluation']:.1%}",
+            f"{row['share_of_matrix_rate']:.1%} of the matrix rate",
+            f"{row['share_of_copy_bandwidth']:.1%} of the bandwidth",
+        ]
+    return f"{row['num_envs']:4d} members, {row['mode']}: {', '.join(parts)}"
 
 
-def _time(function: Callable[[], None], repeats: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    return (time.perf_counter() - begin) / repeats
+def _ratio(row: dict[str, Any]) -> str:
+    return f"{row['ratio_median']:.2f}x, {row['ratio_min']:.2f} .. {row['ratio_max']:.2f}"
 
 
-def _repeats(function: Callable[[], None]) -> int:
-    """Warm up, and choose repetitions so that a round takes about a third of a second."""
-    for _ in range(3):
-        function()
-    return max(1, int(0.35 / _time(function, 2)))
+def main(args: Args) -> None:
+    """Measure all combinations, print a line for each, and save.
 
-
-def main() -> None:
-    """Measure all combinations, print a line for each, and save."""
-    args = tyro.cli(Args)
+    Raises:
+        ValueError: If the device cannot be had, or peers are asked for on a GPU.
+    """
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device: expected one that torch can use, got {args.device!r}, and torch "
+            f"{torch.__version__} sees no GPU; check the driver, or measure with --device cpu"
+        )
+    if args.peers and device.type != "cpu":
+        raise ValueError(f"peers: expected --device cpu, whose cores they share, got {args.device}")
     torch.set_num_threads(args.threads)
     if args.synthetic:
         use_synthetic_cifar10()
+    limits = measure_limits(device)
     rows = []
     for num_envs in args.num_envs:
         for mode in args.modes:
-            row = measure(args, num_envs, mode)
+            if args.peers:
+                common = {"rounds": args.rounds, "seed": args.seed, "batch_size": args.batch_size}
+                row = measure_peers(args.env_id, num_envs, mode, **common)
+            else:
+                row = measure(args, num_envs, mode, limits)
             rows.append(row)
-            outside = row["share_outside_training_and_evaluation"]
-            print(
-                f"{num_envs:4d} members, {mode:19s} {row['env_steps_per_second']:7.1f} steps/s, "
-                f"loop {row['loop_env_steps_per_second']:6.1f}, ratio {row['ratio_median']:.2f} "
-                f"({row['ratio_min']:.2f} .. {row['ratio_max']:.2f})"
-                + (f", outside training and evaluation {100 * outside:.1f} %" if outside else ""),
-                flush=True,
-            )
-    write_result(args.out, args, rows=rows)
+            print(describe(row), flush=True)
+    write_result(args.out, args, limits=limits, rows=rows)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Args))

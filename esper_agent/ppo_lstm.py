@@ -504,7 +504,7 @@ def subtract_group_baseline(advantages: Tensor, group_size: int) -> tuple[Tensor
     Returns:
         Advantages (steps, envs), and the share of their variance that is left.
     """
-    own = advantages.unflatten(1, (-1, group_size))
+    own = advantages.view(len(advantages), -1, group_size)
     if group_size == 1:
         return advantages, 1.0
     others = (own.sum(-1, keepdim=True) - own) / (group_size - 1)

@@ -181,6 +181,9 @@ class EnvConfig:
     """Weight decay of the host; seeds have none."""
     clip_norm: float = 1.0
     """Largest gradient norm of the host and of each seed, per batch."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of convolutions and linear maps; weights, statistics and the optimiser are
+    float32. With "bfloat16" members run as one tensor program on a CPU too, more slowly."""
     chunk_size: int | None = None
     """Members that run in one tensor program; None chooses by the size of their activations."""
 
@@ -223,6 +226,7 @@ class EnvConfig:
         _require_choice(self, "attribution", ("none", "leave_one_out", "full"))
         _require_choice(self, "illegal_actions", ("wait", "raise"))
         _require_choice(self, "learning_rate_decay", ("none", "linear"))
+        _require_choice(self, "precision", ("float32", "bfloat16"))
         for stage in self.isolated_stages:
             if stage not in ("TRAINING", "BLENDING", "HOLDING", "FOSSILIZED"):
                 raise ValueError(

@@ -105,9 +105,9 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     All slots are DORMANT and the host has fresh random weights; observation and info come from its
     evaluation before any training. `reset(seed=s)` makes this and the coming episodes a function
     of s and the actions alone: bitwise on one device, and on a CPU whatever the number of threads
-    and the other members of a batch (layers of a third party have no compiled kernel and need the
-    same of both). Global random state is neither read nor written. `reset()` starts the next
-    episode of the same stream: other weights, other batches.
+    and the other members of a batch (layers of a third party and bfloat16 have no compiled kernel
+    and need the same of both). Global random state is neither read nor written. `reset()` starts
+    the next episode of the same stream: other weights, other batches.
 
     With `instances="train"` or `"test"` each episode has one of a fixed set of conditions (learning
     rate, share of the training images, share of wrong labels, width of the host), drawn or chosen

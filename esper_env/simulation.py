@@ -85,6 +85,7 @@ class Simulation:
             device,
             config.batch_size,
             config.chunk_size,
+            config.precision,
         )
         self.instance = np.zeros(num_envs, dtype=np.int64)
         """Index of each member's instance in the configured set."""

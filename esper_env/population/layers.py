@@ -221,6 +221,6 @@ def classify(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Loss per member and image. (m, batch, classes), (m, batch) -> (m, batch)."""
-    flat = F.cross_entropy(logits.flatten(0, 1), labels.reshape(-1), reduction="none")
+    """Loss per member and image. (m, batch, classes), (m, batch) -> (m, batch) float32."""
+    flat = F.cross_entropy(logits.flatten(0, 1).float(), labels.reshape(-1), reduction="none")
     return flat.view(labels.shape)

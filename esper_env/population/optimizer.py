@@ -66,7 +66,7 @@ class WorkingSet:
         return matrix.view(-1).index_select(0, self.index)
 
     def scatter(self, matrix: Tensor, flat: Tensor, keep: Tensor | None = None) -> None:
-        """Copy a flat vector back; `keep` (bool, same length) leaves elements out."""
+        """Copy a flat vector back, or only its elements at `keep`. (k,) int64."""
         if keep is None:
             matrix.view(-1)[self.index] = flat
         else:
@@ -121,7 +121,8 @@ class ModuleSGD:
         self.is_frozen = is_frozen
         self.keep = None
         if is_frozen.any():
-            self.keep = torch.from_numpy(~is_frozen[element_module]).to(device)
+            # Positions, not a mask: to index with a mask, the host waits for the device.
+            self.keep = torch.from_numpy(np.nonzero(~is_frozen[element_module])[0]).to(device)
 
     def spread_rates(self, module_rates: npt.NDArray[np.float64]) -> Tensor:
         """Return the learning rate of every element, 0 where frozen, from (num_modules,)."""

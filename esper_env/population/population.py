@@ -36,6 +36,8 @@ class Population:
         device: Where all tensors live.
         batch_size: Images per training batch; used for the default chunk size.
         chunk_size: Members per tensor program, or None for as many as fit `CHUNK_BYTES`.
+        precision: "float32", or "bfloat16" for convolutions and linear maps, which compiled kernels
+            do not know.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Population:
         device: torch.device,
         batch_size: int,
         chunk_size: int | None,
+        precision: str = "float32",
     ) -> None:
         self.layout = Layout(hosts, blueprints)
         host = self.layout.host
@@ -54,8 +57,9 @@ class Population:
         self.settings = settings
         self.device = device
         self.storage = Storage(self.layout, num_members, device)
-        self._torch = TorchEngine(self.storage, settings, batch_size, chunk_size)
-        self._compiled = CompiledEngine(self.storage, settings) if device.type == "cpu" else None
+        self._torch = TorchEngine(self.storage, settings, batch_size, chunk_size, precision)
+        has_kernels = device.type == "cpu" and precision == "float32"
+        self._compiled = CompiledEngine(self.storage, settings) if has_kernels else None
         registry = self.layout.blueprints
         self.host_parameters: IntArray = np.array([h.num_parameters for h in hosts])
         """Parameters of a host of each width. (widths,)."""

@@ -36,8 +36,10 @@ class Program:
         members: IntArray,
         seeds: Seeds,
         settings: SGDSettings,
+        precision: str,
     ) -> None:
         self.storage = storage
+        self.precision = precision
         self.members = members
         layout, device = storage.layout, storage.device
         self.trained = WorkingSet(layout.num_parameters, device)
@@ -156,7 +158,8 @@ class Program:
         total_loss = torch.zeros(len(self.members), device=storage.device)
         total_squares = torch.zeros(len(self.sgd.lengths), device=storage.device)
         for batch, label in zip(images, labels, strict=True):
-            logits = self._forward(batch, self.trained.views(flat), buffers, mixes)
+            with in_precision(self.precision, storage.device):
+                logits = self._forward(batch, self.trained.views(flat), buffers, mixes)
             loss = cross_entropy(logits, label).mean(1)
             (gradient,) = torch.autograd.grad(loss.sum(), flat)
             with torch.no_grad():
@@ -186,6 +189,13 @@ class Program:
             x = F.max_pool2d(x, 2)
         weight, bias = (parameters[i] for i in self.head)
         return classify(x, weight, bias)
+
+
+def in_precision(precision: str, device: torch.device) -> torch.autocast:
+    """Return the context of a forward pass in "float32" or "bfloat16"."""
+    # No cache: weights are updated in place between batches.
+    is_enabled = precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_enabled, cache_enabled=False)
 
 
 @dataclass(frozen=True)
@@ -270,7 +280,7 @@ class _SlotProgram:
             if x is None:
                 x = detached.index_select(3, branch.group.members)
             out = _run(branch.layers, as_images(x), parameters, buffers)
-            outputs.append(as_members(out, len(branch.local)))
+            outputs.append(as_members(out.to(features.dtype), len(branch.local)))
         gate = None
         if self.gate is not None:
             pooled = features.mean(dim=(1, 2)).index_select(1, self.gate.members)

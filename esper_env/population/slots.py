@@ -112,7 +112,7 @@ def residual(group: Group, features: Tensor, branch: Tensor, gate: Tensor | None
     Args:
         group: Its members and their blends.
         features: (batch, height, width, members, channels).
-        branch: d(x). (batch, height, width, m, channels).
+        branch: d(x), of the features' dtype. (batch, height, width, m, channels).
         gate: All gates of the slot, (batch, num_gates), or None if there are none.
 
     Returns:
@@ -249,7 +249,7 @@ def _scaled(x: Tensor, weight: Tensor | None) -> Tensor:
     """
     if weight is None:
         return x
-    return (x.flatten(3) * weight).view(x.shape)
+    return (x.flatten(3) * weight.to(x.dtype)).view(x.shape)
 
 
 def _scale_rows(x: Tensor, rows: slice, weight: Tensor) -> None:

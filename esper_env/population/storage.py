@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from esper_env import streams
@@ -50,13 +49,10 @@ class Storage:
         for name, matrix in self.matrices.items():
             matrix.index_copy_(0, rows, self.snapshots[name].index_select(0, rows))
 
-    def is_finite(self, members: IntArray) -> npt.NDArray[np.bool_]:
-        """Return whether all weights and statistics of members are finite. (m,) bool."""
+    def total(self, members: IntArray) -> torch.Tensor:
+        """Return the sum of all weights and statistics: finite only if each is. (m,) float32."""
         rows = torch.from_numpy(members).to(self.device)
-        # A sum is finite only if every term is, and needs no mask as large as the matrix.
-        total = self.parameters[rows].sum(dim=1) + self.buffers[rows].sum(dim=1)
-        is_finite: npt.NDArray[np.bool_] = np.isfinite(total.cpu().numpy())
-        return is_finite
+        return self.parameters[rows].sum(dim=1) + self.buffers[rows].sum(dim=1)
 
     def clear(self, members: IntArray) -> None:
         """Set whole rows to zero."""

@@ -13,7 +13,7 @@ from esper_env.config import FloatArray, IntArray
 from esper_env.population.images import Draw, ImageSet
 from esper_env.population.layers import cross_entropy
 from esper_env.population.optimizer import SGDSettings
-from esper_env.population.program import Program
+from esper_env.population.program import Program, in_precision
 from esper_env.population.report import Evaluation, TrainReport
 from esper_env.population.slots import Seeds
 from esper_env.population.storage import Storage
@@ -34,13 +34,19 @@ class TorchEngine:
         settings: Optimiser rules.
         batch_size: Images per training batch; used for the default chunk size.
         chunk_size: Members per tensor program, or None for as many as fit `CHUNK_BYTES`.
+        precision: Of convolutions and linear maps, "float32" or "bfloat16".
     """
 
     def __init__(
-        self, storage: Storage, settings: SGDSettings, batch_size: int, chunk_size: int | None
+        self,
+        storage: Storage,
+        settings: SGDSettings,
+        batch_size: int,
+        chunk_size: int | None,
+        precision: str,
     ) -> None:
         self.storage, self.layout, self.device = storage, storage.layout, storage.device
-        self.settings = settings
+        self.settings, self.precision = settings, precision
         host = self.layout.host
         largest = max(c * host.slot_size(i) ** 2 for i, c in enumerate(host.channels))
         self._feature_bytes = 4 * largest
@@ -65,23 +71,24 @@ class TorchEngine:
             part = slice(start, start + self.chunk_size)
             program = self._program(start, members[part], seeds)
             batches = images.batches(draw.of(part))
-            loss, square = program.train(seeds, *batches, host_rate[part], seed_rate[part])
+            loss, segment_squares = program.train(seeds, *batches, host_rate[part], seed_rate[part])
             losses.append(loss)
-            squares.append(square)
+            squares.append(segment_squares)
             programs.append(program)
-        result = torch.cat([*losses, *squares]).cpu().numpy().astype(np.float64)
+        # The one place where the host waits for results.
+        result = torch.cat([*losses, self.storage.total(members), *squares]).cpu().numpy()
+        mean_loss, total, square = np.split(
+            result.astype(np.float64), np.cumsum([len(members)] * 2)
+        )
         num_slots = self.layout.host.num_slots
         norms = np.full(
             (len(self.storage.parameters), num_slots, self.layout.max_seed_tensors), np.nan
         )
-        start = len(members)
-        for program, square in zip(programs, squares, strict=True):
-            values = np.sqrt(result[start : start + len(square)])
-            start += len(square)
-            measured = values[program.seed_segments]
-            norms[program.segment_at] = np.where(np.isnan(measured), np.inf, measured)
-        is_finite = self.storage.is_finite(members)
-        return TrainReport(result[: len(members)], norms[members], is_finite)
+        ends = np.cumsum([len(program.sgd.lengths) for program in programs])[:-1]
+        for program, values in zip(programs, np.split(np.sqrt(square), ends), strict=True):
+            own = values[program.seed_segments]
+            norms[program.segment_at] = np.where(np.isnan(own), np.inf, own)
+        return TrainReport(mean_loss, norms[members], np.isfinite(total))
 
     @torch.inference_mode()
     def evaluate(
@@ -100,7 +107,8 @@ class TorchEngine:
             chunk_loss = torch.zeros(len(rows), device=self.device, dtype=torch.float64)
             for first in range(0, len(images), step):
                 last = min(first + step, len(images))
-                logits = tree.forward(images.normalised(first, last))
+                with in_precision(self.precision, self.device):
+                    logits = tree.forward(images.normalised(first, last))
                 labels = images.labels[first:last].expand(len(rows), -1)
                 chunk_correct += (logits.argmax(2) == labels).sum(1)
                 chunk_loss += cross_entropy(logits, labels).sum(1, dtype=torch.float64)
@@ -123,6 +131,6 @@ class TorchEngine:
         key = b"".join(a.tobytes() for a in (members, *here, runs))
         known = self._programs.get(position)
         if known is None or known[0] != key:
-            program = Program(self.storage, members, seeds, self.settings)
+            program = Program(self.storage, members, seeds, self.settings, self.precision)
             self._programs[position] = known = (key, program)
         return known[1]

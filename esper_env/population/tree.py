@@ -121,7 +121,8 @@ class _EvaluatedBranch:
     def add(self, features: Tensor, out: Tensor) -> None:
         """Add alpha * r to the children in `out`."""
         x = features.index_select(3, self.group.members)
-        branch = as_members(run_folded(self.layers, as_images(x)), len(self.group.members))
+        out_of_layers = run_folded(self.layers, as_images(x)).to(features.dtype)
+        branch = as_members(out_of_layers, len(self.group.members))
         gate = None
         if self.group.num_gate:
             gate = gates(x[:, :, :, self.group.gate_slice].mean(dim=(1, 2)), *self.gate)

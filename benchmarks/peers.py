@@ -1,0 +1,134 @@
+"""The vector environment against Gymnasium's ways to run many single ones, `throughput --peers`.
+
+All sides do the same: same seeds, same actions, and at the end bitwise the same observations, or
+the measurement fails. Worker processes have one thread each, as the environment sets it in a
+forked process. Processes share this machine's cores; they are as many as Gymnasium starts, one per
+environment, and in "2 x vector" two, each with a vector environment of half the members.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+from multiprocessing.connection import Connection
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+
+from benchmarks import calls_per_round, seconds_per_call
+from benchmarks.states import grow, make_envs, settings_of
+
+OURS = "vector"
+FloatRows = npt.NDArray[np.float32]
+
+
+def make_single(env_id: str, settings: dict[str, Any]) -> gym.Env[Any, Any]:
+    """Make a single environment without Gymnasium's checks, which cost time."""
+    return gym.make(env_id, disable_env_checker=True, **settings)
+
+
+def _serve(pipe: Connection, env_id: str, num_envs: int, settings: dict[str, Any]) -> None:
+    """Run a vector environment in this process: a seed resets, an array of actions steps."""
+    torch.set_num_threads(1)
+    envs = make_envs(env_id, num_envs, **settings)
+    while (order := pipe.recv()) is not None:
+        pipe.send(envs.reset(seed=order) if isinstance(order, int) else envs.step(order))
+
+
+class TwoProcesses:
+    """Two processes, each with a vector environment of half the members."""
+
+    def __init__(self, env_id: str, num_envs: int, settings: dict[str, Any]) -> None:
+        self.half = num_envs // 2
+        self.pipes, self.processes = [], []
+        for count in (self.half, num_envs - self.half):
+            own, other = multiprocessing.Pipe()
+            arguments = (other, env_id, count, settings)
+            process = multiprocessing.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            self.pipes.append(own)
+            self.processes.append(process)
+
+    def reset(self, *, seed: int) -> tuple[FloatRows, None]:
+        """Seed the members as one vector environment would."""
+        return self._order(seed, seed + self.half), None
+
+    def step(self, actions: npt.NDArray[np.int64]) -> tuple[FloatRows, None]:
+        """Step both halves at the same time."""
+        return self._order(actions[: self.half], actions[self.half :]), None
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            pipe.send(None)
+            process.join()
+
+    def _order(self, *orders: Any) -> FloatRows:
+        for pipe, order in zip(self.pipes, orders, strict=True):
+            pipe.send(order)
+        return np.concatenate([pipe.recv()[0] for pipe in self.pipes])
+
+
+def measure_peers(
+    env_id: str, num_envs: int, mode: str, *, rounds: int, seed: int, batch_size: int | None = None
+) -> dict[str, Any]:
+    """Step all sides in turn, the same number of steps per round.
+
+    Args:
+        env_id: Environment id.
+        num_envs: Members, at least 2.
+        mode: State of the slots; see `states`.
+        rounds: Timed rounds.
+        seed: Seed of the first member; the others have the numbers after it.
+        batch_size: Batch size, if not the environment's default.
+
+    Returns:
+        Env steps per second of each side, and by what factor ours is faster.
+    """
+    settings = settings_of(mode, batch_size)
+    single = functools.partial(make_single, env_id, settings)
+    ours = make_envs(env_id, num_envs, **settings)
+    # The first step compiles, once for all processes; the settings are the members' own.
+    taken = grow(ours, mode, seed)
+    sides: dict[str, Any] = {
+        OURS: ours,
+        "async": AsyncVectorEnv([single] * num_envs),
+        "sync": SyncVectorEnv([single] * num_envs),
+        "2 x vector": TwoProcesses(env_id, num_envs, settings),
+    }
+    wait = np.zeros((num_envs, len(ours.heads)), dtype=np.int64)
+    seen: dict[str, FloatRows] = {}
+
+    def step(name: str) -> None:
+        seen[name] = sides[name].step(wait)[0]
+
+    try:
+        for side in list(sides.values())[1:]:
+            side.reset(seed=seed)
+            for actions in taken:
+                side.step(actions)
+        calls = [functools.partial(step, name) for name in sides]
+        repeats = calls_per_round(calls[0])
+        for call in calls[1:]:
+            seconds_per_call(call, 3)  # as many as ours has had
+        times = np.array([[seconds_per_call(c, repeats) for c in calls] for _ in range(rounds)])
+    finally:
+        for side in sides.values():
+            side.close()
+    for name, observations in seen.items():
+        np.testing.assert_array_equal(observations, seen[OURS], err_msg=name)
+    rows: dict[str, Any] = {}
+    for i, name in enumerate(sides):
+        ratios = times[:, i] / times[:, 0]
+        rows[name] = {
+            "env_steps_per_second": float(num_envs / np.median(times[:, i])),
+            "ratio_median": float(np.median(ratios)),
+            "ratio_min": float(ratios.min()),
+            "ratio_max": float(ratios.max()),
+            "step_milliseconds": (1e3 * times[:, i]).tolist(),
+        }
+    return {"num_envs": num_envs, "mode": mode, "steps_per_round": repeats, "sides": rows}

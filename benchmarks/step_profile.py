@@ -1,0 +1,197 @@
+"""Where the time of `step` goes, and how near training and evaluation come to the machine's limits.
+
+    python benchmarks/step_profile.py --out benchmarks/results/profile.json
+
+Timers are put around the environment's own functions from outside; a phase's time leaves out the
+phases inside it. The limits are a float32 matrix product and a copy on the same number of threads.
+The CIFAR-10 ids train on made-up images of the same shape. The file is not named `profile`: that
+would hide Python's module of this name from torch when a script of this folder is run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import tyro
+
+from benchmarks import calls_per_round, use_synthetic_cifar10, write_result
+from benchmarks.states import grow, make_envs, settings_of
+from benchmarks.work import Work, evaluation_work, measure_limits, training_work
+from esper_env import EsperVectorEnv, vector_env
+
+PHASES = ("batches", "training", "evaluation", "lifecycle", "observation", "reward", "rest")
+"""Drawing batches; `Population.train` and `evaluate`; the simulation around them, and masks;
+observation; reward and info; what is left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Profile `step`."""
+
+    env_ids: tuple[str, ...] = ("Esper-Digits-v0", "Esper-CIFAR10-v0")
+    """Environment ids."""
+    num_envs: tuple[int, ...] = (1, 16, 64, 256)
+    """Numbers of members."""
+    modes: tuple[str, ...] = ("empty", "mix")
+    """Which states of the slots; see `benchmarks/states.py`."""
+    rounds: int = 5
+    """Timed rounds."""
+    threads: int = 2
+    """Torch threads."""
+    seed: int = 0
+    """Random seed."""
+    quick: bool = False
+    """Whether to look at digits with 1 and 2 members for one short round only."""
+    out: Path | None = None
+    """Where to write the result as JSON."""
+
+
+class Phases:
+    """Seconds in each phase, and the last arguments of training and of evaluation."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PHASES[:-1], 0.0)
+        self.arguments: dict[str, tuple[Any, ...]] = {}
+        self._inside: list[float] = []
+
+    def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a function so that its own time counts for a phase."""
+
+        def call(*values: Any) -> Any:
+            self._inside.append(0.0)
+            begin = time.perf_counter()
+            result = function(*values)
+            total = time.perf_counter() - begin
+            self.seconds[phase] += total - self._inside.pop()
+            if self._inside:
+                self._inside[-1] += total
+            self.arguments[phase] = values
+            return result
+
+        return call
+
+
+@contextmanager
+def measured_phases(envs: EsperVectorEnv) -> Iterator[Phases]:
+    """Measure the phases of an environment's steps while the context lasts."""
+    phases, sim = Phases(), envs._sim
+    wanted: list[tuple[str, Any, str]] = [
+        ("batches", sim, "_draw_batches"),
+        ("training", sim.population, "train"),
+        ("evaluation", sim.population, "evaluate"),
+        ("lifecycle", sim, "advance"),
+        ("lifecycle", envs, "_refresh_masks"),
+        ("observation", envs, "_observe"),
+        ("reward", vector_env, "compute_reward"),
+        ("reward", envs, "_info"),
+    ]
+    with ExitStack() as stack:
+        for phase, owner, name in wanted:
+            function = phases.timed(phase, getattr(owner, name))
+            stack.enter_context(patch.object(owner, name, function))
+        yield phases
+
+
+def count_work(envs: EsperVectorEnv, phases: Phases) -> dict[str, Work]:
+    """Return the work of the last training and of the last evaluation, if there was one."""
+    population = envs._sim.population
+    members, seeds, _, draw, *_ = phases.arguments["training"]
+    work = {"training": training_work(population, members, seeds, draw)}
+    if "evaluation" in phases.arguments:
+        work["evaluation"] = evaluation_work(population, *phases.arguments["evaluation"])
+    return work
+
+
+def profile(
+    env_id: str, num_envs: int, mode: str, rounds: int, seed: int, steps: int | None = None
+) -> dict[str, Any]:
+    """Profile steps that wait; `steps` per round, None for about a third of a second.
+
+    Returns:
+        Per phase milliseconds of a step (median of the rounds) and share of all phases; for
+        training and evaluation also their work and rate.
+    """
+    envs = make_envs(env_id, num_envs, **settings_of(mode))
+    grow(envs, mode, seed)
+    wait = np.zeros((num_envs, len(envs.heads)), dtype=np.int64)
+    steps = steps or calls_per_round(lambda: envs.step(wait))
+    times = []
+    for _ in range(rounds):
+        with measured_phases(envs) as phases:
+            begin = time.perf_counter()
+            for _ in range(steps):
+                envs.step(wait)
+            total = time.perf_counter() - begin
+        own = [phases.seconds[phase] for phase in PHASES[:-1]]
+        times.append(np.array([*own, total - sum(own)]) / steps)
+    milliseconds = 1e3 * np.median(times, axis=0)
+    rows: dict[str, dict[str, float]] = {
+        phase: {"milliseconds": float(ms), "share": float(ms / milliseconds.sum())}
+        for phase, ms in zip(PHASES, milliseconds, strict=True)
+    }
+    for phase, work in count_work(envs, phases).items():
+        seconds = 1e-3 * rows[phase]["milliseconds"]
+        rows[phase] |= {
+            "megaflop": work.flops / 1e6,
+            "gflops": work.flops / seconds / 1e9,
+            "flop_per_byte": work.intensity,
+        }
+    return {
+        "env_id": env_id,
+        "num_envs": num_envs,
+        "mode": mode,
+        "step_milliseconds": float(milliseconds.sum()),
+        "phases": rows,
+    }
+
+
+def main(args: Args) -> None:
+    """Profile all combinations, print a line of a table for each, and save."""
+    torch.set_num_threads(args.threads)
+    use_synthetic_cifar10()
+    limits = measure_limits(torch.device("cpu"))
+    print(
+        f"{args.threads} threads: matrix product {limits['matrix_gflops']:.0f} GFLOP/s, "
+        f"copy {limits['copy_gigabytes_per_second']:.0f} GB/s"
+    )
+    print(f"| environment | members | slots | step | {' | '.join(PHASES)} | GFLOP/s | FLOP/byte |")
+    rows = []
+    env_ids, num_envs, rounds = args.env_ids, args.num_envs, args.rounds
+    if args.quick:
+        env_ids, num_envs, rounds = ("Esper-Digits-v0",), (1, 2), 1
+    for env_id in env_ids:
+        for count in num_envs:
+            for mode in args.modes:
+                row = profile(env_id, count, mode, rounds, args.seed, 2 if args.quick else None)
+                rows.append(row)
+                print(table_row(row), flush=True)
+    write_result(args.out, args, limits=limits, rows=rows)
+
+
+def table_row(row: dict[str, Any]) -> str:
+    """Return a profile as a row of the table in docs/speed.md."""
+    phases = row["phases"]
+    shares = [f"{100 * phases[phase]['share']:.0f} %" for phase in PHASES]
+    pair = phases["training"], phases["evaluation"]
+    cells = [
+        row["env_id"],
+        str(row["num_envs"]),
+        row["mode"],
+        f"{row['step_milliseconds']:.3g} ms",
+        *shares,
+        " / ".join(f"{part['gflops']:.0f}" for part in pair),
+        " / ".join(f"{part['flop_per_byte']:.1f}" for part in pair),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
