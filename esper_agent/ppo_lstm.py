@@ -122,6 +122,8 @@ class Args:
     """Joint KL above which an update stops early."""
     hidden_size: int = 128
     """Width of the network and of the LSTM."""
+    recurrent: bool = True
+    """Whether the LSTM remembers earlier steps; otherwise each starts from a zero state."""
     eval_episodes: int = 64
     """Episodes per agent in the final evaluation; 0 leaves it out."""
     eval_seed: int = 1_000_000
@@ -218,14 +220,20 @@ class Agent(nn.Module):
             "slot_<s>.".
         nvec: Options per head; the first head is op, the second slot.
         hidden_size: Width of encoder output, core and heads.
+        recurrent: Whether the core remembers earlier steps.
     """
 
     def __init__(
-        self, observation_names: tuple[str, ...], nvec: tuple[int, ...], hidden_size: int
+        self,
+        observation_names: tuple[str, ...],
+        nvec: tuple[int, ...],
+        hidden_size: int,
+        recurrent: bool = True,
     ) -> None:
         super().__init__()
         self.nvec = nvec
         self.hidden_size = hidden_size
+        self.recurrent = recurrent
         episode = [n for n in observation_names if "." not in n]
         slots = list(dict.fromkeys(n.split(".")[0] for n in observation_names if "." in n))
         features = list(dict.fromkeys(n.split(".")[1] for n in observation_names if "." in n))
@@ -272,6 +280,8 @@ class Agent(nn.Module):
         """
         x, slots = self._encode(observations)
         hidden, cell = state[0][0], state[1][0]
+        if not self.recurrent:
+            starts = torch.ones_like(starts)
         if starts.any():
             hidden, cell = (part.masked_fill(starts[:, None], 0.0) for part in (hidden, cell))
         # The bare cell, without what nn.LSTM prepares for a sequence.
@@ -292,6 +302,8 @@ class Agent(nn.Module):
             core (steps, envs, hidden), slot encodings (steps, envs, slots * size).
         """
         x, slots = self._encode(observations)
+        if not self.recurrent:
+            starts = torch.ones_like(starts)
         return run_lstm(self.lstm, x, state, starts) + x, slots
 
     def value(self, core: Tensor) -> Tensor:
@@ -373,13 +385,13 @@ class Agent(nn.Module):
 
 
 @one_thread()
-def make_agent(envs: EsperVectorEnv, hidden_size: int, seed: int) -> Agent:
+def make_agent(envs: EsperVectorEnv, hidden_size: int, seed: int, recurrent: bool = True) -> Agent:
     """Build an agent for an environment; global random state stays as it was."""
     nvec = tuple(len(head.options) for head in envs.heads)
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would seed CUDA too, which is not forked.
         torch.default_generator.manual_seed(seed)
-        return Agent(envs.observation_names, nvec, hidden_size)
+        return Agent(envs.observation_names, nvec, hidden_size, recurrent)
 
 
 def make_optimizer(agent: Agent, args: Args) -> torch.optim.Optimizer:
@@ -805,6 +817,7 @@ def save_agent(agent: Agent, envs: EsperVectorEnv, directory: Path) -> None:
     save_file(state, directory / "agent.safetensors")
     description = {
         "hidden_size": agent.hidden_size,
+        "recurrent": agent.recurrent,
         "observation_names": list(envs.observation_names),
         "heads": _describe_heads(envs),
     }
@@ -836,7 +849,7 @@ def load_agent(directory: Path, envs: EsperVectorEnv, device: str = "cpu") -> Ag
                 f"{_first_difference(known[name], value)}; make the environment with the settings "
                 "in its config.json"
             )
-    agent = make_agent(envs, known["hidden_size"], seed=0)
+    agent = make_agent(envs, known["hidden_size"], 0, known["recurrent"])
     agent.load_state_dict(load_file(directory / "agent.safetensors"))
     return agent.to(device)
 
@@ -904,7 +917,7 @@ def train(args: Args) -> Path:
     console = Console(file=sys.stdout)
     console.print(f"run directory: {directory}", soft_wrap=True)
     device = torch.device(args.device)
-    agent = make_agent(envs, args.hidden_size, args.seed).to(device)
+    agent = make_agent(envs, args.hidden_size, args.seed, args.recurrent).to(device)
     optimizer = make_optimizer(agent, args)
     collector = Collector(envs, agent, args)
     head_names = [head.name for head in envs.heads]

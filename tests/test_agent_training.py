@@ -196,6 +196,22 @@ def update_once(recorded: Recorded, **changes: Any) -> tuple[dict[str, float], i
 # ------------------------------------------------------------------------------ rollout
 
 
+def test_an_agent_without_memory_acts_on_the_present_observation_alone() -> None:
+    """Whatever the state, step by step and in whole sequences; one with memory does not."""
+    generator = torch.Generator().manual_seed(0)
+    for recurrent in (False, True):
+        agent = Agent(("a", "slot_0.b"), (2, 1, 2), 8, recurrent)
+        observations = torch.randn(5, 3, 2, generator=generator)
+        state = torch.randn(1, 3, 8, generator=generator), torch.randn(1, 3, 8, generator=generator)
+        starts = torch.zeros(5, 3, dtype=torch.bool)
+        with torch.no_grad():
+            whole, _ = agent.sequence_core(observations, state, starts)
+            alone, *_ = agent.step_core(observations[4], agent.initial_state(3), starts[4])
+            later, *_ = agent.step_core(observations[4], state, starts[4])
+        assert torch.allclose(whole[4], alone, atol=REPLAY) is not recurrent
+        assert torch.equal(later, alone) is not recurrent
+
+
 def test_the_recorded_rollout_has_what_the_tests_below_need(recorded: Recorded) -> None:
     """An episode end inside, a state carried over, and ops whose heads have a choice."""
     rollout = recorded.rollout

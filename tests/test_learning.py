@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import headroom, learning
+from benchmarks import ablations, headroom, learning
 from benchmarks.protocol import compare, play, summarise, table_of
 from benchmarks.references import train_equal_compute, train_grown_size
 from esper_agent.baselines import FixedSchedule, NeverGrow, parse_plan
@@ -193,6 +193,21 @@ def test_the_quick_protocol_writes_all_arms_goes_on_and_refuses_other_settings(
     monkeypatch.setattr("sys.argv", [*command, "--seed", "7"])
     with pytest.raises(ValueError, match="holds parts made with other seed; choose another"):
         learning.main()
+
+
+def test_every_ablation_changes_what_its_name_says_and_nothing_else() -> None:
+    """Each differs from the default in its own fields, and has a directory of its own."""
+    args = ablations.Args(total_timesteps=96_000)
+    runs = {name: ablations.agent_args(args, name, 101) for name in ablations.VARIANTS}
+    default = dataclasses.asdict(runs.pop("default"))
+    assert len({run.run_dir for run in runs.values()}) == len(runs)
+    for name, run in runs.items():
+        flat = dataclasses.asdict(run)
+        differing = {key for key in flat if flat[key] != default[key]} - {"run_dir", "env"}
+        differing |= {
+            f"env.{key}" for key in flat["env"] if flat["env"][key] != default["env"][key]
+        }
+        assert differing == set(ablations.VARIANTS[name]), name
 
 
 def test_arguments_of_agents_are_those_of_the_protocol() -> None:

@@ -310,6 +310,17 @@ def test_the_default_preset_is_gain_and_single_weights_can_be_replaced() -> None
     assert resolve_weights(EnvConfig())["pbrs"] == 0.0
 
 
+def test_sparse_pays_the_committed_score_on_the_last_step_and_nothing_before() -> None:
+    """0.7 for the first member, whose episode ends; the third is rolled back."""
+    before = Standing(np.full(3, 0.5), np.full(3, 0.4), np.zeros(3))
+    after = Standing(np.full(3, 0.9), np.full(3, 0.7), np.zeros(3))
+    is_last, is_rolled_back = np.array([True, False, False]), np.array([False, False, True])
+    config = EnvConfig(reward="sparse", rollback_penalty=0.25)
+    step = Transition(before, after, is_last, is_last, is_rolled_back)
+    reward, _ = compute_reward(step, resolve_weights(config), config)
+    assert reward.tolist() == [0.7, 0.0, -0.25]
+
+
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_every_preset_names_known_terms(preset: str) -> None:
     assert set(PRESETS[preset]) <= set(TERMS)

@@ -9,6 +9,7 @@ from esper_env.rewards.terms import TERMS, Transition
 
 PRESETS: dict[str, dict[str, float]] = {
     "gain": {"gain": 1.0, "commit": 1.0, "pbrs": 0.0, "rollback": 1.0},
+    "sparse": {"final": 1.0, "pbrs": 0.0, "rollback": 1.0},
 }
 """Weights by preset; `EnvConfig.reward_weights` replaces single ones."""
 

@@ -69,6 +69,12 @@ def commit(transition: Transition, config: EnvConfig) -> FloatArray:
     return np.where(transition.is_last, difference, 0.0)
 
 
+def final(transition: Transition, config: EnvConfig) -> FloatArray:
+    """Committed score on the last step: the objective itself, all at once."""
+    del config
+    return np.where(transition.is_last, transition.after.committed_score, 0.0)
+
+
 def pbrs(transition: Transition, config: EnvConfig) -> FloatArray:
     """Potential-based shaping gamma * Phi(after) - Phi(before), with Phi = 0 at a true terminal.
 
@@ -86,6 +92,7 @@ def rollback(transition: Transition, config: EnvConfig) -> FloatArray:
 TERMS: dict[str, Callable[[Transition, EnvConfig], FloatArray]] = {
     "gain": gain,
     "commit": commit,
+    "final": final,
     "pbrs": pbrs,
     "rollback": rollback,
 }

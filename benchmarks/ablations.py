@@ -1,0 +1,128 @@
+"""What the agent's defaults are worth: each changed alone, several agent seeds, held-out instances.
+
+Agents train on training instances and are compared with the default on the same held-out episodes;
+agent seed k of a variant is paired with agent seed k of the default. Finished agents lie in the
+working directory, and a second call goes on from there.
+
+    python benchmarks/ablations.py --out benchmarks/results/ablations.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from benchmarks import write_result
+from benchmarks.learning import remember, train_agents
+from benchmarks.protocol import Episodes, compare, play, summarise, table_of
+from esper_agent import ppo_lstm
+
+DEFAULT = "default"
+VARIANTS: dict[str, dict[str, Any]] = {
+    DEFAULT: {},
+    "reward: gain + PBRS": {"env.reward_weights": {"pbrs": 0.1}},
+    "reward: committed score at the end only": {"env.reward": "sparse"},
+    "horizon: truncated, bootstrapped": {"env.horizon": "truncate"},
+    "discount 0.995": {"gamma": 0.995, "env.gamma": 0.995},
+    "ratio per head": {"ratio": "per-head"},
+    "no memory": {"recurrent": False},
+    "all heads": {"env.heads": {}},
+    "no group baseline": {"group_size": 1},
+    "half the env steps": {"total_timesteps": 0.5},
+    "twice the env steps": {"total_timesteps": 2.0},
+}
+"""Changes of `ppo_lstm.Args` by variant; total_timesteps is a factor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Train and compare the variants."""
+
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """Which variants; the default is always among them."""
+    agent_seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
+    """Seeds of the agents; not those of the headline."""
+    total_timesteps: int = ppo_lstm.Args().total_timesteps
+    """Env steps of an agent."""
+    repeats: int = 8
+    """Evaluation episodes per held-out instance."""
+    seed: int = 1_000_000
+    """First reset seed of the evaluation."""
+    jobs: int = 2
+    """Agents that train at the same time, with one thread each."""
+    work_dir: Path = Path("runs/ablations")
+    """Where finished agents and evaluations lie."""
+    out: Path | None = None
+    """Where to write the result as JSON."""
+
+
+def agent_args(args: Args, variant: str, seed: int) -> ppo_lstm.Args:
+    """Return the arguments of one agent of a variant."""
+    changes = dict(VARIANTS[variant])
+    env = {key.removeprefix("env."): changes.pop(key) for key in list(changes) if "." in key}
+    factor = changes.pop("total_timesteps", 1)
+    return ppo_lstm.Args(
+        env=dataclasses.replace(ppo_lstm.TRAINING, **env),
+        seed=seed,
+        total_timesteps=int(factor * args.total_timesteps),
+        run_dir=args.work_dir / _slug(variant) / str(seed),
+        eval_episodes=0,
+        **changes,
+    )
+
+
+def _slug(variant: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in variant)
+
+
+def evaluate(run: ppo_lstm.Args, args: Args) -> Episodes:
+    """Run a trained agent on the held-out instances, in the environment it was trained with."""
+    held_out = dataclasses.replace(run.env, instances="test")
+    return play(f"ppo:{run.run_dir}", run.env_id, held_out, args.repeats, args.seed)
+
+
+def main() -> None:
+    """Run what is missing, print a line per variant, and save."""
+    args = tyro.cli(Args)
+    unknown = set(args.variants) - set(VARIANTS)
+    if unknown:
+        raise ValueError(f"variants: expected some of {list(VARIANTS)}, got {sorted(unknown)}")
+    rng = np.random.default_rng(args.seed)
+    variants: dict[str, Any] = {}
+    default = None
+    for name in dict.fromkeys((DEFAULT, *args.variants)):
+        began = time.perf_counter()
+        runs = [agent_args(args, name, seed) for seed in args.agent_seeds]
+        train_agents(runs, args.jobs)
+        episodes = [
+            remember(args.work_dir / _slug(name) / f"{run.seed}.json", partial(evaluate, run, args))
+            for run in runs
+        ]
+        table = table_of(episodes)
+        default = table if default is None else default
+        variants[name] = {
+            "changes": VARIANTS[name],
+            "summary": summarise(table, rng),
+            "parameters_mean": float(np.mean([run["parameters"] for run in episodes])),
+            "score_of_each_agent": table.mean(axis=(1, 2)).tolist(),
+            "seconds": time.perf_counter() - began,
+        }
+        pair = compare(table, default, rng)
+        variants[name]["paired"] = pair
+        print(
+            f"{name:42s} {variants[name]['summary']['iqm']:.4f}  minus the default "
+            f"{pair['difference']:+.4f} ({pair['low']:+.4f} .. {pair['high']:+.4f})",
+            flush=True,
+        )
+    write_result(args.out, args, variants=variants)
+
+
+if __name__ == "__main__":
+    main()
