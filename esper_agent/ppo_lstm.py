@@ -87,7 +87,7 @@ class Args:
     """Device of the environment and of the agent."""
     run_dir: Path | None = None
     """Where to write; by default runs/<env id>__ppo_lstm__<seed>__<time>."""
-    total_timesteps: int = 144_000
+    total_timesteps: int = 288_000
     """Env steps over all members."""
     num_envs: int = 16
     """Members that train side by side."""
