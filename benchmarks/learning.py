@@ -133,20 +133,20 @@ def halve(candidates: dict[str, Make], args: Args) -> dict[str, Any]:
     Source: Jamieson and Talwalkar (2016), algorithm 1, with a reduction by `KEEP`.
     """
     config = dataclasses.replace(args.env, instances="train")
-    envs = ppo_lstm.make_envs(args.env_id, MAX_ENVS, "cpu", config)
     budget = args.total_timesteps // config.episode_steps // ROUNDS
     names, seed, rounds = list(candidates), SEARCH_SEED, []
     for _ in range(ROUNDS):
         count = max(1, budget // len(names))
         scores = {}
+        envs = ppo_lstm.make_envs(args.env_id, min(MAX_ENVS, count), "cpu", config)
         for name in names:
             episodes = run_episodes(candidates[name](), envs, count, seed)
             scores[name] = float(np.mean(episodes["committed_score"]))
+        envs.close()
         rounds.append({"episodes": count, "scores": scores})
         names = sorted(names, key=scores.__getitem__, reverse=True)
         names = names[: max(1, len(names) // KEEP)]
         seed += count
-    envs.close()
     return {"best": names[0], "rounds": rounds}
 
 

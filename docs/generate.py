@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
-import json
 import re
 import sys
 import textwrap
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 import esper_env
+from docs import results
 from esper_env import EnvConfig, EsperEnv, EsperVectorEnv, Op, Stage
 from esper_env.actions import HEAD_NAMES, RELEVANT_HEADS
 from esper_env.config import STYLES
@@ -188,13 +188,36 @@ REFUSALS = (
 def pages() -> dict[Path, str]:
     """Return what each page should contain, by its path."""
     extending, findings = ROOT / "docs/extending.md", ROOT / "docs/findings.md"
-    speed = ROOT / "docs/speed.md"
     return {
         ROOT / "docs/environment.md": environment_page(),
         extending: with_generated(extending.read_text(), "refusals", refusals()),
-        speed: with_generated(speed.read_text(), "agent", agent_speed()),
+        **{page: with_blocks(page.read_text(), blocks) for page, blocks in measured().items()},
         findings: with_cited_tests(findings.read_text(), cited_findings(ROOT / "tests")),
     }
+
+
+def measured() -> dict[Path, dict[str, str]]:
+    """Return the tables of measurements by page and block."""
+    learning = results.read("learning-digits")
+    schedules = results.read("headroom")
+    return {
+        ROOT / "README.md": {"results": results.headline(learning, is_short=True)},
+        ROOT / "docs/speed.md": {"agent": results.agent_speed(results.read("agent"))},
+        ROOT / "docs/results.md": {
+            "arms": results.headline(learning),
+            "growth": results.growth_pays(results.read("headroom-instances")),
+            "policy": results.policy_table(learning),
+            "search": results.search_table(learning),
+            "schedules": results.schedule_table(schedules),
+        },
+    }
+
+
+def with_blocks(text: str, blocks: Mapping[str, str]) -> str:
+    """Write each generated block into its place."""
+    for name, content in blocks.items():
+        text = with_generated(text, name, content)
+    return text
 
 
 # ------------------------------------------------------------------ docs/environment.md
@@ -586,38 +609,6 @@ def with_generated(text: str, name: str, content: str) -> str:
     if not found_start or not found_stop:
         raise ValueError(f"expected the lines {start!r} and {stop!r}")
     return f"{before}{start}\n\n{content}\n\n{stop}{after}"
-
-
-# ------------------------------------------------------------------ docs/speed.md
-
-
-def agent_speed() -> str:
-    """Return what `benchmarks/agent.py` measured."""
-    result = json.loads((ROOT / "benchmarks/results/agent.json").read_text())
-    machine = result["machine"]
-    where = (
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}; medians of "
-        f"{result['arguments']['rounds']} rounds, least and largest in brackets"
-    )
-    columns = (
-        ("env step [ms]", "env_step_milliseconds", "{:.1f}", ""),
-        ("decision [ms]", "inference_milliseconds", "{:.2f}", ""),
-        ("update [ms]", "update_milliseconds", "{:.0f}", ""),
-        ("decisions [% of training]", "inference_share", "{:.1%}", ""),
-        ("update [% of training]", "update_share", "{:.1%}", ""),
-        ("update with all threads", "all_threads_ratio", "{:.1f}", "×"),
-        ("update with the LSTM step by step", "step_by_step_ratio", "{:.1f}", "×"),
-    )
-    rows = [
-        [row["num_envs"], *(_spread(row[name], form, unit) for _, name, form, unit in columns)]
-        for row in result["rows"]
-    ]
-    return f"{where}.\n\n" + _table(["members", *(title for title, *_ in columns)], rows)
-
-
-def _spread(figure: Mapping[str, float], form: str, unit: str) -> str:
-    median, least, largest = (form.format(figure[name]) for name in ("median", "min", "max"))
-    return f"{median}{unit} ({least} .. {largest})"
 
 
 # ------------------------------------------------------------------ docs/findings.md

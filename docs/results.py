@@ -1,16 +1,15 @@
-"""Writes docs/results.md and its pictures from the committed result files.
+"""Tables and the picture of docs/results.md, from the committed result files.
 
-    python docs/results.py     write the page and the pictures
+`docs/generate.py` writes the tables into the page and into the README; the picture is drawn by
 
-The page is part of `docs/generate.py --check` too: a test fails when a number in it is not that of
-the result files.
+    python -m docs.results
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +44,8 @@ def read(name: str) -> dict[str, Any]:
     return result
 
 
-def headline(result: dict[str, Any]) -> str:
-    """Return the table of the arms."""
+def headline(result: dict[str, Any], is_short: bool = False) -> str:
+    """Return the table of the arms; the short form has fewer columns."""
     rows = []
     for arm, label in ARMS.items():
         record = result["arms"][arm]
@@ -71,7 +70,40 @@ def headline(result: dict[str, Any]) -> str:
         )
     head = ["arm", "score (IQM)", "95 %", "`ppo_lstm` minus it", "better in", "test score"]
     head += ["test accuracy", "parameters grown", "training GFLOP"]
+    if is_short:
+        kept = [0, 1, 2, 3, 7]
+        head, rows = [head[k] for k in kept], [[row[k] for k in kept] for row in rows]
     return _table(head, rows)
+
+
+def search_table(result: dict[str, Any]) -> str:
+    """Return what the searches on the training instances found."""
+    rows = []
+    for name, label in (("schedule", "fixed schedule"), ("heuristic", "plateau heuristic")):
+        found = result["search"][name]
+        last = found["rounds"][-1]
+        count = len(found["rounds"][0]["scores"])
+        best = found["best"].replace('"', "").strip("{}")
+        score = last["scores"][found["best"]]
+        rows.append([label, str(count), best, f"{score:.4f} ({last['episodes']})"])
+    return _table(["search", "candidates", "best", "its last round (episodes)"], rows)
+
+
+def schedule_table(result: dict[str, Any]) -> str:
+    """Return what fixed schedules reach."""
+    rows = []
+    for name, row in result["schedules"].items():
+        rows.append(
+            [
+                name or "never grow",
+                f"{row['score_mean']:.4f}",
+                f"{row['minus_first_mean']:+.4f} ({row['minus_first_standard_error']:.4f})",
+                f"{row['test_accuracy_mean']:.4f}",
+                f"{row['parameters_mean']:.0f}",
+            ]
+        )
+    head = ["schedule", "committed score", "minus never (standard error)", "test accuracy"]
+    return _table([*head, "parameters"], rows)
 
 
 def growth_pays(result: dict[str, Any]) -> str:
@@ -141,6 +173,34 @@ def ablation_table(result: dict[str, Any]) -> str:
     return _table(head, rows)
 
 
+def agent_speed(result: dict[str, Any]) -> str:
+    """Return what `benchmarks/agent.py` measured."""
+    machine = result["machine"]
+    where = (
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}; medians of "
+        f"{result['arguments']['rounds']} rounds, least and largest in brackets"
+    )
+    columns = (
+        ("env step [ms]", "env_step_milliseconds", "{:.1f}", ""),
+        ("decision [ms]", "inference_milliseconds", "{:.2f}", ""),
+        ("update [ms]", "update_milliseconds", "{:.0f}", ""),
+        ("decisions [% of training]", "inference_share", "{:.1%}", ""),
+        ("update [% of training]", "update_share", "{:.1%}", ""),
+        ("update with all threads", "all_threads_ratio", "{:.1f}", "×"),
+        ("update with the LSTM step by step", "step_by_step_ratio", "{:.1f}", "×"),
+    )
+    rows = [
+        [str(row["num_envs"]), *(_spread(row[name], form, unit) for _, name, form, unit in columns)]
+        for row in result["rows"]
+    ]
+    return f"{where}.\n\n" + _table(["members", *(title for title, *_ in columns)], rows)
+
+
+def _spread(figure: Mapping[str, float], form: str, unit: str) -> str:
+    median, least, largest = (form.format(figure[name]) for name in ("median", "min", "max"))
+    return f"{median}{unit} ({least} .. {largest})"
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draw scores per instance, and accuracy against parameters and training compute."""
     figure = Figure(figsize=(12.0, 3.8), layout="constrained")
@@ -183,3 +243,7 @@ def _difference(pair: dict[str, float]) -> str:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    draw(read("learning-digits"), ROOT / FIGURE)

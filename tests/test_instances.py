@@ -342,7 +342,7 @@ def test_prices_are_relative_to_the_members_own_host() -> None:
     _, _, _, _, info = envs.step(actions)
     light = CNN_BLUEPRINTS[NAMES.index("conv_light")]
     assert info["parameters"].tolist() == [light.num_parameters(c) for c in (2, 3, 4)]
-    rent = 0.01 * np.log2(1 + info["parameters"] / info["host_parameters"])
+    rent = envs.config.rent_weight * np.log2(1 + info["parameters"] / info["host_parameters"])
     np.testing.assert_allclose(info["score"], info["accuracy"] - rent)
     masks = envs.conditional_masks()["blueprint"]
     heavy = NAMES.index("conv_heavy")
