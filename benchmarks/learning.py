@@ -257,11 +257,13 @@ def run_arms(args: Args) -> dict[str, list[Episodes]]:
     for run in runs:
         arm = partial(of_policy, f"ppo:{run.run_dir}")
         arms["ppo_lstm"] += episodes(f"ppo_lstm-{run.seed}", arm)
-    for name, train in (("grown", train_grown_size), ("longer", train_equal_compute)):
-        arms[f"static_{name}"] = episodes(
-            f"static_{name}",
-            lambda train=train: [train(run, args.env_id, held_out) for run in arms["ppo_lstm"]],
-        )
+    grown = arms["ppo_lstm"]
+    arms["static_grown"] = episodes(
+        "static_grown", lambda: [train_grown_size(run, args.env_id, held_out) for run in grown]
+    )
+    arms["static_longer"] = episodes(
+        "static_longer", lambda: train_equal_compute(grown, args.env_id, held_out)
+    )
     return arms
 
 

@@ -12,7 +12,6 @@ in the same order, and the same learning rates.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
@@ -78,34 +77,34 @@ def _run_static(envs: Any, seeds: IntArray, instance: IntArray, growth: list[str
     return {"seed": seeds.tolist(), "instance": instance.tolist(), **figures, "growth": growth}
 
 
-def train_equal_compute(episodes: Episodes, env_id: str, config: EnvConfig) -> Episodes:
+def train_equal_compute(runs: list[Episodes], env_id: str, config: EnvConfig) -> list[Episodes]:
     """Train the host alone for at least the compute of each episode.
 
     Args:
-        episodes: As `run_episodes` gives them, on the instances of the configured set in turn.
+        runs: Episodes of several agents, all with the same seeds, on the instances of the
+            configured set in turn.
         env_id: Environment id.
         config: Its settings.
 
     Returns:
         The figures of the hosts, in the same order.
     """
-    flops = np.array(episodes["flops"])
-    result: dict[int, Episodes] = {}
-    count = len(flops)
+    seeds = runs[0]["seed"]
+    assert all(run["seed"] == seeds for run in runs)
+    flops = np.array([run["flops"] for run in runs])
+    one = _run_host(1, seeds, env_id, config)
+    multiples = np.maximum(np.ceil(flops / np.array(one["flops"]) - 1e-9), 1).astype(int)
+    hosts = {int(m): _run_host(int(m), seeds, env_id, config) for m in np.unique(multiples)}
+    return [
+        {name: [hosts[int(m)][name][k] for k, m in enumerate(row)] for name in one}
+        for row in multiples
+    ]
 
-    def run(multiple: int) -> Episodes:
-        longer = dataclasses.replace(config, episode_steps=multiple * config.episode_steps)
-        envs = make_envs(env_id, min(MAX_ENVS, count), "cpu", longer)
-        figures = run_episodes(NeverGrow(), envs, count, episodes["seed"][0])
-        envs.close()
-        return figures
 
-    result[1] = run(1)
-    multiples = np.maximum(np.ceil(flops / np.array(result[1]["flops"]) - 1e-9), 1).astype(int)
-    for multiple in range(2, math.ceil(multiples.max()) + 1):
-        if (multiples == multiple).any():
-            result[multiple] = run(multiple)
-    return {
-        name: [result[int(multiple)][name][k] for k, multiple in enumerate(multiples)]
-        for name in episodes
-    }
+def _run_host(multiple: int, seeds: list[int], env_id: str, config: EnvConfig) -> Episodes:
+    """Run never-grow in episodes that are a multiple as long."""
+    longer = dataclasses.replace(config, episode_steps=multiple * config.episode_steps)
+    envs = make_envs(env_id, min(MAX_ENVS, len(seeds)), "cpu", longer)
+    figures = run_episodes(NeverGrow(), envs, len(seeds), seeds[0])
+    envs.close()
+    return figures

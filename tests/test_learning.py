@@ -148,12 +148,12 @@ def test_a_longer_host_costs_at_least_what_growing_did() -> None:
     policy = FixedSchedule(parse_plan("conv_heavy@0"))
     grown = play(policy, ENV_ID, SHORT, 1, 0)
     host = play(NeverGrow(), ENV_ID, SHORT, 1, 0)
-    longer = train_equal_compute(grown, ENV_ID, SHORT)
+    (longer,) = train_equal_compute([grown], ENV_ID, SHORT)
     multiple = np.array(longer["flops"]) / np.array(host["flops"])
     needed = np.array(grown["flops"]) / np.array(host["flops"])
     assert np.allclose(multiple, np.ceil(needed))
     assert (multiple > 1).any()
-    assert train_equal_compute(host, ENV_ID, SHORT) == host
+    assert train_equal_compute([host, host], ENV_ID, SHORT) == [host, host]
 
 
 # ------------------------------------------------------------------ one command
