@@ -12,13 +12,13 @@ NaN must stay visible, so the compiler may reorder sums but not assume that numb
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from esper_env.compilation import entry_point, inlined
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -33,22 +33,8 @@ NO_GRADIENT, ASSIGN, ACCUMULATE = 0, 1, 2
 """What a backward pass does with the gradient of its input."""
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile into whatever calls it.
-
-    Nothing but entry points is called at run time: two callers would each have their own optimised
-    copy, and which one a process links would decide the last bits.
-    """
-    compiled: Callable[..., Any] = numba.njit(
-        function, nogil=True, cache=True, fastmath=REORDERED, forceinline=True
-    )
-    return compiled
-
-
-def entry_point(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile at the first call of all, with everything it calls; the result is kept on disk."""
-    compiled: Callable[..., Any] = numba.njit(function, nogil=True, cache=True, fastmath=REORDERED)
-    return compiled
+kernel = functools.partial(inlined, fastmath=REORDERED)
+network_entry_point = functools.partial(entry_point, fastmath=REORDERED)
 
 
 @kernel
