@@ -6,14 +6,19 @@ Python, and all that it calls is compiled into it.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections import namedtuple
 from collections.abc import Callable, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
+from numba.extending import register_jitable
 
 from esper_env import config
+
+Plain = TypeVar("Plain", bound=Callable[..., Any])
 
 _sources = {Path(config.__file__)}
 """Files of all that is compiled, and of the enumerations it holds as constants."""
@@ -35,6 +40,21 @@ def inlined(function: Callable[..., Any], fastmath: Set[str] = frozenset()) -> C
         function, nogil=True, cache=True, fastmath=set(fastmath), forceinline=True
     )
     return compiled
+
+
+def shared(function: Plain) -> Plain:
+    """Leave a formula as it is, for arrays, and let compiled code use it too, for numbers."""
+    _sources.add(Path(function.__code__.co_filename))
+    plain: Plain = register_jitable(forceinline=True)(function)
+    return plain
+
+
+def record_type(name: str, module: str, source: type) -> Any:
+    """Make a named tuple with the fields of a dataclass, which compiled code cannot read itself.
+
+    The result must be a global `name` of `module`, where compiled code looks for it.
+    """
+    return namedtuple(name, [f.name for f in dataclasses.fields(source)], module=module)  # type: ignore[misc]
 
 
 def entry_point(

@@ -15,6 +15,7 @@ import torch
 
 from esper_env import lifecycle, streams
 from esper_env.attribution import Coalitions, plan_coalitions, record_contributions
+from esper_env.batches import draw_batches
 from esper_env.config import (
     STYLES,
     Blend,
@@ -29,19 +30,17 @@ from esper_env.governor import GovernorState, judge
 from esper_env.lifecycle import DOWN, LifecycleState, Measurements, Request
 from esper_env.observation import Conditions, Progress, Sizes
 from esper_env.population.blueprints import Blueprint
-from esper_env.population.images import PADDING, Draw, ImageSet
+from esper_env.population.images import Draw, ImageSet
 from esper_env.population.optimizer import SGDSettings
 from esper_env.population.population import Population
 from esper_env.population.report import Evaluation
 from esper_env.population.slots import Seeds
 from esper_env.rewards.potential import potential
 from esper_env.rewards.terms import Standing, Transition, score
+from esper_env.streams import Stream
 from esper_env.tasks import TASKS, Splits, resolve_host
 from esper_env.tasks.instances import make_instances
 
-_STREAM_HOST, _STREAM_DATA, _STREAM_SEED, _STREAM_NOISE, _STREAM_AUGMENT, _STREAM_INSTANCE = range(
-    6
-)
 _STYLE_BLEND = np.array([style.blend for style in STYLES])
 
 
@@ -170,10 +169,10 @@ class Simulation:
         self.has_test[members] = False
         self.is_rolled_back[members] = False
         if instance is None:
-            key = streams.make_key(self._episode_key[members], _STREAM_INSTANCE)
+            key = streams.make_key(self._episode_key[members], Stream.INSTANCE)
             instance = (streams.uniform(key, 1)[:, 0] * len(self.instances)).astype(np.int64)
         self.instance[members] = instance
-        key = streams.make_key(self._episode_key[members], _STREAM_HOST)
+        key = streams.make_key(self._episode_key[members], Stream.HOST)
         self.population.reset(members, self.instances.width[instance], key)
         self.population.storage.save(members)
         self.governor.begin(members)
@@ -206,7 +205,7 @@ class Simulation:
         progress.last_valid[active] = is_valid[active]
         new = np.nonzero(request.op == Op.GERMINATE)[0]
         if len(new):
-            key = streams.make_key(self._episode_key[new], _STREAM_SEED, progress.steps[new])
+            key = streams.make_key(self._episode_key[new], Stream.SEED, progress.steps[new])
             width = self.instances.width[self.instance[new]]
             self.population.germinate(new, width, request.slot[new], request.blueprint[new], key)
         lifecycle.tick(state, self.measured, active, config)
@@ -259,38 +258,19 @@ class Simulation:
         return report.is_finite
 
     def _draw_batches(self, members: IntArray) -> Draw:
-        """Draw what the coming batches show to members, each from its own streams."""
-        config, instances = self.config, self.instances
-        instance, episode = self.instance[members], self._episode_key[members]
-        step = self.progress.steps[members]
-        batches, size = config.batches_per_step, config.batch_size
-
-        def by_batch(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            """(m, batches * size) -> (batches, size, m)."""
-            return values.T.reshape(batches, size, len(members))
-
-        total = len(self._train_labels)
-        count = np.maximum(np.rint(instances.train_fraction[instance] * total), 1)[:, None]
-        first = np.floor(instances.train_start[instance] * total)[:, None]
-        u = streams.uniform(streams.make_key(episode, _STREAM_DATA, step), batches * size)
-        index = ((np.floor(u * count) + first) % total).astype(np.int64)
-        labels = self._train_labels[index]
-        noise = instances.label_noise[instance][:, None]
-        if noise.any():
-            # An image keeps its wrong label for the whole episode.
-            key, classes = streams.make_key(episode, _STREAM_NOISE), self.host.num_classes
-            is_wrong = streams.uniform_at(key, 2 * index) < noise
-            other = np.floor(streams.uniform_at(key, 2 * index + 1) * (classes - 1))
-            wrong = (labels + 1 + other.astype(np.int64)) % classes
-            labels = np.where(is_wrong, wrong, labels)
-        shifts = flips = None
-        if self.task.augments:
-            key = streams.make_key(episode, _STREAM_AUGMENT, step)
-            rows, columns, mirror = np.split(streams.uniform(key, 3 * batches * size), 3, axis=1)
-            shift = np.stack([by_batch(rows), by_batch(columns)], axis=3)
-            shifts = np.floor(shift * (2 * PADDING + 1)).astype(np.int64) - PADDING
-            flips = by_batch(mirror < 0.5)
-        return Draw(by_batch(index), by_batch(labels), shifts, flips)
+        """Draw what the coming batches show to members."""
+        config = self.config
+        return draw_batches(
+            self._episode_key[members],
+            self.progress.steps[members],
+            self.instance[members],
+            self.instances,
+            self._train_labels,
+            num_classes=self.host.num_classes,
+            batches=config.batches_per_step,
+            batch_size=config.batch_size,
+            augments=self.task.augments,
+        )
 
     def _save(self, members: IntArray) -> None:
         """Take snapshots of members."""

@@ -173,9 +173,7 @@ class CompiledEngine:
             chunks=chunks,
             labels=labels,
         )
-        results = Results(
-            np.zeros(rows), np.zeros(rows), batch.squares, np.zeros(0, dtype=bool)
-        )
+        results = Results(np.zeros(rows), np.zeros(rows), batch.squares, np.zeros(0, dtype=bool))
         self._run(batch, networks, pictures, results, is_training=False)
         accuracy, loss = np.empty(rows), np.empty(rows)
         accuracy[order], loss[order] = results.hits, results.losses
@@ -206,7 +204,10 @@ class CompiledEngine:
         return TapeBuilder(self._layout, width, size).evaluation(_states(seeds), rows)
 
     def _batch(
-        self, key: tuple[Any, ...], list_kinds: Callable[[], list[Any]], build: Callable[[Any], Tape]
+        self,
+        key: tuple[Any, ...],
+        list_kinds: Callable[[], list[Any]],
+        build: Callable[[Any], Tape],
     ) -> _Batch:
         """Return the joined tapes of some members' compositions; `key` tells compositions apart."""
         threads = torch.get_num_threads()
@@ -393,4 +394,4 @@ def _starts(arrays: Sequence[npt.NDArray[Any]]) -> IntArray:
 
 def _by_member(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """(batches, size, m, ...) -> (m, batches, size, ...)."""
-    return np.ascontiguousarray(np.moveaxis(array, 2, 0))
+    return np.ascontiguousarray(array.transpose(2, 0, 1, *range(3, array.ndim)))

@@ -113,7 +113,7 @@ class Pictures(NamedTuple):
     chunks: FloatArray
     """Normalised images of an evaluation, the same for all members. (batches, region)."""
     labels: IntArray
-    """(m, batches, batch), in an evaluation (1, batches, batch); -1 for images that do not count."""
+    """(m, batches, batch), in an evaluation (1, batches, batch); -1: the image does not count."""
 
 
 class Results(NamedTuple):
@@ -227,10 +227,15 @@ def load_chunks(
         load(chunks[n], images, mean, std, shown[n], no_shifts, no_flips)
 
 
-
 @kernel
 def _forward(
-    ops: IntArray, a: Any, p: Any, buffers: Any, alpha: Any, batch: int, training: bool
+    ops: IntArray,
+    a: FloatArray,
+    p: FloatArray,
+    buffers: FloatArray,
+    alpha: FloatArray,
+    batch: int,
+    training: bool,
 ) -> None:
     """Run operations up to and without CLASSIFY ones."""
     for o in ops:
@@ -267,7 +272,14 @@ def _forward(
 
 @kernel
 def _backward(
-    ops: IntArray, a: Any, d: Any, p: Any, g: Any, alpha: Any, beta: Any, batch: int
+    ops: IntArray,
+    a: FloatArray,
+    d: FloatArray,
+    p: FloatArray,
+    g: FloatArray,
+    alpha: FloatArray,
+    beta: FloatArray,
+    batch: int,
 ) -> None:
     """Run operations backwards from the last before CLASSIFY."""
     for n in range(len(ops) - 1, -1, -1):
@@ -301,7 +313,15 @@ def _backward(
 
 
 @kernel
-def load(a: Any, images: Any, mean: Any, std: Any, index: Any, shifts: Any, flips: Any) -> None:
+def load(
+    a: FloatArray,
+    images: npt.NDArray[np.uint8],
+    mean: FloatArray,
+    std: FloatArray,
+    index: IntArray,
+    shifts: IntArray,
+    flips: BoolArray,
+) -> None:
     """Write normalised images into the first region, (channels, size + 2, size + 2, batch).
 
     `shifts` and `flips` are empty where nothing is changed.
@@ -327,17 +347,17 @@ def load(a: Any, images: Any, mean: Any, std: Any, index: Any, shifts: Any, flip
 
 @kernel
 def _update(
-    p: Any,
-    momentum: Any,
-    g: Any,
-    index: Any,
-    ends: Any,
-    module: Any,
-    tensor: Any,
-    is_frozen: Any,
-    rates: Any,
-    settings: Any,
-    squares: Any,
+    p: FloatArray,
+    momentum: FloatArray,
+    g: FloatArray,
+    index: IntArray,
+    ends: IntArray,
+    module: IntArray,
+    tensor: IntArray,
+    is_frozen: BoolArray,
+    rates: FloatArray,
+    settings: FloatArray,
+    squares: npt.NDArray[np.float64],
 ) -> None:
     """Clip, decay and step like `optimizer.ModuleSGD`; add each seed tensor's squared norm."""
     mu, decay, clip = settings[0], settings[1], settings[2]

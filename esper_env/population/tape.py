@@ -1,4 +1,4 @@
-"""Networks as lists of operations that `interpreter` runs: what a member computes, region by region.
+"""Networks as lists of operations for `interpreter`: what a member computes, region by region.
 
 A tape depends on the composition of a member alone (its width, and the kind and state of its
 seeds), so members of one composition share it, and building it is rare.
