@@ -384,42 +384,6 @@ def roll_back(
     state.stage_steps[where] = 1
 
 
-def gradient_health(
-    tensor_norms: FloatArray, config: EnvConfig
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Judge gradients per tensor, on a log scale, relative to the clip norm.
-
-    A tensor's vanishing severity rises from 0 at the threshold to 1 two decades below it, and its
-    exploding severity from 0 at the threshold to 1 two decades above. Health is the mean over
-    tensors of 1 - vanishing, times 1 - the largest exploding severity.
-
-    Args:
-        tensor_norms: L2 norm of each tensor's gradient, NaN where the seed has no such tensor.
-            (num_envs, num_slots, max_tensors) float64.
-        config: Thresholds.
-
-    Returns:
-        vanishing, exploding, health; each (num_envs, num_slots) float64, and 0 where there is no
-        tensor at all.
-    """
-    exists = ~np.isnan(tensor_norms)
-    if not exists.any():
-        nothing = np.zeros(tensor_norms.shape[:2])
-        return nothing, nothing, nothing
-    count = np.maximum(exists.sum(axis=2), 1)
-    with np.errstate(divide="ignore"):
-        decades = np.log10(np.where(exists, tensor_norms / config.clip_norm, 1.0))
-    vanishing = np.zeros_like(decades)
-    if config.vanishing_gradient_norm > 0:
-        floor = np.log10(config.vanishing_gradient_norm)
-        vanishing = np.where(exists, np.clip((floor - decades) / 2, 0, 1), 0)
-    exploding = np.clip((decades - np.log10(config.exploding_gradient_norm)) / 2, 0, 1)
-    exploding = np.where(exists, exploding, 0).max(axis=2, initial=0)
-    mean_vanishing = vanishing.sum(axis=2) / count
-    health = np.where(exists.any(axis=2), (1 - mean_vanishing) * (1 - exploding), 0)
-    return mean_vanishing, exploding, health
-
-
 def _is_at(state: LifecycleState, stage: Stage) -> BoolArray:
     return np.equal(state.stage, stage)
 

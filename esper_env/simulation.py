@@ -27,6 +27,7 @@ from esper_env.config import (
     Stage,
 )
 from esper_env.governor import GovernorState, judge
+from esper_env.gradients import record_gradients
 from esper_env.lifecycle import DOWN, LifecycleState, Measurements, Request
 from esper_env.observation import Conditions, Progress, Sizes
 from esper_env.population.blueprints import Blueprint
@@ -254,7 +255,7 @@ class Simulation:
         progress.samples[members] += size
         progress.flops[members] += 6.0 * self._multiply_adds[members] * size
         if self.state.is_live.any():
-            self._judge_gradients(members, report.seed_gradient_norms)
+            record_gradients(self.measured, members, report.seed_gradient_norms, config)
         return report.is_finite
 
     def _draw_batches(self, members: IntArray) -> Draw:
@@ -293,17 +294,6 @@ class Simulation:
         due = members[~panics & is_due]
         if len(due):
             self._save(due)
-
-    def _judge_gradients(self, members: IntArray, norms: FloatArray) -> None:
-        """Write what training measured of the seeds of members; norms are (m, slots, tensors)."""
-        measured = self.measured
-        vanishing, exploding, health = lifecycle.gradient_health(norms, self.config)
-        measured.has_gradient[members] = ~np.isnan(norms).all(axis=2)
-        finite = np.nan_to_num(norms, nan=0.0, posinf=1e9)
-        measured.gradient_norm[members] = np.sqrt((finite**2).sum(axis=2))
-        measured.vanishing[members] = vanishing
-        measured.exploding[members] = exploding
-        measured.health[members] = health
 
     def _evaluate(self, members: IntArray) -> None:
         """Evaluate the coalitions of members on the validation split."""
