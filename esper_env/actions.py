@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_env import lifecycle
+from esper_env.compilation import entry_point
 from esper_env.config import STYLES, BoolArray, Curve, EnvConfig, IntArray, Op
 from esper_env.lifecycle import LifecycleState, Measurements, Request
 
@@ -97,7 +98,10 @@ class ActionSpace:
         )
         """(ops, heads) bool."""
         self._key, self._masks = b"", dict[str, BoolArray]()
-        self._targets = np.array([ALPHA_TARGETS[i] for i in self.index["alpha_target"]])
+        self._targets = np.array(ALPHA_TARGETS)[self.index["alpha_target"]]
+        self._tempos = np.array(TEMPOS)[self.index["tempo"]]
+        self._speeds = np.array(ALPHA_SPEEDS)[self.index["alpha_speed"]]
+        self._style_curves = np.array([style.curve for style in STYLES])[self.index["style"]]
         # All heads but op and slot side by side: every option for the ops that read the head,
         # option 0 for the others. (ops, 1, sum of options)
         rest = [
@@ -197,7 +201,7 @@ class ActionSpace:
         """
         array = np.asarray(actions)
         shape = (num_envs, len(HEAD_NAMES))
-        if not np.issubdtype(array.dtype, np.integer):
+        if array.dtype.kind not in "iu":
             raise TypeError(
                 f"actions: expected integers of shape {shape}, got dtype {array.dtype}; "
                 "pass option indices, for example from sample_valid_actions"
@@ -227,11 +231,9 @@ class ActionSpace:
 
     def is_legal(self, conditional: dict[str, BoolArray], actions: IntArray) -> BoolArray:
         """Check joint actions (num_envs, 8) against the masks. (num_envs,) bool."""
-        rows = np.arange(len(actions))
-        op, slot = actions[:, 0], actions[:, 1]
-        legal: BoolArray = conditional["op"][rows, op] & conditional["slot"][rows, op, slot]
-        for h, head in enumerate(self.heads[2:], start=2):
-            legal = legal & conditional[head.name][rows, op, slot, actions[:, h]]
+        legal = np.empty(len(actions), dtype=np.bool_)
+        rest = tuple([conditional[name] for name in HEAD_NAMES[2:]])
+        _check_legal(legal, actions, conditional["op"], conditional["slot"], rest)
         return legal
 
     def sample(
@@ -250,20 +252,35 @@ class ActionSpace:
 
     def decode(self, actions: IntArray) -> Request:
         """Translate option indices (num_envs, 8) into canonical values."""
-        value = {name: self.index[name][actions[:, h]] for h, name in enumerate(HEAD_NAMES)}
-        target = np.array(ALPHA_TARGETS)[value["alpha_target"]]
+        op, slot, blueprint, style, tempo, target, speed, curve = actions.T
+        targets = self._targets[target]
         return Request(
-            op=value["op"],
-            slot=value["slot"],
-            blueprint=value["blueprint"],
-            style=value["style"],
-            style_curve=np.array([style.curve for style in STYLES])[value["style"]],
-            tempo=np.array(TEMPOS)[value["tempo"]],
-            first_target=target,
-            target=target,
-            speed=np.array(ALPHA_SPEEDS)[value["alpha_speed"]],
-            curve=value["alpha_curve"],
+            op=self.index["op"][op],
+            slot=self.index["slot"][slot],
+            blueprint=self.index["blueprint"][blueprint],
+            style=self.index["style"][style],
+            style_curve=self._style_curves[style],
+            tempo=self._tempos[tempo],
+            first_target=targets,
+            target=targets,
+            speed=self._speeds[speed],
+            curve=self.index["alpha_curve"][curve],
         )
+
+
+@entry_point
+def _check_legal(
+    legal: BoolArray,
+    actions: IntArray,
+    op_mask: BoolArray,
+    slot_mask: BoolArray,
+    rest: tuple[BoolArray, ...],
+) -> None:
+    for i in range(len(legal)):
+        op, slot = actions[i, 0], actions[i, 1]
+        legal[i] = op_mask[i, op] and slot_mask[i, op, slot]
+        for h, mask in enumerate(rest):
+            legal[i] = legal[i] and mask[i, op, slot, actions[i, h + 2]]
 
 
 def _restrict(name: str, canonical: tuple[Any, ...], wanted: Any) -> tuple[Any, ...]:

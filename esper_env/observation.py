@@ -104,17 +104,7 @@ class Progress:
         self, members: IntArray, accuracy: FloatArray, loss: FloatArray, committed: FloatArray
     ) -> None:
         """Take in an evaluation of the live and the committed network after an env step."""
-        for history, new, old in (
-            (self.accuracy_history, accuracy, self.accuracy[members]),
-            (self.loss_history, loss, self.loss[members]),
-        ):
-            history[members] = np.concatenate([(new - old)[:, None], history[members, :-1]], axis=1)
-        has_improved = accuracy > self.best_accuracy[members] + PLATEAU_MARGIN
-        self.plateau_steps[members] = np.where(has_improved, 0, self.plateau_steps[members] + 1)
-        self.best_accuracy[members] = np.maximum(self.best_accuracy[members], accuracy)
-        self.accuracy[members] = accuracy
-        self.loss[members] = loss
-        self.committed_accuracy[members] = committed
+        _record(_Progress(*vars(self).values()), members, accuracy, loss, committed)
 
 
 @dataclass(frozen=True)
@@ -125,6 +115,8 @@ class Sizes:
     """Of each host. (num_envs,)."""
     seeds: IntArray
     """Of the live seed in each slot, 0 where there is none. (num_envs, num_slots)."""
+    grown: IntArray
+    """Of all live seeds. (num_envs,)."""
     committed: IntArray
     """Of the fossilized seeds. (num_envs,)."""
     budgeted: IntArray
@@ -273,6 +265,28 @@ class ObservationBuilder:
         return observation
 
 
+@entry_point
+def _record(
+    progress: Any,
+    members: IntArray,
+    accuracy: FloatArray,
+    loss: FloatArray,
+    committed: FloatArray,
+) -> None:
+    for n, i in enumerate(members):
+        for past in range(HISTORY - 1, 0, -1):
+            progress.accuracy_history[i, past] = progress.accuracy_history[i, past - 1]
+            progress.loss_history[i, past] = progress.loss_history[i, past - 1]
+        progress.accuracy_history[i, 0] = accuracy[n] - progress.accuracy[i]
+        progress.loss_history[i, 0] = loss[n] - progress.loss[i]
+        has_improved = accuracy[n] > progress.best_accuracy[i] + PLATEAU_MARGIN
+        progress.plateau_steps[i] = 0 if has_improved else progress.plateau_steps[i] + 1
+        progress.best_accuracy[i] = max(progress.best_accuracy[i], accuracy[n])
+        progress.accuracy[i] = accuracy[n]
+        progress.loss[i] = loss[n]
+        progress.committed_accuracy[i] = committed[n]
+
+
 class _Scales(NamedTuple):
     """What features are divided by, and how many of a kind there are."""
 
@@ -304,10 +318,8 @@ def _observe(
     """Write all features in the order of `episode_features` and `slot_features`."""
     num_slots = state.stage.shape[1]
     for i in range(len(observation)):
-        row, host, grown = observation[i], sizes.host[i], 0
-        for s in range(num_slots):
-            grown += sizes.seeds[i, s]
-        doublings = np.log2(1 + grown / host)
+        row, host = observation[i], sizes.host[i]
+        doublings = np.log2(1 + sizes.grown[i] / host)
         at = _put(
             row,
             0,

@@ -21,7 +21,6 @@ from esper_env.config import (
     Blend,
     BoolArray,
     EnvConfig,
-    FloatArray,
     IntArray,
     Op,
     Stage,
@@ -36,8 +35,7 @@ from esper_env.population.optimizer import SGDSettings
 from esper_env.population.population import Population
 from esper_env.population.report import Evaluation
 from esper_env.population.slots import Seeds
-from esper_env.rewards.potential import potential
-from esper_env.rewards.terms import Standing, Transition, score
+from esper_env.rewards.terms import Standing, Transition, appraise
 from esper_env.streams import Stream
 from esper_env.tasks import TASKS, Splits, resolve_host
 from esper_env.tasks.instances import make_instances
@@ -102,13 +100,16 @@ class Simulation:
         """What the slots hold, as the population sees it."""
         self.sizes: Sizes
         """Parameters of the networks."""
+        self.budget_table: IntArray
+        """What each blueprint takes from the budget: a gate too, so that no style can exceed it.
+        (num_envs, slots, blueprints)."""
         self.conditions: Conditions
         """What is known of each member's training."""
         self.standing: Standing
         """Scores and potential of the present state."""
         self._initial_loss = float(np.log(self.host.num_classes))
         self._isolates = np.array([stage.name in config.isolated_stages for stage in Stage])
-        self._inventory_key = b""
+        self._inventory_key, self._has_seeds = b"", False
         self._member_key = np.zeros(num_envs, dtype=np.uint64)
         self._episode_key = np.zeros(num_envs, dtype=np.uint64)
         self._episode = np.zeros(num_envs, dtype=np.int64)
@@ -135,16 +136,6 @@ class Simulation:
         storage = self.population.storage
         saved = {f"snapshot.{name}": tensor for name, tensor in storage.snapshots.items()}
         return storage.matrices | saved
-
-    @property
-    def budget_table(self) -> IntArray:
-        """What each blueprint takes from the budget: a gate too, so that no style can exceed it.
-
-        (num_envs, slots, blueprints).
-        """
-        width = self.instances.width[self.instance]
-        population = self.population
-        return population.seed_parameters[width] + population.gate_parameters[width][..., None]
 
     def refresh(self) -> None:
         """Work out what follows from the state, after it was written from outside."""
@@ -239,9 +230,9 @@ class Simulation:
             Whether all weights of each are finite afterwards. (m,) bool.
         """
         config, progress = self.config, self.progress
-        host_rate = self.instances.learning_rate[self.instance[members]].copy()
+        host_rate = self.instances.learning_rate[self.instance[members]]
         if config.learning_rate_decay == "linear":
-            host_rate *= 1 - progress.steps[members] / config.episode_steps
+            host_rate = host_rate * (1 - progress.steps[members] / config.episode_steps)
         report = self.population.train(
             members,
             self.seeds,
@@ -254,7 +245,7 @@ class Simulation:
         size = config.batches_per_step * config.batch_size
         progress.samples[members] += size
         progress.flops[members] += 6.0 * self._multiply_adds[members] * size
-        if self.state.is_live.any():
+        if self._has_seeds:
             record_gradients(self.measured, members, report.seed_gradient_norms, config)
         return report.is_finite
 
@@ -332,7 +323,8 @@ class Simulation:
         if key == self._inventory_key:
             return
         self._inventory_key = key
-        stage, population = state.stage, self.population
+        stage, population, is_live = state.stage, self.population, state.is_live
+        self._has_seeds = bool(is_live.any())
         width = self.instances.width[self.instance]
         is_mixed = (stage >= Stage.BLENDING) & (stage <= Stage.FOSSILIZED)
         alpha = np.where(is_mixed, state.alpha, 0.0)
@@ -347,12 +339,16 @@ class Simulation:
         )
         at = (width[:, None], np.arange(stage.shape[1]), np.maximum(state.blueprint, 0))
         gate = population.gate_parameters[width] * (self.seeds.blend == Blend.GATE)
-        seeds = np.where(state.is_live, population.seed_parameters[at] + gate, 0)
-        macs = np.where(state.is_live, population.seed_multiply_adds[at], 0)
+        seeds = np.where(is_live, population.seed_parameters[at] + gate, 0)
+        macs = np.where(is_live, population.seed_multiply_adds[at], 0)
+        self.budget_table = (
+            population.seed_parameters[width] + population.gate_parameters[width][..., None]
+        )
         self._multiply_adds = population.host_multiply_adds[width] + macs.sum(axis=1)
         self.sizes = Sizes(
             host=population.host_parameters[width],
             seeds=seeds,
+            grown=seeds.sum(axis=1),
             committed=np.where(stage == Stage.FOSSILIZED, seeds, 0).sum(axis=1),
             budgeted=lifecycle.used_parameters(state, self.budget_table),
         )
@@ -366,10 +362,12 @@ class Simulation:
         """Work out scores and potential of the present state."""
         sizes, rent = self.sizes, self.config.rent_weight
         progress, state = self.progress, self.state
-        self.standing = Standing(
-            score=score(progress.accuracy, sizes.seeds.sum(axis=1), sizes.host, rent),
-            committed_score=score(progress.committed_accuracy, sizes.committed, sizes.host, rent),
-            potential=potential(state.stage, state.stage_steps),
+        self.standing = appraise(
+            (progress.accuracy, progress.committed_accuracy),
+            (sizes.grown, sizes.committed),
+            sizes.host,
+            rent,
+            (state.stage, state.stage_steps),
         )
 
 

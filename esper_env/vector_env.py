@@ -393,12 +393,13 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
     ) -> tuple[FloatArray, BoolArray, BoolArray, dict[str, FloatArray]]:
         """Step the active members and reward them; the others get 0."""
         acts = active & is_legal
-        request = self._actions.decode(np.where(acts[:, None], actions, 0))
+        request = self._actions.decode(actions if acts.all() else actions * acts[:, None])
         transition, truncated = self._sim.advance(request, is_legal, active)
         self._record(np.nonzero(active)[0], request.slot)
         reward, terms = compute_reward(transition, self._weights, self.config)
-        for array in (reward, *terms.values()):
-            array[~active] = 0.0
+        if not active.all():
+            for array in (reward, *terms.values()):
+                array[~active] = 0.0
         return reward, transition.is_terminated.copy(), truncated, terms
 
     def _seed(self, request: ResetRequest, is_first: bool) -> None:
@@ -438,7 +439,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             committed_accuracy=sim.progress.committed_accuracy,
             score=sim.standing.score,
             committed_score=sim.standing.committed_score,
-            parameters=sim.sizes.seeds.sum(axis=1),
+            parameters=sim.sizes.grown,
             op=sim.progress.last_op,
             op_slot=op_slot,
             rolled_back=sim.is_rolled_back,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from esper_env.compilation import shared
 from esper_env.config import FloatArray, IntArray, Stage
 
 STAGE_POTENTIAL = {
@@ -35,16 +36,16 @@ _STAGE = np.array([STAGE_POTENTIAL[stage] for stage in Stage])
 _PROGRESS = np.array([STAGE_PROGRESS[stage] for stage in Stage])
 
 
+@shared
 def potential(stage: IntArray, stage_steps: IntArray) -> FloatArray:
-    """Return Phi(s), a function of the lifecycle state alone, summed over slots.
+    """Return what each slot adds to Phi(s), a function of the lifecycle state alone.
 
     Args:
-        stage: Values of `Stage`. (num_envs, num_slots).
-        stage_steps: Time in the stage [env steps]. (num_envs, num_slots).
+        stage: Values of `Stage`.
+        stage_steps: Time in the stage [env steps], in the same shape.
 
     Returns:
-        (num_envs,) float64, between 0 and the number of slots.
+        float64 of that shape, between 0 and 1.
     """
     share = 1.0 - 0.5 ** (stage_steps / PROGRESS_HALF_LIFE_STEPS)
-    total: FloatArray = (_STAGE[stage] + _PROGRESS[stage] * share).sum(axis=1)
-    return total
+    return _STAGE[stage] + _PROGRESS[stage] * share

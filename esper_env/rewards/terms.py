@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from esper_env.compilation import entry_point, shared
 from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray
+from esper_env.rewards.potential import potential
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,45 @@ class Transition:
     """Whether the governor took the member back to its last snapshot."""
 
 
+def appraise(
+    accuracy: tuple[FloatArray, FloatArray],
+    parameters: tuple[IntArray, IntArray],
+    host_parameters: IntArray,
+    rent_weight: float,
+    slots: tuple[IntArray, IntArray],
+) -> Standing:
+    """Work out scores and potential of a state.
+
+    Args:
+        accuracy: Of the live and of the committed network. Each (num_envs,).
+        parameters: Of the seeds of the live and of the committed network. Each (num_envs,).
+        host_parameters: (num_envs,).
+        rent_weight: See `score`.
+        slots: Stages, and time in them [env steps]. Each (num_envs, num_slots).
+    """
+    standing = Standing(*np.zeros((3, len(host_parameters))))
+    result = standing.score, standing.committed_score, standing.potential
+    _appraise(result, accuracy, parameters, host_parameters, rent_weight, slots)
+    return standing
+
+
+@entry_point
+def _appraise(
+    result: tuple[FloatArray, FloatArray, FloatArray],
+    accuracy: tuple[FloatArray, FloatArray],
+    parameters: tuple[IntArray, IntArray],
+    host_parameters: IntArray,
+    rent_weight: float,
+    slots: tuple[IntArray, IntArray],
+) -> None:
+    for i in range(len(host_parameters)):
+        for k in range(2):
+            result[k][i] = score(accuracy[k][i], parameters[k][i], host_parameters[i], rent_weight)
+        for s in range(slots[0].shape[1]):
+            result[2][i] += potential(slots[0][i, s], slots[1][i, s])
+
+
+@shared
 def score(
     accuracy: FloatArray, parameters: IntArray, host_parameters: IntArray | int, rent_weight: float
 ) -> FloatArray:
