@@ -102,7 +102,8 @@ def _plan(
         for s in range(num_slots):
             is_trial = Stage.GERMINATED <= stage[i, s] < Stage.FOSSILIZED
             if leave_one_out and (is_trial or present[i, s] > 0):
-                wanted[:] = present[i]
+                for other in range(num_slots):
+                    wanted[other] = present[i, other]
                 if stage[i, s] != Stage.FOSSILIZED:
                     if present[i, s] > 0:
                         wanted[s] = 0.0
@@ -115,7 +116,8 @@ def _plan(
                 is_out = k >> s & 1 and stage[i, s] != Stage.FOSSILIZED
                 wanted[s] = 0.0 if is_out else present[i, s]
             subsets[n, k], rows = _row_of(wanted, alpha, first, rows)
-        member[first:rows] = i
+        for row in range(first, rows):
+            member[row] = i
     return rows
 
 
@@ -128,7 +130,8 @@ def _row_of(wanted: FloatArray, alpha: FloatArray, first: int, rows: int) -> tup
             is_same = is_same and alpha[row, s] == wanted[s]
         if is_same:
             return row, rows
-    alpha[rows] = wanted
+    for s in range(len(wanted)):
+        alpha[rows, s] = wanted[s]
     return rows, rows + 1
 
 

@@ -106,8 +106,13 @@ def _judge(
         past, new = state.losses[i], loss[n]
         is_sane, is_bad = np.isfinite(new) and is_finite[n], False
         if is_sane and state.num_losses[i] >= window:
-            mean = past.sum() / window
-            std = np.sqrt(((past - mean) ** 2).sum() / window)
+            total, squares = 0.0, 0.0
+            for k in range(window):
+                total += past[k]
+            mean = total / window
+            for k in range(window):
+                squares += (past[k] - mean) ** 2
+            std = np.sqrt(squares / window)
             collapses = mean < learned and new > back_at_guessing
             diverges = new > mean + sigma * std and new > factor * mean
             is_bad = collapses or diverges
@@ -115,12 +120,14 @@ def _judge(
         panics[n] = not is_sane or streak >= patience
         state.streak[i] = 0 if panics[n] else streak
         if panics[n]:
-            past[:] = 0.0
+            for k in range(window):
+                past[k] = 0.0
             state.num_losses[i] = 0
             state.since_snapshot[i] = 0
             state.rollbacks[i] += 1
         elif not is_bad:
-            past[1:] = past[:-1].copy()
+            for k in range(window - 1, 0, -1):
+                past[k] = past[k - 1]
             past[0] = new
             state.num_losses[i] += 1
             state.since_snapshot[i] += 1

@@ -161,9 +161,9 @@ def run_members(
     for m in order:
         t = tapes.tape[m]
         if t != last:
-            k.run(a, 0, tapes.arena[t])[:] = np.float32(0)
+            k.fill(k.run(a, 0, tapes.arena[t]), np.float32(0))
             if is_training:
-                k.run(d, 0, tapes.arena[t])[:] = np.float32(0)
+                k.fill(k.run(d, 0, tapes.arena[t]), np.float32(0))
             last = t
         ops = tapes.ops[tapes.op_start[t] : tapes.op_start[t + 1]]
         first, stop = tapes.tensor_start[t], tapes.tensor_start[t + 1]
@@ -179,7 +179,7 @@ def run_members(
                     pictures.shifts[m, n], pictures.flips[m, n],
                 )  # fmt: skip
             else:
-                k.run(a, 0, pictures.chunks.shape[1])[:] = pictures.chunks[n]
+                k.copy(k.run(a, 0, pictures.chunks.shape[1]), pictures.chunks[n])
             start = 0
             for i in range(len(ops)):
                 head = ops[i]

@@ -71,6 +71,20 @@ def add_taps(
 
 
 @kernel
+def fill(out: FloatArray, value: np.float32) -> None:
+    """Write the same number everywhere. A loop compiles sooner than an assignment to a slice."""
+    for i in range(len(out)):
+        out[i] = value
+
+
+@kernel
+def copy(out: FloatArray, x: FloatArray) -> None:
+    """Write x, likewise."""
+    for i in range(len(out)):
+        out[i] = x[i]
+
+
+@kernel
 def add_scaled(out: FloatArray, x: FloatArray, w: np.float32) -> None:
     """Add w * x to `out`."""
     for i in range(len(out)):
@@ -117,7 +131,7 @@ def conv_forward(
     for y in range(size):
         for co in range(cout):
             out = run(a, first_row(dst, co, size, batch) + y * row, n)
-            out[:] = p[bias + co] if bias >= 0 else np.float32(0)
+            fill(out, p[bias + co] if bias >= 0 else np.float32(0))
             for c in range(group_in):
                 ci = co // group_out * group_in + c
                 at = first_row(src, ci, size, batch) + y * row
@@ -174,7 +188,7 @@ def conv_backward(
         for ci in range(cin):
             out = run(d, first_row(src, ci, size, batch) + y * row, n)
             if mode == ASSIGN:
-                out[:] = np.float32(0)
+                fill(out, np.float32(0))
             group = ci // group_in
             for c in range(group_out):
                 co = group * group_out + c
@@ -380,7 +394,7 @@ def pool_backward(
         x, y = first_row(src, c, size, batch), first_row(dst, c, half, batch)
         if size % 2:
             for r in range(size):
-                run(d, x + r * row, n)[:] = zero
+                fill(run(d, x + r * row, n), zero)
         for r in range(half):
             for q in range(half):
                 at = x + 2 * r * row + 2 * q * batch
@@ -407,7 +421,7 @@ def average(a: FloatArray, src: int, dst: int, channels: int, size: int, batch: 
     share = np.float32(1) / np.float32(size * size)
     for c in range(channels):
         x, out = first_row(src, c, size, batch), run(a, dst + c * batch, batch)
-        out[:] = np.float32(0)
+        fill(out, np.float32(0))
         for r in range(size):
             for q in range(size):
                 add_scaled(out, run(a, x + r * row + q * batch, batch), share)
@@ -426,7 +440,7 @@ def spread_average(
             for q in range(size):
                 out = run(d, x + r * row + q * batch, batch)
                 if mode == ASSIGN:
-                    out[:] = np.float32(0)
+                    fill(out, np.float32(0))
                 add_scaled(out, grad, share)
 
 
@@ -446,7 +460,7 @@ def affine_forward(
     """Map (cin, batch) to (cout, batch)."""
     for j in range(cout):
         out = run(a, dst + j * batch, batch)
-        out[:] = p[bias + j]
+        fill(out, p[bias + j])
         for c in range(cin):
             add_scaled(out, run(a, src + c * batch, batch), p[weight + j * stride + c])
 
@@ -467,7 +481,7 @@ def affine_backward(
     bias: int,
 ) -> None:
     """Write the gradients of weights, bias and input."""
-    run(d, src, cin * batch)[:] = np.float32(0)
+    fill(run(d, src, cin * batch), np.float32(0))
     for j in range(cout):
         grad = run(d, dst + j * batch, batch)
         g[bias + j] = total_of(grad)
@@ -543,7 +557,7 @@ def excite_backward(
     row = (size + 2) * batch
     for c in range(channels):
         factor, of_factor = run(a, e + c * batch, batch), run(d, z2 + c * batch, batch)
-        of_factor[:] = np.float32(0)
+        fill(of_factor, np.float32(0))
         x, y = first_row(src, c, size, batch), first_row(dst, c, size, batch)
         for r in range(size):
             for q in range(size):
@@ -632,7 +646,7 @@ def mix_forward(
             h, out = run(a, x + r * row, size * batch), run(a, y + r * row, size * batch)
             residual = run(a, v + r * row, size * batch)
             if alpha == 0:
-                out[:] = h
+                copy(out, h)
             elif blend == ADD:
                 for i in range(len(h)):
                     out[i] = h[i] + alpha * residual[i]
@@ -670,7 +684,7 @@ def mix_backward(
     row = (size + 2) * batch
     gate, of_gate = run(a, aux + channels * batch, batch), run(d, aux + channels * batch, batch)
     if blend == GATE:
-        of_gate[:] = np.float32(0)
+        fill(of_gate, np.float32(0))
     for c in range(channels):
         x, v = first_row(src, c, size, batch), first_row(branch, c, size, batch)
         y = first_row(dst, c, size, batch)
