@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from esper_env.compilation import entry_point, inlined, record_type
+from esper_env.compilation import entry_point, inlined
 from esper_env.config import FloatArray, IntArray, Stage
 from esper_env.lifecycle import LifecycleState, Measurements
+from esper_env.records import MeasuredRecord
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def record_contributions(
     if coalitions.subsets is not None:
         shapley = shapley_values(accuracy[coalitions.subsets], coalitions.without.shape[1])
     _record(
-        _Measured(*vars(measured).values()),
+        MeasuredRecord(*vars(measured).values()),
         members,
         coalitions.live,
         coalitions.committed,
@@ -191,9 +192,6 @@ def record_contributions(
         accuracy,
         shapley,
     )
-
-
-_Measured = record_type("_Measured", __name__, Measurements)
 
 
 @entry_point

@@ -23,6 +23,8 @@ Plain = TypeVar("Plain", bound=Callable[..., Any])
 _sources = {Path(config.__file__)}
 """Files of all that is compiled, and of the enumerations it holds as constants."""
 
+_record_names: set[str] = set()
+
 
 def inlined(function: Callable[..., Any], fastmath: Set[str] = frozenset()) -> Callable[..., Any]:
     """Compile into whatever calls it.
@@ -37,7 +39,12 @@ def inlined(function: Callable[..., Any], fastmath: Set[str] = frozenset()) -> C
     """
     _sources.add(Path(function.__code__.co_filename))
     compiled: Callable[..., Any] = numba.njit(
-        function, nogil=True, cache=True, fastmath=set(fastmath), forceinline=True
+        function,
+        nogil=True,
+        cache=True,
+        error_model="numpy",
+        fastmath=set(fastmath),
+        forceinline=True,
     )
     return compiled
 
@@ -52,8 +59,14 @@ def shared(function: Plain) -> Plain:
 def record_type(name: str, module: str, source: type) -> Any:
     """Make a named tuple with the fields of a dataclass, which compiled code cannot read itself.
 
-    The result must be a global `name` of `module`, where compiled code looks for it.
+    Args:
+        name: Different from all others: numba takes records of one name for the same type at a
+            call, and each call then costs 0.1 ms more.
+        module: Where the result is a global of this name, so that compiled code finds it again.
+        source: The dataclass.
     """
+    assert name not in _record_names, name
+    _record_names.add(name)
     return namedtuple(name, [f.name for f in dataclasses.fields(source)], module=module)  # type: ignore[misc]
 
 
@@ -67,7 +80,9 @@ def entry_point(
         fastmath: See `inlined`.
     """
     _sources.add(Path(function.__code__.co_filename))
-    compiled: Any = numba.njit(function, nogil=True, cache=True, fastmath=set(fastmath))
+    compiled: Any = numba.njit(
+        function, nogil=True, cache=True, error_model="numpy", fastmath=set(fastmath)
+    )
     _forget_outdated(Path(compiled.stats.cache_path), function)
     result: Callable[..., Any] = compiled
     return result

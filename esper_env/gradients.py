@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from esper_env.compilation import entry_point, record_type
+from esper_env.compilation import entry_point
 from esper_env.config import EnvConfig, FloatArray, IntArray
 from esper_env.lifecycle import Measurements
+from esper_env.records import MeasuredRecord
 
 DECADES = 2.0
 """Factors of ten beyond a threshold at which a severity has risen from 0 to 1."""
@@ -37,16 +38,13 @@ def record_gradients(
     """
     floor, ceiling = config.vanishing_gradient_norm, config.exploding_gradient_norm
     _record(
-        _Measured(*vars(measured).values()),
+        MeasuredRecord(*vars(measured).values()),
         members,
         tensor_norms,
         config.clip_norm,
         math.log10(floor) if floor > 0 else -math.inf,
         math.log10(ceiling),
     )
-
-
-_Measured = record_type("_Measured", __name__, Measurements)
 
 
 @entry_point

@@ -23,6 +23,7 @@ from esper_env.config import (
     Stage,
 )
 from esper_env.lifecycle import DOWN, HOLD, UP, LifecycleState, Measurements
+from esper_env.records import MeasuredRecord, StateRecord
 
 HISTORY = 3
 """Past env steps whose change of accuracy and loss is observed."""
@@ -256,8 +257,8 @@ class ObservationBuilder:
         _observe(
             observation,
             _Progress(*vars(progress).values()),
-            _State(*vars(state).values()),
-            _Measured(*vars(measured).values()),
+            StateRecord(*vars(state).values()),
+            MeasuredRecord(*vars(measured).values()),
             _Sizes(*vars(sizes).values()),
             _Conditions(*vars(conditions).values()),
             self._scales,
@@ -299,8 +300,6 @@ class _Scales(NamedTuple):
 
 
 _Progress = record_type("_Progress", __name__, Progress)
-_State = record_type("_State", __name__, LifecycleState)
-_Measured = record_type("_Measured", __name__, Measurements)
 _Sizes = record_type("_Sizes", __name__, Sizes)
 _Conditions = record_type("_Conditions", __name__, Conditions)
 
