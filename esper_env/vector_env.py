@@ -115,7 +115,6 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._simulation: Simulation | None = None
-        self._mask_key = b""
         self._conditional: dict[str, BoolArray] = {}
         self._conditional_before_reset: dict[str, BoolArray] = {}
         self._trace = Trace.empty(self.num_envs, host.num_slots, self.config.episode_steps)
@@ -463,19 +462,12 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         return self._observe(), self._info()
 
     def _refresh_masks(self) -> None:
-        """Compute the masks, unless what they are a function of is the same as last time."""
+        """Work out what is legal in the present state."""
         sim = self._sim
-        arrays = (*vars(sim.state).values(), *vars(sim.measured).values(), sim.instance)
-        key = b"".join([array.tobytes() for array in arrays])
-        if key == self._mask_key:
-            return
-        self._mask_key = key
-        before = self._conditional
         self._conditional = self._actions.conditional_masks(
             sim.state, sim.measured, sim.budget_table, sim.sizes.host, self.config
         )
-        if self._conditional is not before:
-            self._marginal = self._actions.marginal_mask(self._conditional)
+        self._marginal = self._actions.marginal_mask(self._conditional)
 
     def _observe(self) -> npt.NDArray[np.float32]:
         sim = self._sim
