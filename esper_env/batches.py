@@ -87,7 +87,8 @@ def _draw(
                 at = (int(number_at(data_key, np.uint64(position)) * count) + first) % total
                 label = labels[at]
                 # An image keeps its wrong label for the whole episode.
-                if number_at(noise_key, np.uint64(2 * at)) < label_noise[k]:
+                has_noise = label_noise[k] > 0
+                if has_noise and number_at(noise_key, np.uint64(2 * at)) < label_noise[k]:
                     other = number_at(noise_key, np.uint64(2 * at + 1)) * (num_classes - 1)
                     label = (label + 1 + int(other)) % num_classes
                 index[i, b, j], shown[i, b, j] = at, label

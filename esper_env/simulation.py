@@ -193,9 +193,9 @@ class Simulation:
         config, state, progress = self.config, self.state, self.progress
         before = self.standing
         lifecycle.apply(state, self.measured, request, config)
-        progress.last_op[active] = request.op[active]
-        progress.last_valid[active] = is_valid[active]
-        new = np.nonzero(request.op == Op.GERMINATE)[0]
+        np.copyto(progress.last_op, request.op, where=active)
+        np.copyto(progress.last_valid, is_valid, where=active)
+        new = np.nonzero(request.op == Op.GERMINATE.value)[0]
         if len(new):
             key = streams.make_key(self._episode_key[new], Stream.SEED, progress.steps[new])
             width = self.instances.width[self.instance[new]]
@@ -206,7 +206,7 @@ class Simulation:
         members = np.nonzero(active)[0]
         self.is_rolled_back = np.zeros(len(active), dtype=bool)
         if len(members):
-            fossilized = np.nonzero(request.op == Op.FOSSILIZE)[0]
+            fossilized = np.nonzero(request.op == Op.FOSSILIZE.value)[0]
             if len(fossilized):
                 # Before this step's training, so that no snapshot lacks a seed that is kept.
                 self._save(fossilized)
@@ -214,7 +214,7 @@ class Simulation:
             progress.steps[members] += 1
             self._evaluate(members)
         is_lost = active & (self.governor.rollbacks >= config.max_rollbacks)
-        is_last = is_lost | (active & (progress.steps >= config.episode_steps))
+        is_last = active & (progress.steps >= config.episode_steps) | is_lost
         self.has_test = is_last.copy()
         if is_last.any():
             self._test(np.nonzero(is_last)[0])
@@ -274,15 +274,15 @@ class Simulation:
         governor, progress = self.governor, self.progress
         loss = progress.train_loss[members]
         panics = judge(governor, members, loss, is_finite, self._initial_loss, self.config)
-        panicked = members[panics]
-        if len(panicked):
+        if panics.any():
+            panicked = members[panics]
             self.is_rolled_back[panicked] = True
             self.population.storage.restore(panicked)
             lifecycle.roll_back(self.state, self.measured, panicked, self.config)
             progress.train_loss[panicked] = self._initial_loss
             self._take_inventory()
-        is_due = governor.since_snapshot[members] >= self.config.snapshot_interval
-        due = members[~panics & is_due]
+        # After a panic the count starts anew, so nobody who has panicked is due.
+        due = members[governor.since_snapshot[members] >= self.config.snapshot_interval]
         if len(due):
             self._save(due)
 

@@ -84,7 +84,6 @@ class Trace:
             members: Indices of those that were reset or took a step. (m,) integers.
             **values: Every field but `length`, of all members. (num_envs, ...).
         """
-        assert values.keys() == vars(self).keys() - {"length"}, sorted(values)
         _record(_Trace(*vars(self).values()), members, _Row(**values))
 
     def course(self, member: int) -> Trace:

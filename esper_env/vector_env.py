@@ -190,27 +190,26 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         """
         self._require_reset()
         actions = self._actions.check(actions, self.num_envs)
-        resetting = np.zeros(self.num_envs, dtype=bool)
-        if self._is_done.any():
+        resetting, is_resetting = self._is_done, bool(self._is_done.any())
+        if is_resetting:
             if self.autoreset_mode == AutoresetMode.DISABLED:
                 done = np.nonzero(self._is_done)[0].tolist()
                 raise gym.error.ResetNeeded(
                     f"members {done} have finished; call reset(options={{'reset_mask': mask}}) "
                     "before step, or choose another autoreset_mode"
                 )
-            resetting = self._is_done.copy()
         active = ~resetting
         is_legal = self._actions.is_legal(self._conditional, actions)
         if self.config.illegal_actions == "raise" and (active & ~is_legal).any():
             self._actions.refuse(actions, active & ~is_legal)
-        if resetting.any():
+        if is_resetting:
             self._begin(np.nonzero(resetting)[0])
         rewards, terminations, truncations, terms = self._advance(actions, is_legal, active)
         self._refresh_masks()
         self._conditional_before_reset = self._conditional
         observations, info = self._observe(), self._info(terms)
         self._is_done = terminations | truncations
-        if self._is_done.any() and self.autoreset_mode == AutoresetMode.SAME_STEP:
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and self._is_done.any():
             final_observations, final_info = observations, info
             ended = self._is_done.copy()
             self._begin(np.nonzero(ended)[0])
