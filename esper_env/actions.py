@@ -346,7 +346,7 @@ def _fill_masks(
     options: _Options,
     unconditional: BoolArray,
 ) -> None:
-    """Write the masks of `conditional_masks`, all False before; the other heads are side by side."""
+    """Write `conditional_masks`, False before; `rest` has the other heads side by side."""
     width = unconditional.shape[1]
     for i in range(len(is_op)):
         for k, s in enumerate(options.slot):
@@ -366,7 +366,7 @@ def _fill_masks(
             )
             for o, op in enumerate(options.op):
                 mask = rest[i, o, k]
-                is_legal = False
+                is_legal: Any = False
                 if op == Op.WAIT:
                     is_legal = k == 0  # WAIT reads no slot, so its slot is option 0.
                 elif op == Op.GERMINATE:

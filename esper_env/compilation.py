@@ -67,7 +67,7 @@ def record_type(name: str, module: str, source: type) -> Any:
     """
     assert name not in _record_names, name
     _record_names.add(name)
-    return namedtuple(name, [f.name for f in dataclasses.fields(source)], module=module)  # type: ignore[misc]
+    return namedtuple(name, [f.name for f in dataclasses.fields(source)], module=module)
 
 
 def entry_point(

@@ -35,6 +35,7 @@ from esper_env.population.optimizer import SGDSettings
 from esper_env.population.population import Population
 from esper_env.population.report import Evaluation
 from esper_env.population.slots import Seeds
+from esper_env.rewards.potential import potential
 from esper_env.rewards.terms import Standing, Transition, appraise
 from esper_env.streams import Stream
 from esper_env.tasks import TASKS, Splits, resolve_host
@@ -367,7 +368,7 @@ class Simulation:
             (sizes.grown, sizes.committed),
             sizes.host,
             rent,
-            (state.stage, state.stage_steps),
+            potential(state.stage, state.stage_steps),
         )
 
 

@@ -8,6 +8,7 @@ a stream needs nothing but that integer.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +46,7 @@ def make_key(key: npt.ArrayLike, *words: npt.ArrayLike) -> KeyArray:
     Returns:
         One key per parent and word. (n,) uint64; n is 1 if all are scalars.
     """
-    result = mix(_as_keys(key))
+    result: KeyArray = mix(_as_keys(key))
     for word in words:
         result = child_key(result, _as_keys(word))
     return result
@@ -74,25 +75,25 @@ def uniform_at(key: KeyArray, index: npt.NDArray[np.int64]) -> npt.NDArray[np.fl
     Returns:
         (n, count) float64, in steps of 2**-53.
     """
-    return number_at(key[:, None], index.astype(np.uint64))
+    numbers: npt.NDArray[np.float64] = number_at(key[:, None], index.astype(np.uint64))
+    return numbers
 
 
 @shared
-def child_key(key: KeyArray, word: KeyArray) -> KeyArray:
+def child_key(key: Any, word: Any) -> Any:
     """Derive a key from a mixed one, as `make_key` does for each word; uint64 arrays or numbers."""
     return mix(key + mix(word + _GOLDEN))
 
 
 @shared
-def number_at(key: KeyArray, index: KeyArray) -> npt.NDArray[np.float64]:
+def number_at(key: Any, index: Any) -> Any:
     """Draw the number at a position of a stream; key and index uint64, arrays or numbers."""
     bits = mix(key + (index + _ONE) * _GOLDEN)
-    numbers: npt.NDArray[np.float64] = (bits >> _SHIFT_11) * 2.0**-53
-    return numbers
+    return (bits >> _SHIFT_11) * 2.0**-53
 
 
 @shared
-def mix(z: KeyArray) -> KeyArray:
+def mix(z: Any) -> Any:
     """Finaliser of SplitMix64. Source: Steele, Lea, Flood (2014), figure 16, variant 13."""
     z = (z ^ (z >> _SHIFT_30)) * _MIX_1
     z = (z ^ (z >> _SHIFT_27)) * _MIX_2

@@ -191,13 +191,12 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self._require_reset()
         actions = self._actions.check(actions, self.num_envs)
         resetting, is_resetting = self._is_done, bool(self._is_done.any())
-        if is_resetting:
-            if self.autoreset_mode == AutoresetMode.DISABLED:
-                done = np.nonzero(self._is_done)[0].tolist()
-                raise gym.error.ResetNeeded(
-                    f"members {done} have finished; call reset(options={{'reset_mask': mask}}) "
-                    "before step, or choose another autoreset_mode"
-                )
+        if is_resetting and self.autoreset_mode == AutoresetMode.DISABLED:
+            done = np.nonzero(resetting)[0].tolist()
+            raise gym.error.ResetNeeded(
+                f"members {done} have finished; call reset(options={{'reset_mask': mask}}) "
+                "before step, or choose another autoreset_mode"
+            )
         active = ~resetting
         is_legal = self._actions.is_legal(self._conditional, actions)
         if self.config.illegal_actions == "raise" and (active & ~is_legal).any():

@@ -228,8 +228,8 @@ class CompiledEngine:
             ops=np.concatenate([t.ops for t in tapes]),
             op_start=_starts([t.ops for t in tapes]),
             arena=np.array([t.arena for t in tapes]),
-            index=np.concatenate([t.index for t in tapes]),
-            index_start=_starts([t.index for t in tapes]),
+            columns=np.concatenate([t.index for t in tapes]),
+            columns_start=_starts([t.index for t in tapes]),
             ends=np.concatenate([t.ends for t in tapes]),
             module=np.concatenate([t.module for t in tapes]),
             tensor=np.concatenate([t.tensor for t in tapes]),
@@ -329,7 +329,7 @@ def _evaluation_kinds(
         rows = labels[row_start[i] : row_start[i + 1]]
         seeds = tuple(
             (int(blueprint[i, slot]), int(blend[i, slot]), 0, 0) if is_used else (-1,) * 4
-            for slot, is_used in enumerate(rows.any(axis=0))
+            for slot, is_used in enumerate(rows.max(axis=0) > 0)
         )
         kinds.append((w, seeds, tuple(tuple(row) for row in rows.tolist())))
     return kinds

@@ -62,8 +62,8 @@ class Tapes(NamedTuple):
     """Where the operations of each tape begin, and the end of the last. (tapes + 1,)."""
     arena: IntArray
     """Numbers that the regions of each tape take. (tapes,)."""
-    index: npt.NDArray[np.int32]
-    index_start: IntArray
+    columns: npt.NDArray[np.int32]
+    columns_start: IntArray
     ends: IntArray
     module: IntArray
     tensor: IntArray
@@ -167,7 +167,7 @@ def run_members(
             last = t
         ops = tapes.ops[tapes.op_start[t] : tapes.op_start[t + 1]]
         first, stop = tapes.tensor_start[t], tapes.tensor_start[t + 1]
-        where = tapes.index[tapes.index_start[t] : tapes.index_start[t + 1]]
+        where = tapes.columns[tapes.columns_start[t] : tapes.columns_start[t + 1]]
         row = networks.members[m]
         p, v, b = matrices.parameters[row], matrices.momentum[row], matrices.buffers[row]
         alpha = networks.alpha[networks.row_start[m] : networks.row_start[m + 1]]

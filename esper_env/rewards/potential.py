@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from esper_env.compilation import shared
+from esper_env.compilation import entry_point
 from esper_env.config import FloatArray, IntArray, Stage
 
 STAGE_POTENTIAL = {
@@ -36,16 +36,20 @@ _STAGE = np.array([STAGE_POTENTIAL[stage] for stage in Stage])
 _PROGRESS = np.array([STAGE_PROGRESS[stage] for stage in Stage])
 
 
-@shared
+@entry_point
 def potential(stage: IntArray, stage_steps: IntArray) -> FloatArray:
-    """Return what each slot adds to Phi(s), a function of the lifecycle state alone.
+    """Return Phi(s), a function of the lifecycle state alone, summed over slots.
 
     Args:
-        stage: Values of `Stage`.
-        stage_steps: Time in the stage [env steps], in the same shape.
+        stage: Values of `Stage`. (num_envs, num_slots).
+        stage_steps: Time in the stage [env steps]. (num_envs, num_slots).
 
     Returns:
-        float64 of that shape, between 0 and 1.
+        (num_envs,) float64, between 0 and the number of slots.
     """
-    share = 1.0 - 0.5 ** (stage_steps / PROGRESS_HALF_LIFE_STEPS)
-    return _STAGE[stage] + _PROGRESS[stage] * share
+    total = np.zeros(len(stage))
+    for i in range(len(stage)):
+        for s in range(stage.shape[1]):
+            share = 1.0 - 0.5 ** (stage_steps[i, s] / PROGRESS_HALF_LIFE_STEPS)
+            total[i] += _STAGE[stage[i, s]] + _PROGRESS[stage[i, s]] * share
+    return total

@@ -9,7 +9,6 @@ import numpy as np
 
 from esper_env.compilation import entry_point, shared
 from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray
-from esper_env.rewards.potential import potential
 
 
 @dataclass(frozen=True)
@@ -43,37 +42,33 @@ def appraise(
     parameters: tuple[IntArray, IntArray],
     host_parameters: IntArray,
     rent_weight: float,
-    slots: tuple[IntArray, IntArray],
+    potential: FloatArray,
 ) -> Standing:
-    """Work out scores and potential of a state.
+    """Work out the scores of a state.
 
     Args:
         accuracy: Of the live and of the committed network. Each (num_envs,).
         parameters: Of the seeds of the live and of the committed network. Each (num_envs,).
         host_parameters: (num_envs,).
         rent_weight: See `score`.
-        slots: Stages, and time in them [env steps]. Each (num_envs, num_slots).
+        potential: (num_envs,).
     """
-    standing = Standing(*np.zeros((3, len(host_parameters))))
-    result = standing.score, standing.committed_score, standing.potential
-    _appraise(result, accuracy, parameters, host_parameters, rent_weight, slots)
-    return standing
+    scores = np.empty((2, len(host_parameters)))
+    _score_all(scores, accuracy, parameters, host_parameters, rent_weight)
+    return Standing(score=scores[0], committed_score=scores[1], potential=potential)
 
 
 @entry_point
-def _appraise(
-    result: tuple[FloatArray, FloatArray, FloatArray],
+def _score_all(
+    scores: FloatArray,
     accuracy: tuple[FloatArray, FloatArray],
     parameters: tuple[IntArray, IntArray],
     host_parameters: IntArray,
     rent_weight: float,
-    slots: tuple[IntArray, IntArray],
 ) -> None:
-    for i in range(len(host_parameters)):
-        for k in range(2):
-            result[k][i] = score(accuracy[k][i], parameters[k][i], host_parameters[i], rent_weight)
-        for s in range(slots[0].shape[1]):
-            result[2][i] += potential(slots[0][i, s], slots[1][i, s])
+    for k in range(2):
+        for i in range(len(host_parameters)):
+            scores[k, i] = score(accuracy[k][i], parameters[k][i], host_parameters[i], rent_weight)
 
 
 @shared
