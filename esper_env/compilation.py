@@ -91,7 +91,7 @@ def entry_point(
 def announce(function: Callable[..., Any]) -> None:
     """Say that a first call will take long, if an entry point has not been compiled yet."""
     if not _compiled_files(Path(function.stats.cache_path), function):  # type: ignore[attr-defined]
-        print("esper_env: compiling for this processor, once; about 20 s", file=sys.stderr)
+        print("esper_env: compiling for this processor, once; about 25 s", file=sys.stderr)
 
 
 def _forget_outdated(folder: Path, function: Any) -> None:
