@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from esper_env import lifecycle
-from esper_env.config import STYLES, BoolArray, Curve, EnvConfig, IntArray, Op
+from esper_env.compilation import entry_point, shared
+from esper_env.config import STYLES, BoolArray, Curve, EnvConfig, FloatArray, IntArray, Op
 from esper_env.lifecycle import LifecycleState, Measurements, Request
+from esper_env.records import MeasuredRecord, StateRecord
 
 TEMPOS = (3, 5, 8)
 """Lengths of the first ramp [env steps]."""
@@ -96,21 +98,35 @@ class ActionSpace:
             [[name in RELEVANT_HEADS[op] for name in HEAD_NAMES] for op in ops]
         )
         """(ops, heads) bool."""
-        self._key, self._masks = b"", dict[str, BoolArray]()
-        self._targets = np.array([ALPHA_TARGETS[i] for i in self.index["alpha_target"]])
+        self._germinate_key: tuple[Any, ...] = ()
+        self._germinate: BoolArray
+        self._targets = np.array(ALPHA_TARGETS)[self.index["alpha_target"]]
+        self._tempos = np.array(TEMPOS)[self.index["tempo"]]
+        self._speeds = np.array(ALPHA_SPEEDS)[self.index["alpha_speed"]]
+        self._style_curves = np.array([style.curve for style in STYLES])[self.index["style"]]
         # All heads but op and slot side by side: every option for the ops that read the head,
-        # option 0 for the others. (ops, 1, sum of options)
+        # option 0 for the others. (ops, sum of options)
         rest = [
-            self.is_relevant[:, h, None, None] | (np.arange(len(head.options)) == 0)
+            self.is_relevant[:, h, None] | (np.arange(len(head.options)) == 0)
             for h, head in enumerate(self.heads)
             if h >= 2
         ]
-        self._unconditional = np.concatenate(rest, axis=2)
-        stops = np.cumsum([part.shape[2] for part in rest]).tolist()
+        self._unconditional = np.concatenate(rest, axis=1)
+        stops = np.cumsum([part.shape[1] for part in rest]).tolist()
         self._columns = {
             head.name: slice(stop - len(head.options), stop)
             for head, stop in zip(self.heads[2:], stops, strict=True)
         }
+        self._options = _Options(
+            op=self.index["op"],
+            slot=self.index["slot"],
+            blueprint=self.index["blueprint"],
+            target=self._targets,
+            speed=self._speeds,
+            first_blueprint=self._columns["blueprint"].start,
+            first_target=self._columns["alpha_target"].start,
+            first_speed=self._columns["alpha_speed"].start,
+        )
 
     def conditional_masks(
         self,
@@ -132,49 +148,44 @@ class ActionSpace:
         Returns:
             "op" (N, O), "slot" (N, O, S), every other head (N, O, S, options), all bool. A joint
             action is legal exactly if its op, its slot given the op, and every other option given
-            op and slot are True. Rows of an illegal op or (op, slot) are all False. As long as no
-            gate changes, the same arrays are returned again: they are not to be written to.
+            op and slot are True. Rows of an illegal op or (op, slot) are all False.
         """
-        slots = self.index["slot"]
-        shape = (len(state.stage), len(self.index["op"]), len(slots))
-        germinate: BoolArray = lifecycle.can_germinate(
-            state, seed_parameters, host_parameters, config
+        germinate = self._can_germinate(state, seed_parameters, host_parameters, config)
+        num_envs, (num_ops, width) = len(germinate), self._unconditional.shape
+        is_op = np.zeros((num_envs, num_ops), dtype=np.bool_)
+        is_slot = np.zeros((num_envs, num_ops, len(self.index["slot"])), dtype=np.bool_)
+        rest = np.zeros((*is_slot.shape, width), dtype=np.bool_)
+        _fill_masks(
+            is_op,
+            is_slot,
+            rest,
+            StateRecord(*vars(state).values()),
+            MeasuredRecord(*vars(measured).values()),
+            germinate,
+            _Rules(*(getattr(config, name) for name in _Rules._fields)),
+            self._options,
+            self._unconditional,
         )
-        gates: dict[Op, BoolArray] = {
-            Op.WAIT: np.zeros(state.stage.shape, dtype=bool),
-            Op.GERMINATE: np.any(germinate, axis=2),
-            Op.ADVANCE: lifecycle.can_advance(state, measured, config),
-            Op.SET_ALPHA: lifecycle.can_set_alpha(state),
-            Op.PRUNE: lifecycle.can_prune(state, config),
-            Op.FOSSILIZE: lifecycle.can_fossilize(state, measured, config),
+        return {"op": is_op, "slot": is_slot} | {
+            name: rest[..., columns] for name, columns in self._columns.items()
         }
-        has_weight = state.alpha > 0
-        parts = (germinate, *gates.values(), state.alpha_target, has_weight)
-        key = b"".join([array.tobytes() for array in parts])
-        if key == self._key:
-            return self._masks
-        legal: BoolArray = np.stack([gates[Op(op)][:, slots] for op in self.index["op"]], axis=1)
-        legal[:, 0, 0] = True  # WAIT reads no slot, so its slot is option 0.
-        packed = np.broadcast_to(self._unconditional, (*shape, self._unconditional.shape[2])).copy()
-        masks = {name: packed[..., columns] for name, columns in self._columns.items()}
-        # What an option needs beyond its op's gate. A seed without weight has no ramp to run.
-        needs = (
-            (Op.GERMINATE, "blueprint", germinate[:, slots][:, :, self.index["blueprint"]]),
-            (Op.SET_ALPHA, "alpha_target", state.alpha_target[:, slots, None] != self._targets),
-            (
-                Op.PRUNE,
-                "alpha_speed",
-                has_weight[:, slots, None] | (self.index["alpha_speed"] == 0),
-            ),
-        )
-        for op, name, is_met in needs:
-            for o in np.nonzero(self.index["op"] == op)[0]:
-                masks[name][:, o] = is_met
-                legal[:, o] &= is_met.any(axis=2)
-        packed &= legal[..., None]
-        is_op_legal: BoolArray = np.any(legal, axis=2)
-        self._key, self._masks = key, {"op": is_op_legal, "slot": legal, **masks}
-        return self._masks
+
+    def _can_germinate(
+        self,
+        state: LifecycleState,
+        seed_parameters: IntArray,
+        host_parameters: npt.ArrayLike,
+        config: EnvConfig,
+    ) -> BoolArray:
+        """Return gate G0, worked out anew only when a slot or a host has changed."""
+        parts = state.stage, state.blueprint, seed_parameters, np.asarray(host_parameters)
+        key = config, *(part.tobytes() for part in parts)
+        if key != self._germinate_key:
+            self._germinate_key = key
+            self._germinate = lifecycle.can_germinate(
+                state, seed_parameters, host_parameters, config
+            )
+        return self._germinate
 
     def marginal_mask(self, conditional: dict[str, BoolArray]) -> BoolArray:
         """Return, for every option of every head, whether some legal joint action contains it.
@@ -184,9 +195,10 @@ class ActionSpace:
         Returns:
             (num_envs, sum(nvec)) bool, heads in order.
         """
-        parts = [conditional["op"], conditional["slot"].any(axis=1)]
-        parts += [conditional[head.name].any(axis=(1, 2)) for head in self.heads[2:]]
-        return np.concatenate(parts, axis=1)
+        marginal = np.zeros((len(conditional["op"]), self.nvec.sum()), dtype=np.bool_)
+        rest = tuple([conditional[name] for name in HEAD_NAMES[2:]])
+        _project(marginal, conditional["op"], conditional["slot"], rest)
+        return marginal
 
     def check(self, actions: Any, num_envs: int) -> IntArray:
         """Return actions as int64 after checking type, shape and range.
@@ -197,7 +209,7 @@ class ActionSpace:
         """
         array = np.asarray(actions)
         shape = (num_envs, len(HEAD_NAMES))
-        if not np.issubdtype(array.dtype, np.integer):
+        if array.dtype.kind not in "iu":
             raise TypeError(
                 f"actions: expected integers of shape {shape}, got dtype {array.dtype}; "
                 "pass option indices, for example from sample_valid_actions"
@@ -227,11 +239,9 @@ class ActionSpace:
 
     def is_legal(self, conditional: dict[str, BoolArray], actions: IntArray) -> BoolArray:
         """Check joint actions (num_envs, 8) against the masks. (num_envs,) bool."""
-        rows = np.arange(len(actions))
-        op, slot = actions[:, 0], actions[:, 1]
-        legal: BoolArray = conditional["op"][rows, op] & conditional["slot"][rows, op, slot]
-        for h, head in enumerate(self.heads[2:], start=2):
-            legal = legal & conditional[head.name][rows, op, slot, actions[:, h]]
+        legal = np.empty(len(actions), dtype=np.bool_)
+        rest = tuple([conditional[name] for name in HEAD_NAMES[2:]])
+        _check_legal(legal, actions, conditional["op"], conditional["slot"], rest)
         return legal
 
     def sample(
@@ -250,20 +260,189 @@ class ActionSpace:
 
     def decode(self, actions: IntArray) -> Request:
         """Translate option indices (num_envs, 8) into canonical values."""
-        value = {name: self.index[name][actions[:, h]] for h, name in enumerate(HEAD_NAMES)}
-        target = np.array(ALPHA_TARGETS)[value["alpha_target"]]
+        op, slot, blueprint, style, tempo, target, speed, curve = actions.T
+        targets = self._targets[target]
         return Request(
-            op=value["op"],
-            slot=value["slot"],
-            blueprint=value["blueprint"],
-            style=value["style"],
-            style_curve=np.array([style.curve for style in STYLES])[value["style"]],
-            tempo=np.array(TEMPOS)[value["tempo"]],
-            first_target=target,
-            target=target,
-            speed=np.array(ALPHA_SPEEDS)[value["alpha_speed"]],
-            curve=value["alpha_curve"],
+            op=self.index["op"][op],
+            slot=self.index["slot"][slot],
+            blueprint=self.index["blueprint"][blueprint],
+            style=self.index["style"][style],
+            style_curve=self._style_curves[style],
+            tempo=self._tempos[tempo],
+            first_target=targets,
+            target=targets,
+            speed=self._speeds[speed],
+            curve=self.index["alpha_curve"][curve],
         )
+
+
+class _Rules(NamedTuple):
+    """Fields of `EnvConfig` that gates read."""
+
+    min_training_steps: int
+    min_gradient_health: float
+    min_prune_age: int
+    measures_contributions: bool
+    strict_fossilize: bool
+    min_contribution: float
+
+
+class _Options(NamedTuple):
+    """What the options stand for, and where those of a head begin among all but op and slot."""
+
+    op: IntArray
+    slot: IntArray
+    blueprint: IntArray
+    target: FloatArray
+    speed: IntArray
+    first_blueprint: int
+    first_target: int
+    first_speed: int
+
+
+class _Slot(NamedTuple):
+    """What gates read of the state of a slot."""
+
+    stage: int
+    stage_steps: int
+    age: int
+    mode: int
+    alpha: float
+
+
+class _Measured(NamedTuple):
+    """What gates read of the measurements of a slot."""
+
+    has_gradient: bool
+    exploding: float
+    health: float
+    has_contribution: bool
+    contribution: float
+
+
+for _formula in (
+    lifecycle.is_at,
+    lifecycle.is_trial,
+    lifecycle.can_train,
+    lifecycle.can_blend,
+    lifecycle.can_hold,
+    lifecycle.can_advance,
+    lifecycle.can_set_alpha,
+    lifecycle.can_prune,
+    lifecycle.can_fossilize,
+):
+    shared(_formula)
+
+
+@entry_point
+def _fill_masks(
+    is_op: BoolArray,
+    is_slot: BoolArray,
+    rest: BoolArray,
+    state: Any,
+    measured: Any,
+    germinate: BoolArray,
+    rules: Any,
+    options: _Options,
+    unconditional: BoolArray,
+) -> None:
+    """Write `conditional_masks`, False before; `rest` has the other heads side by side."""
+    width = unconditional.shape[1]
+    for i in range(len(is_op)):
+        for k, s in enumerate(options.slot):
+            slot: Any = _Slot(
+                state.stage[i, s],
+                state.stage_steps[i, s],
+                state.age[i, s],
+                state.mode[i, s],
+                state.alpha[i, s],
+            )
+            seen: Any = _Measured(
+                measured.has_gradient[i, s],
+                measured.exploding[i, s],
+                measured.health[i, s],
+                measured.has_contribution[i, s],
+                measured.contribution[i, s],
+            )
+            for o, op in enumerate(options.op):
+                mask = rest[i, o, k]
+                is_legal: Any = False
+                if op == Op.WAIT:
+                    is_legal = k == 0  # WAIT reads no slot, so its slot is option 0.
+                elif op == Op.GERMINATE:
+                    is_legal = True
+                elif op == Op.ADVANCE:
+                    is_legal = lifecycle.can_advance(slot, seen, rules)
+                elif op == Op.SET_ALPHA:
+                    is_legal = lifecycle.can_set_alpha(slot)
+                elif op == Op.PRUNE:
+                    is_legal = lifecycle.can_prune(slot, rules)
+                elif op == Op.FOSSILIZE:
+                    is_legal = lifecycle.can_fossilize(slot, seen, rules)
+                if not is_legal:
+                    continue
+                for c in range(width):
+                    mask[c] = unconditional[o, c]
+                # What an option needs beyond its op's gate, and then the op needs one of them.
+                if op == Op.GERMINATE:
+                    is_legal = False
+                    for c, blueprint in enumerate(options.blueprint):
+                        mask[options.first_blueprint + c] = germinate[i, s, blueprint]
+                        is_legal = is_legal or germinate[i, s, blueprint]
+                elif op == Op.SET_ALPHA:
+                    is_legal = False
+                    for c, target in enumerate(options.target):
+                        is_other = target != state.alpha_target[i, s]
+                        mask[options.first_target + c] = is_other
+                        is_legal = is_legal or is_other
+                elif op == Op.PRUNE:
+                    is_legal = False
+                    for c, speed in enumerate(options.speed):
+                        # A seed without weight has no ramp to run.
+                        has_ramp = speed == 0 or state.alpha[i, s] > 0
+                        mask[options.first_speed + c] = has_ramp
+                        is_legal = is_legal or has_ramp
+                if is_legal:
+                    is_slot[i, o, k] = True
+                    is_op[i, o] = True
+                else:
+                    for c in range(width):
+                        mask[c] = False
+
+
+@entry_point
+def _project(
+    marginal: BoolArray, is_op: BoolArray, is_slot: BoolArray, rest: tuple[BoolArray, ...]
+) -> None:
+    """Write the marginal mask, which is False before."""
+    _, num_ops, num_slots = is_slot.shape
+    for i in range(len(marginal)):
+        for o in range(num_ops):
+            if is_op[i, o]:
+                marginal[i, o] = True
+                for k in range(num_slots):
+                    if is_slot[i, o, k]:
+                        marginal[i, num_ops + k] = True
+                        at = num_ops + num_slots
+                        for mask in rest:
+                            for c in range(mask.shape[3]):
+                                marginal[i, at + c] |= mask[i, o, k, c]
+                            at += mask.shape[3]
+
+
+@entry_point
+def _check_legal(
+    legal: BoolArray,
+    actions: IntArray,
+    op_mask: BoolArray,
+    slot_mask: BoolArray,
+    rest: tuple[BoolArray, ...],
+) -> None:
+    for i in range(len(legal)):
+        op, slot = actions[i, 0], actions[i, 1]
+        legal[i] = op_mask[i, op] and slot_mask[i, op, slot]
+        for h, mask in enumerate(rest):
+            legal[i] = legal[i] and mask[i, op, slot, actions[i, h + 2]]
 
 
 def _restrict(name: str, canonical: tuple[Any, ...], wanted: Any) -> tuple[Any, ...]:

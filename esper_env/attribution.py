@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import factorial
+from typing import Any
 
 import numpy as np
 
-from esper_env.config import BoolArray, FloatArray, IntArray, Stage
+from esper_env.compilation import entry_point, inlined
+from esper_env.config import FloatArray, IntArray, Stage
 from esper_env.lifecycle import LifecycleState, Measurements
+from esper_env.records import MeasuredRecord
 
 
 @dataclass(frozen=True)
@@ -53,37 +56,84 @@ def plan_coalitions(
         Rows to evaluate.
     """
     m, num_slots = len(members), state.stage.shape[1]
-    alpha = state.alpha[members]
-    is_fossil = state.stage[members] == Stage.FOSSILIZED
-    is_weighted = (alpha > 0) & ~is_fossil
-    is_weightless = state.is_trial[members] & (alpha == 0) & leave_one_out
-    if not is_weighted.any() and not is_weightless.any():
-        own, nowhere = np.arange(m), np.full((m, num_slots), -1)
-        return Coalitions(members, alpha, own, own, nowhere, nowhere)
-    wanted = [alpha, np.where(is_fossil, alpha, 0.0)]
-    is_tested = is_weighted & leave_one_out
-    for weight in (0.0, 1.0):
-        wanted += [np.where(np.arange(num_slots) == s, weight, alpha) for s in range(num_slots)]
-    is_needed = np.concatenate(
-        [np.ones(2 * m, dtype=bool), is_tested.T.reshape(-1), is_weightless.T.reshape(-1)]
-    )
-    if all_subsets:
-        bits = (np.arange(2**num_slots)[:, None] >> np.arange(num_slots)) & 1 == 1
-        wanted += [np.where(absent & ~is_fossil, 0.0, alpha) for absent in bits]
-        is_needed = np.concatenate([is_needed, np.ones(len(bits) * m, dtype=bool)])
-    keys = np.concatenate([np.concatenate([np.arange(m)[:, None], a], axis=1) for a in wanted])
-    distinct, row = np.unique(keys[is_needed], axis=0, return_inverse=True)
-    row_of = np.full(len(keys), -1)
-    row_of[is_needed] = row.reshape(-1)
+    num_subsets = 2**num_slots if all_subsets else 0
+    most = m * (2 + 2 * num_slots * leave_one_out + num_subsets)
+    member, alpha = np.empty(most, dtype=np.int64), np.empty((most, num_slots))
+    live, committed = np.empty(m, dtype=np.int64), np.empty(m, dtype=np.int64)
+    without, would_be = np.full((2, m, num_slots), -1)
+    subsets = np.empty((m, num_subsets), dtype=np.int64)
+    rows = _plan(
+        members, state.stage, state.alpha, leave_one_out,
+        member, alpha, live, committed, without, would_be, subsets,
+    )  # fmt: skip
     return Coalitions(
-        member=members[distinct[:, 0].astype(np.int64)],
-        alpha=distinct[:, 1:],
-        live=row_of[:m],
-        committed=row_of[m : 2 * m],
-        without=row_of[2 * m : (2 + num_slots) * m].reshape(num_slots, m).T,
-        would_be=row_of[(2 + num_slots) * m : (2 + 2 * num_slots) * m].reshape(num_slots, m).T,
-        subsets=row_of[(2 + 2 * num_slots) * m :].reshape(-1, m).T if all_subsets else None,
+        member=member[:rows],
+        alpha=alpha[:rows],
+        live=live,
+        committed=committed,
+        without=without,
+        would_be=would_be,
+        subsets=subsets if all_subsets else None,
     )
+
+
+@entry_point
+def _plan(
+    members: IntArray,
+    stage: IntArray,
+    present: FloatArray,
+    leave_one_out: bool,
+    member: IntArray,
+    alpha: FloatArray,
+    live: IntArray,
+    committed: IntArray,
+    without: IntArray,
+    would_be: IntArray,
+    subsets: IntArray,
+) -> int:
+    """Fill in the arrays of `Coalitions`, rows of one member in succession; return the rows."""
+    num_slots, rows = stage.shape[1], 0
+    wanted = np.empty(num_slots)
+    for n, i in enumerate(members):
+        first = rows
+        live[n], rows = _row_of(present[i], alpha, first, rows)
+        for s in range(num_slots):
+            wanted[s] = present[i, s] if stage[i, s] == Stage.FOSSILIZED else 0.0
+        committed[n], rows = _row_of(wanted, alpha, first, rows)
+        for s in range(num_slots):
+            is_trial = Stage.GERMINATED <= stage[i, s] < Stage.FOSSILIZED
+            if leave_one_out and (is_trial or present[i, s] > 0):
+                for other in range(num_slots):
+                    wanted[other] = present[i, other]
+                if stage[i, s] != Stage.FOSSILIZED:
+                    if present[i, s] > 0:
+                        wanted[s] = 0.0
+                        without[n, s], rows = _row_of(wanted, alpha, first, rows)
+                    else:
+                        wanted[s] = 1.0
+                        would_be[n, s], rows = _row_of(wanted, alpha, first, rows)
+        for k in range(subsets.shape[1]):
+            for s in range(num_slots):
+                is_out = k >> s & 1 and stage[i, s] != Stage.FOSSILIZED
+                wanted[s] = 0.0 if is_out else present[i, s]
+            subsets[n, k], rows = _row_of(wanted, alpha, first, rows)
+        for row in range(first, rows):
+            member[row] = i
+    return rows
+
+
+@inlined
+def _row_of(wanted: FloatArray, alpha: FloatArray, first: int, rows: int) -> tuple[int, int]:
+    """Find weights among the rows from `first` on, or append them; return row and new length."""
+    for row in range(first, rows):
+        is_same = True
+        for s in range(len(wanted)):
+            is_same = is_same and alpha[row, s] == wanted[s]
+        if is_same:
+            return row, rows
+    for s in range(len(wanted)):
+        alpha[rows, s] = wanted[s]
+    return rows, rows + 1
 
 
 def shapley_values(value: FloatArray, num_slots: int) -> FloatArray:
@@ -129,33 +179,54 @@ def record_contributions(
         coalitions: What was evaluated.
         accuracy: Accuracy of each row.
     """
-    live = accuracy[coalitions.live]
-    is_tried = coalitions.would_be >= 0
-    measured.has_would_be[members] = is_tried
-    tried = accuracy[coalitions.would_be] - live[:, None]
-    measured.would_be[members] = np.where(is_tried, tried, 0.0)
-    is_new: BoolArray = coalitions.without >= 0
-    if not is_new.any() and not measured.has_contribution.any():
-        return
-    without = np.where(is_new, accuracy[coalitions.without], 0.0)
-    contribution = np.where(is_new, live[:, None] - without, 0.0)
+    shapley = np.zeros((0, coalitions.without.shape[1]))
     if coalitions.subsets is not None:
-        num_slots = is_new.shape[1]
-        shapley = shapley_values(accuracy[coalitions.subsets], num_slots)
-        contribution = np.where(is_new, shapley, 0.0)
-
-    before = measured.contribution[members]
-    in_succession = is_new & measured.has_contribution[members]
-    velocity = np.where(in_succession, contribution - before, 0.0)
-    measured.contribution_velocity[members] = velocity
-    measured.contribution[members] = np.where(is_new, contribution, before)
-    measured.contribution_age[members] = np.where(
-        is_new, 0, measured.contribution_age[members] + measured.has_contribution[members]
+        shapley = shapley_values(accuracy[coalitions.subsets], coalitions.without.shape[1])
+    _record(
+        MeasuredRecord(*vars(measured).values()),
+        members,
+        coalitions.live,
+        coalitions.committed,
+        coalitions.without,
+        coalitions.would_be,
+        accuracy,
+        shapley,
     )
-    measured.has_contribution[members] |= is_new
 
-    is_pair = is_new & (is_new.sum(axis=1) == 2)[:, None]
-    pair_sum = np.where(is_new, without, 0.0).sum(axis=1)
-    interaction = live - pair_sum + accuracy[coalitions.committed]
-    measured.interaction[members] = np.where(is_pair, interaction[:, None], 0.0)
-    measured.has_interaction[members] = is_pair
+
+@entry_point
+def _record(
+    measured: Any,
+    members: IntArray,
+    live: IntArray,
+    committed: IntArray,
+    without: IntArray,
+    would_be: IntArray,
+    accuracy: FloatArray,
+    shapley: FloatArray,
+) -> None:
+    for n, i in enumerate(members):
+        own, num_tested, lost = accuracy[live[n]], 0, 0.0
+        for s in range(without.shape[1]):
+            is_tried, is_tested = would_be[n, s] >= 0, without[n, s] >= 0
+            measured.has_would_be[i, s] = is_tried
+            measured.would_be[i, s] = accuracy[would_be[n, s]] - own if is_tried else 0.0
+            measured.contribution_velocity[i, s] = 0.0
+            if is_tested:
+                num_tested += 1
+                lost += accuracy[without[n, s]]
+                contribution = own - accuracy[without[n, s]]
+                if len(shapley):
+                    contribution = shapley[n, s]
+                if measured.has_contribution[i, s]:
+                    change = contribution - measured.contribution[i, s]
+                    measured.contribution_velocity[i, s] = change
+                measured.contribution[i, s] = contribution
+                measured.contribution_age[i, s] = 0
+                measured.has_contribution[i, s] = True
+            elif measured.has_contribution[i, s]:
+                measured.contribution_age[i, s] += 1
+        for s in range(without.shape[1]):
+            is_pair = num_tested == 2 and without[n, s] >= 0
+            measured.has_interaction[i, s] = is_pair
+            measured.interaction[i, s] = own - lost + accuracy[committed[n]] if is_pair else 0.0

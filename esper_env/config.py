@@ -239,6 +239,11 @@ class EnvConfig:
                 "set attribution='leave_one_out' or strict_fossilize=False"
             )
 
+    @property
+    def measures_contributions(self) -> bool:
+        """Whether the contributions of single seeds are measured."""
+        return self.attribution != "none"
+
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any]) -> EnvConfig:
         """Build a configuration from keywords, naming the closest field for an unknown one.

@@ -7,9 +7,11 @@ own past. Only healthy losses enter that past, so a disaster does not become the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from esper_env.compilation import entry_point, record_type
 from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray
 
 
@@ -67,34 +69,65 @@ def judge(
     Returns:
         (m,) bool.
     """
-    past = state.losses[members]
-    has_past = state.num_losses[members] >= config.panic_window
-    mean = past.mean(axis=1)
-    std = np.sqrt(((past - mean[:, None]) ** 2).mean(axis=1))
-    is_sane = np.isfinite(loss) & is_finite
-    known = np.where(is_sane, loss, 0.0)
-    collapses = (mean < config.collapse_fraction * guess_loss) & (
-        known > (1 - config.collapse_margin) * guess_loss
+    panics = np.empty(len(members), dtype=np.bool_)
+    _judge(
+        _Governor(*vars(state).values()),
+        members,
+        loss,
+        is_finite,
+        panics,
+        config.panic_patience,
+        (
+            config.collapse_fraction * guess_loss,
+            (1 - config.collapse_margin) * guess_loss,
+            config.divergence_sigma,
+            config.divergence_factor,
+        ),
     )
-    diverges = (known > mean + config.divergence_sigma * std) & (
-        known > config.divergence_factor * mean
-    )
-    is_bad = has_past & (collapses | diverges)
-    streak = np.where(is_bad, state.streak[members] + 1, 0)
-    panics = ~is_sane | (streak >= config.panic_patience)
-    is_healthy = is_sane & ~is_bad
-
-    state.streak[members] = np.where(panics, 0, streak)
-    healthy = members[is_healthy]
-    state.losses[healthy] = np.concatenate(
-        [loss[is_healthy, None], state.losses[healthy, :-1]], axis=1
-    )
-    state.num_losses[healthy] += 1
-    state.since_snapshot[healthy] += 1
-    if panics.any():
-        panicked = members[panics]
-        state.losses[panicked] = 0.0
-        state.num_losses[panicked] = 0
-        state.since_snapshot[panicked] = 0
-        state.rollbacks[panicked] += 1
     return panics
+
+
+_Governor = record_type("_Governor", __name__, GovernorState)
+
+
+@entry_point
+def _judge(
+    state: Any,
+    members: IntArray,
+    loss: FloatArray,
+    is_finite: BoolArray,
+    panics: BoolArray,
+    patience: int,
+    limits: tuple[float, float, float, float],
+) -> None:
+    learned, back_at_guessing, sigma, factor = limits
+    window = state.losses.shape[1]
+    for n, i in enumerate(members):
+        past, new = state.losses[i], loss[n]
+        is_sane, is_bad = np.isfinite(new) and is_finite[n], False
+        if is_sane and state.num_losses[i] >= window:
+            total, squares = 0.0, 0.0
+            for k in range(window):
+                total += past[k]
+            mean = total / window
+            for k in range(window):
+                squares += (past[k] - mean) ** 2
+            std = np.sqrt(squares / window)
+            collapses = mean < learned and new > back_at_guessing
+            diverges = new > mean + sigma * std and new > factor * mean
+            is_bad = collapses or diverges
+        streak = state.streak[i] + 1 if is_bad else 0
+        panics[n] = not is_sane or streak >= patience
+        state.streak[i] = 0 if panics[n] else streak
+        if panics[n]:
+            for k in range(window):
+                past[k] = 0.0
+            state.num_losses[i] = 0
+            state.since_snapshot[i] = 0
+            state.rollbacks[i] += 1
+        elif not is_bad:
+            for k in range(window - 1, 0, -1):
+                past[k] = past[k - 1]
+            past[0] = new
+            state.num_losses[i] += 1
+            state.since_snapshot[i] += 1

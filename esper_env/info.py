@@ -25,7 +25,6 @@ def build_info(
         except that test accuracies exist at the end of an episode only.
     """
     state, measured, progress, standing = sim.state, sim.measured, sim.progress, sim.standing
-    everyone = np.ones(len(sim.instance), dtype=bool)
     values: dict[str, Any] = {
         "action_mask": action_mask,
         "action_valid": progress.last_valid,
@@ -40,20 +39,23 @@ def build_info(
         "stage": state.stage,
         "alpha": state.alpha,
         "blueprint": state.blueprint,
-        "parameters": sim.sizes.seeds.sum(axis=1),
+        "parameters": sim.sizes.grown,
         "host_parameters": sim.sizes.host,
         "flops": progress.flops,
-        "samples": progress.samples.astype(np.int64),
+        "samples": progress.samples,
         "rolled_back": sim.is_rolled_back,
         "instance": sim.instance,
     }
+    # One array for all masks; each key gets a row of its own.
+    everyone = iter(np.ones((len(values) + len(terms) + 1, len(sim.instance)), dtype=bool))
     info: dict[str, Any] = {}
     for name, value in values.items():
-        info[name], info[f"_{name}"] = value.copy(), everyone.copy()
+        info[name], info[f"_{name}"] = value.copy(), next(everyone)
+    info["samples"] = progress.samples.astype(np.int64)
     parts: dict[str, Any] = {}
     for name, value in terms.items():
-        parts[name], parts[f"_{name}"] = value.copy(), everyone.copy()
-    info["reward_terms"], info["_reward_terms"] = parts, everyone.copy()
+        parts[name], parts[f"_{name}"] = value.copy(), next(everyone)
+    info["reward_terms"], info["_reward_terms"] = parts, next(everyone)
     for name, value in (
         ("test_accuracy", sim.test_accuracy),
         ("committed_test_accuracy", sim.committed_test_accuracy),

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from esper_env.compilation import entry_point, inlined, record_type
 from esper_env.config import (
     STYLES,
     BoolArray,
@@ -21,6 +23,7 @@ from esper_env.config import (
     Stage,
 )
 from esper_env.lifecycle import DOWN, HOLD, UP, LifecycleState, Measurements
+from esper_env.records import MeasuredRecord, StateRecord
 
 HISTORY = 3
 """Past env steps whose change of accuracy and loss is observed."""
@@ -34,6 +37,7 @@ STEPS_SCALE = 20.0
 """Number of env steps that ages and counters divide by."""
 DOUBLINGS_SCALE = 4.0
 """Doublings of the parameters that growth divides by."""
+_NUM_STAGES, _NUM_OPS, _NUM_STYLES = len(Stage), len(Op), len(STYLES)
 
 
 @dataclass
@@ -101,17 +105,7 @@ class Progress:
         self, members: IntArray, accuracy: FloatArray, loss: FloatArray, committed: FloatArray
     ) -> None:
         """Take in an evaluation of the live and the committed network after an env step."""
-        for history, new, old in (
-            (self.accuracy_history, accuracy, self.accuracy[members]),
-            (self.loss_history, loss, self.loss[members]),
-        ):
-            history[members] = np.concatenate([(new - old)[:, None], history[members, :-1]], axis=1)
-        has_improved = accuracy > self.best_accuracy[members] + PLATEAU_MARGIN
-        self.plateau_steps[members] = np.where(has_improved, 0, self.plateau_steps[members] + 1)
-        self.best_accuracy[members] = np.maximum(self.best_accuracy[members], accuracy)
-        self.accuracy[members] = accuracy
-        self.loss[members] = loss
-        self.committed_accuracy[members] = committed
+        _record(_Progress(*vars(self).values()), members, accuracy, loss, committed)
 
 
 @dataclass(frozen=True)
@@ -122,6 +116,8 @@ class Sizes:
     """Of each host. (num_envs,)."""
     seeds: IntArray
     """Of the live seed in each slot, 0 where there is none. (num_envs, num_slots)."""
+    grown: IntArray
+    """Of all live seeds. (num_envs,)."""
     committed: IntArray
     """Of the fossilized seeds. (num_envs,)."""
     budgeted: IntArray
@@ -225,10 +221,14 @@ class ObservationBuilder:
     def __init__(
         self, num_slots: int, blueprints: Sequence[str], num_classes: int, config: EnvConfig
     ) -> None:
-        self.num_slots = num_slots
-        self.num_blueprints = len(blueprints)
-        self.initial_loss = float(np.log(num_classes))
-        self.config = config
+        self._scales = _Scales(
+            config.episode_steps,
+            float(np.log(num_classes)),
+            config.rent_weight,
+            config.parameter_budget,
+            config.embargo_steps,
+            len(blueprints),
+        )
         slot = slot_features(blueprints)
         slots = (f"slot_{s}.{name}" for s in range(num_slots) for name in slot)
         self.names = (*episode_features(), *slots)
@@ -253,92 +253,171 @@ class ObservationBuilder:
         Returns:
             (num_envs, len(names)) float32 within [-1, 1].
         """
-        episode = self._episode(progress, state, sizes, conditions)
-        slots = self._slots(state, measured, sizes)
-        flat = np.concatenate([episode, slots.reshape(len(slots), -1)], axis=1)
-        clipped: npt.NDArray[np.float32] = np.clip(flat, -1.0, 1.0).astype(np.float32)
-        return clipped
-
-    def _episode(
-        self,
-        progress: Progress,
-        state: LifecycleState,
-        sizes: Sizes,
-        conditions: Conditions,
-    ) -> FloatArray:
-        config = self.config
-        grown = sizes.seeds.sum(axis=1)
-        doublings = np.log2(1 + grown / sizes.host)
-        limit = config.parameter_budget * sizes.host
-        columns = [
-            1 - progress.steps / config.episode_steps,
-            progress.accuracy,
-            progress.committed_accuracy,
-            progress.best_accuracy,
-            progress.loss / (2 * self.initial_loss),
-            progress.train_loss / (2 * self.initial_loss),
-            progress.plateau_steps / STEPS_SCALE,
-            doublings / DOUBLINGS_SCALE,
-            np.log2(1 + sizes.committed / sizes.host) / DOUBLINGS_SCALE,
-            CHANGE_SCALE * config.rent_weight * doublings,
-            1 - sizes.budgeted / limit,
-        ]
-        stages = np.arange(len(Stage))
-        counts = (state.stage[:, :, None] == stages).sum(axis=1) / self.num_slots
-        last_op = progress.last_op[:, None] == np.arange(len(Op))
-        return np.concatenate(
-            [
-                np.stack(columns, axis=1),
-                CHANGE_SCALE * progress.accuracy_history,
-                CHANGE_SCALE * progress.loss_history / self.initial_loss,
-                counts,
-                last_op,
-                progress.last_valid[:, None],
-                np.log10(conditions.learning_rate)[:, None] + 1.5,
-                np.log10(conditions.train_fraction)[:, None] + 1,
-                np.log2(conditions.width)[:, None],
-            ],
-            axis=1,
+        observation = np.empty((len(progress.steps), len(self.names)), dtype=np.float32)
+        _observe(
+            observation,
+            _Progress(*vars(progress).values()),
+            StateRecord(*vars(state).values()),
+            MeasuredRecord(*vars(measured).values()),
+            _Sizes(*vars(sizes).values()),
+            _Conditions(*vars(conditions).values()),
+            self._scales,
         )
+        return observation
 
-    def _slots(self, state: LifecycleState, measured: Measurements, sizes: Sizes) -> FloatArray:
-        """Return (num_envs, num_slots, features per slot)."""
-        growth = np.log2(1 + sizes.seeds / sizes.host[:, None]) / DOUBLINGS_SCALE
-        # symlog of a norm, so that 1e-6 and 1e3 stay apart: log10 from -6..3 to -1..1
-        norm = (np.log10(np.maximum(measured.gradient_norm, 1e-7)) + 1.5) / 4.5
-        columns = [
-            state.alpha,
-            np.where(state.stage < Stage.BLENDING, state.first_target, state.alpha_target),
-            state.tempo / TEMPO_SCALE,
-            state.mode == HOLD,
-            state.mode == UP,
-            state.mode == DOWN,
-            state.is_pruning,
-            state.ramp_step / np.maximum(state.ramp_length, 1),
-            state.age / STEPS_SCALE,
-            state.stage_steps / STEPS_SCALE,
-            state.cooldown / self.config.embargo_steps,
-            CHANGE_SCALE * measured.contribution,
-            measured.has_contribution,
-            measured.has_contribution / (1 + measured.contribution_age),
-            CHANGE_SCALE * measured.contribution_velocity,
-            CHANGE_SCALE * measured.would_be,
-            measured.has_would_be,
-            CHANGE_SCALE * measured.interaction,
-            measured.has_interaction,
-            norm * measured.has_gradient,
-            measured.vanishing,
-            measured.exploding,
-            measured.health,
-            measured.has_gradient,
-        ]
-        return np.concatenate(
-            [
-                state.stage[:, :, None] == np.arange(len(Stage)),
-                np.stack(columns, axis=2),
-                state.blueprint[:, :, None] == np.arange(self.num_blueprints),
-                state.style[:, :, None] == np.arange(len(STYLES)),
-                growth[:, :, None],
-            ],
-            axis=2,
+
+@entry_point
+def _record(
+    progress: Any,
+    members: IntArray,
+    accuracy: FloatArray,
+    loss: FloatArray,
+    committed: FloatArray,
+) -> None:
+    for n, i in enumerate(members):
+        for past in range(HISTORY - 1, 0, -1):
+            progress.accuracy_history[i, past] = progress.accuracy_history[i, past - 1]
+            progress.loss_history[i, past] = progress.loss_history[i, past - 1]
+        progress.accuracy_history[i, 0] = accuracy[n] - progress.accuracy[i]
+        progress.loss_history[i, 0] = loss[n] - progress.loss[i]
+        has_improved = accuracy[n] > progress.best_accuracy[i] + PLATEAU_MARGIN
+        progress.plateau_steps[i] = 0 if has_improved else progress.plateau_steps[i] + 1
+        progress.best_accuracy[i] = max(progress.best_accuracy[i], accuracy[n])
+        progress.accuracy[i] = accuracy[n]
+        progress.loss[i] = loss[n]
+        progress.committed_accuracy[i] = committed[n]
+
+
+class _Scales(NamedTuple):
+    """What features are divided by, and how many of a kind there are."""
+
+    episode_steps: int
+    initial_loss: float
+    rent_weight: float
+    parameter_budget: float
+    embargo_steps: int
+    num_blueprints: int
+
+
+_Progress = record_type("_Progress", __name__, Progress)
+_Sizes = record_type("_Sizes", __name__, Sizes)
+_Conditions = record_type("_Conditions", __name__, Conditions)
+
+
+@entry_point
+def _observe(
+    observation: npt.NDArray[np.float32],
+    progress: Any,
+    state: Any,
+    measured: Any,
+    sizes: Any,
+    conditions: Any,
+    scales: _Scales,
+) -> None:
+    """Write all features in the order of `episode_features` and `slot_features`."""
+    num_slots = state.stage.shape[1]
+    for i in range(len(observation)):
+        row, host = observation[i], sizes.host[i]
+        doublings = np.log2(1 + sizes.grown[i] / host)
+        at = _put(
+            row,
+            0,
+            (
+                1 - progress.steps[i] / scales.episode_steps,
+                progress.accuracy[i],
+                progress.committed_accuracy[i],
+                progress.best_accuracy[i],
+                progress.loss[i] / (2 * scales.initial_loss),
+                progress.train_loss[i] / (2 * scales.initial_loss),
+                progress.plateau_steps[i] / STEPS_SCALE,
+                doublings / DOUBLINGS_SCALE,
+                np.log2(1 + sizes.committed[i] / host) / DOUBLINGS_SCALE,
+                CHANGE_SCALE * scales.rent_weight * doublings,
+                1 - sizes.budgeted[i] / (scales.parameter_budget * host),
+            ),
         )
+        for past in range(HISTORY):
+            at = _put(row, at, (CHANGE_SCALE * progress.accuracy_history[i, past],))
+        for past in range(HISTORY):
+            change = CHANGE_SCALE * progress.loss_history[i, past] / scales.initial_loss
+            at = _put(row, at, (change,))
+        for stage in range(_NUM_STAGES):
+            count = 0
+            for s in range(num_slots):
+                count += state.stage[i, s] == stage
+            at = _put(row, at, (count / num_slots,))
+        at = _put_one_hot(row, at, _NUM_OPS, progress.last_op[i])
+        at = _put(
+            row,
+            at,
+            (
+                _bit(progress.last_valid[i]),
+                np.log10(conditions.learning_rate[i]) + 1.5,
+                np.log10(conditions.train_fraction[i]) + 1,
+                np.log2(conditions.width[i]),
+            ),
+        )
+        for s in range(num_slots):
+            stage, mode = state.stage[i, s], state.mode[i, s]
+            target = state.first_target if stage < Stage.BLENDING else state.alpha_target
+            has_contribution = _bit(measured.has_contribution[i, s])
+            has_gradient = _bit(measured.has_gradient[i, s])
+            # symlog of a norm, so that 1e-6 and 1e3 stay apart: log10 from -6..3 to -1..1
+            norm = (np.log10(max(measured.gradient_norm[i, s], 1e-7)) + 1.5) / 4.5
+            at = _put_one_hot(row, at, _NUM_STAGES, stage)
+            at = _put(
+                row,
+                at,
+                (
+                    state.alpha[i, s],
+                    target[i, s],
+                    state.tempo[i, s] / TEMPO_SCALE,
+                    _bit(mode == HOLD),
+                    _bit(mode == UP),
+                    _bit(mode == DOWN),
+                    _bit(state.is_pruning[i, s]),
+                    state.ramp_step[i, s] / max(state.ramp_length[i, s], 1),
+                    state.age[i, s] / STEPS_SCALE,
+                    state.stage_steps[i, s] / STEPS_SCALE,
+                    state.cooldown[i, s] / scales.embargo_steps,
+                    CHANGE_SCALE * measured.contribution[i, s],
+                    has_contribution,
+                    has_contribution / (1 + measured.contribution_age[i, s]),
+                    CHANGE_SCALE * measured.contribution_velocity[i, s],
+                    CHANGE_SCALE * measured.would_be[i, s],
+                    _bit(measured.has_would_be[i, s]),
+                    CHANGE_SCALE * measured.interaction[i, s],
+                    _bit(measured.has_interaction[i, s]),
+                    norm * has_gradient,
+                    measured.vanishing[i, s],
+                    measured.exploding[i, s],
+                    measured.health[i, s],
+                    has_gradient,
+                ),
+            )
+            at = _put_one_hot(row, at, scales.num_blueprints, state.blueprint[i, s])
+            at = _put_one_hot(row, at, _NUM_STYLES, state.style[i, s])
+            growth = np.log2(1 + sizes.seeds[i, s] / host) / DOUBLINGS_SCALE
+            at = _put(row, at, (growth,))
+
+
+@inlined
+def _bit(is_set: bool) -> float:
+    return 1.0 if is_set else 0.0
+
+
+@inlined
+def _put(row: npt.NDArray[np.float32], at: int, features: tuple[float, ...]) -> int:
+    """Write features, clipped, and return where the next one goes."""
+    for feature in features:
+        row[at] = min(max(feature, -1.0), 1.0)
+        at += 1
+    return at
+
+
+@inlined
+def _put_one_hot(row: npt.NDArray[np.float32], at: int, size: int, index: int) -> int:
+    """Write which of `size` options holds, none if `index` is none of them."""
+    for option in range(size):
+        row[at + option] = option == index
+    return at + size

@@ -15,33 +15,32 @@ import torch
 
 from esper_env import lifecycle, streams
 from esper_env.attribution import Coalitions, plan_coalitions, record_contributions
+from esper_env.batches import draw_batches
 from esper_env.config import (
     STYLES,
     Blend,
     BoolArray,
     EnvConfig,
-    FloatArray,
     IntArray,
     Op,
     Stage,
 )
 from esper_env.governor import GovernorState, judge
+from esper_env.gradients import record_gradients
 from esper_env.lifecycle import DOWN, LifecycleState, Measurements, Request
 from esper_env.observation import Conditions, Progress, Sizes
 from esper_env.population.blueprints import Blueprint
-from esper_env.population.images import PADDING, Draw, ImageSet
+from esper_env.population.images import Draw, ImageSet
 from esper_env.population.optimizer import SGDSettings
 from esper_env.population.population import Population
 from esper_env.population.report import Evaluation
 from esper_env.population.slots import Seeds
 from esper_env.rewards.potential import potential
-from esper_env.rewards.terms import Standing, Transition, score
+from esper_env.rewards.terms import Standing, Transition, appraise
+from esper_env.streams import Stream
 from esper_env.tasks import TASKS, Splits, resolve_host
 from esper_env.tasks.instances import make_instances
 
-_STREAM_HOST, _STREAM_DATA, _STREAM_SEED, _STREAM_NOISE, _STREAM_AUGMENT, _STREAM_INSTANCE = range(
-    6
-)
 _STYLE_BLEND = np.array([style.blend for style in STYLES])
 
 
@@ -103,13 +102,16 @@ class Simulation:
         """What the slots hold, as the population sees it."""
         self.sizes: Sizes
         """Parameters of the networks."""
+        self.budget_table: IntArray
+        """What each blueprint takes from the budget: a gate too, so that no style can exceed it.
+        (num_envs, slots, blueprints)."""
         self.conditions: Conditions
         """What is known of each member's training."""
         self.standing: Standing
         """Scores and potential of the present state."""
         self._initial_loss = float(np.log(self.host.num_classes))
         self._isolates = np.array([stage.name in config.isolated_stages for stage in Stage])
-        self._inventory_key = b""
+        self._inventory_key, self._has_seeds = b"", False
         self._member_key = np.zeros(num_envs, dtype=np.uint64)
         self._episode_key = np.zeros(num_envs, dtype=np.uint64)
         self._episode = np.zeros(num_envs, dtype=np.int64)
@@ -137,16 +139,6 @@ class Simulation:
         saved = {f"snapshot.{name}": tensor for name, tensor in storage.snapshots.items()}
         return storage.matrices | saved
 
-    @property
-    def budget_table(self) -> IntArray:
-        """What each blueprint takes from the budget: a gate too, so that no style can exceed it.
-
-        (num_envs, slots, blueprints).
-        """
-        width = self.instances.width[self.instance]
-        population = self.population
-        return population.seed_parameters[width] + population.gate_parameters[width][..., None]
-
     def refresh(self) -> None:
         """Work out what follows from the state, after it was written from outside."""
         self._take_inventory()
@@ -171,10 +163,10 @@ class Simulation:
         self.has_test[members] = False
         self.is_rolled_back[members] = False
         if instance is None:
-            key = streams.make_key(self._episode_key[members], _STREAM_INSTANCE)
+            key = streams.make_key(self._episode_key[members], Stream.INSTANCE)
             instance = (streams.uniform(key, 1)[:, 0] * len(self.instances)).astype(np.int64)
         self.instance[members] = instance
-        key = streams.make_key(self._episode_key[members], _STREAM_HOST)
+        key = streams.make_key(self._episode_key[members], Stream.HOST)
         self.population.reset(members, self.instances.width[instance], key)
         self.population.storage.save(members)
         self.governor.begin(members)
@@ -203,11 +195,11 @@ class Simulation:
         config, state, progress = self.config, self.state, self.progress
         before = self.standing
         lifecycle.apply(state, self.measured, request, config)
-        progress.last_op[active] = request.op[active]
-        progress.last_valid[active] = is_valid[active]
-        new = np.nonzero(request.op == Op.GERMINATE)[0]
+        np.copyto(progress.last_op, request.op, where=active)
+        np.copyto(progress.last_valid, is_valid, where=active)
+        new = np.nonzero(request.op == Op.GERMINATE.value)[0]
         if len(new):
-            key = streams.make_key(self._episode_key[new], _STREAM_SEED, progress.steps[new])
+            key = streams.make_key(self._episode_key[new], Stream.SEED, progress.steps[new])
             width = self.instances.width[self.instance[new]]
             self.population.germinate(new, width, request.slot[new], request.blueprint[new], key)
         lifecycle.tick(state, self.measured, active, config)
@@ -216,7 +208,7 @@ class Simulation:
         members = np.nonzero(active)[0]
         self.is_rolled_back = np.zeros(len(active), dtype=bool)
         if len(members):
-            fossilized = np.nonzero(request.op == Op.FOSSILIZE)[0]
+            fossilized = np.nonzero(request.op == Op.FOSSILIZE.value)[0]
             if len(fossilized):
                 # Before this step's training, so that no snapshot lacks a seed that is kept.
                 self._save(fossilized)
@@ -224,7 +216,7 @@ class Simulation:
             progress.steps[members] += 1
             self._evaluate(members)
         is_lost = active & (self.governor.rollbacks >= config.max_rollbacks)
-        is_last = is_lost | (active & (progress.steps >= config.episode_steps))
+        is_last = active & (progress.steps >= config.episode_steps) | is_lost
         self.has_test = is_last.copy()
         if is_last.any():
             self._test(np.nonzero(is_last)[0])
@@ -240,9 +232,9 @@ class Simulation:
             Whether all weights of each are finite afterwards. (m,) bool.
         """
         config, progress = self.config, self.progress
-        host_rate = self.instances.learning_rate[self.instance[members]].copy()
+        host_rate = self.instances.learning_rate[self.instance[members]]
         if config.learning_rate_decay == "linear":
-            host_rate *= 1 - progress.steps[members] / config.episode_steps
+            host_rate = host_rate * (1 - progress.steps[members] / config.episode_steps)
         report = self.population.train(
             members,
             self.seeds,
@@ -255,43 +247,24 @@ class Simulation:
         size = config.batches_per_step * config.batch_size
         progress.samples[members] += size
         progress.flops[members] += 6.0 * self._multiply_adds[members] * size
-        if self.state.is_live.any():
-            self._judge_gradients(members, report.seed_gradient_norms)
+        if self._has_seeds:
+            record_gradients(self.measured, members, report.seed_gradient_norms, config)
         return report.is_finite
 
     def _draw_batches(self, members: IntArray) -> Draw:
-        """Draw what the coming batches show to members, each from its own streams."""
-        config, instances = self.config, self.instances
-        instance, episode = self.instance[members], self._episode_key[members]
-        step = self.progress.steps[members]
-        batches, size = config.batches_per_step, config.batch_size
-
-        def by_batch(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            """(m, batches * size) -> (batches, size, m)."""
-            return values.T.reshape(batches, size, len(members))
-
-        total = len(self._train_labels)
-        count = np.maximum(np.rint(instances.train_fraction[instance] * total), 1)[:, None]
-        first = np.floor(instances.train_start[instance] * total)[:, None]
-        u = streams.uniform(streams.make_key(episode, _STREAM_DATA, step), batches * size)
-        index = ((np.floor(u * count) + first) % total).astype(np.int64)
-        labels = self._train_labels[index]
-        noise = instances.label_noise[instance][:, None]
-        if noise.any():
-            # An image keeps its wrong label for the whole episode.
-            key, classes = streams.make_key(episode, _STREAM_NOISE), self.host.num_classes
-            is_wrong = streams.uniform_at(key, 2 * index) < noise
-            other = np.floor(streams.uniform_at(key, 2 * index + 1) * (classes - 1))
-            wrong = (labels + 1 + other.astype(np.int64)) % classes
-            labels = np.where(is_wrong, wrong, labels)
-        shifts = flips = None
-        if self.task.augments:
-            key = streams.make_key(episode, _STREAM_AUGMENT, step)
-            rows, columns, mirror = np.split(streams.uniform(key, 3 * batches * size), 3, axis=1)
-            shift = np.stack([by_batch(rows), by_batch(columns)], axis=3)
-            shifts = np.floor(shift * (2 * PADDING + 1)).astype(np.int64) - PADDING
-            flips = by_batch(mirror < 0.5)
-        return Draw(by_batch(index), by_batch(labels), shifts, flips)
+        """Draw what the coming batches show to members."""
+        config = self.config
+        return draw_batches(
+            self._episode_key[members],
+            self.progress.steps[members],
+            self.instance[members],
+            self.instances,
+            self._train_labels,
+            num_classes=self.host.num_classes,
+            batches=config.batches_per_step,
+            batch_size=config.batch_size,
+            augments=self.task.augments,
+        )
 
     def _save(self, members: IntArray) -> None:
         """Take snapshots of members."""
@@ -303,28 +276,17 @@ class Simulation:
         governor, progress = self.governor, self.progress
         loss = progress.train_loss[members]
         panics = judge(governor, members, loss, is_finite, self._initial_loss, self.config)
-        panicked = members[panics]
-        if len(panicked):
+        if panics.any():
+            panicked = members[panics]
             self.is_rolled_back[panicked] = True
             self.population.storage.restore(panicked)
             lifecycle.roll_back(self.state, self.measured, panicked, self.config)
             progress.train_loss[panicked] = self._initial_loss
             self._take_inventory()
-        is_due = governor.since_snapshot[members] >= self.config.snapshot_interval
-        due = members[~panics & is_due]
+        # After a panic the count starts anew, so nobody who has panicked is due.
+        due = members[governor.since_snapshot[members] >= self.config.snapshot_interval]
         if len(due):
             self._save(due)
-
-    def _judge_gradients(self, members: IntArray, norms: FloatArray) -> None:
-        """Write what training measured of the seeds of members; norms are (m, slots, tensors)."""
-        measured = self.measured
-        vanishing, exploding, health = lifecycle.gradient_health(norms, self.config)
-        measured.has_gradient[members] = ~np.isnan(norms).all(axis=2)
-        finite = np.nan_to_num(norms, nan=0.0, posinf=1e9)
-        measured.gradient_norm[members] = np.sqrt((finite**2).sum(axis=2))
-        measured.vanishing[members] = vanishing
-        measured.exploding[members] = exploding
-        measured.health[members] = health
 
     def _evaluate(self, members: IntArray) -> None:
         """Evaluate the coalitions of members on the validation split."""
@@ -363,7 +325,8 @@ class Simulation:
         if key == self._inventory_key:
             return
         self._inventory_key = key
-        stage, population = state.stage, self.population
+        stage, population, is_live = state.stage, self.population, state.is_live
+        self._has_seeds = bool(is_live.any())
         width = self.instances.width[self.instance]
         is_mixed = (stage >= Stage.BLENDING) & (stage <= Stage.FOSSILIZED)
         alpha = np.where(is_mixed, state.alpha, 0.0)
@@ -378,12 +341,16 @@ class Simulation:
         )
         at = (width[:, None], np.arange(stage.shape[1]), np.maximum(state.blueprint, 0))
         gate = population.gate_parameters[width] * (self.seeds.blend == Blend.GATE)
-        seeds = np.where(state.is_live, population.seed_parameters[at] + gate, 0)
-        macs = np.where(state.is_live, population.seed_multiply_adds[at], 0)
+        seeds = np.where(is_live, population.seed_parameters[at] + gate, 0)
+        macs = np.where(is_live, population.seed_multiply_adds[at], 0)
+        self.budget_table = (
+            population.seed_parameters[width] + population.gate_parameters[width][..., None]
+        )
         self._multiply_adds = population.host_multiply_adds[width] + macs.sum(axis=1)
         self.sizes = Sizes(
             host=population.host_parameters[width],
             seeds=seeds,
+            grown=seeds.sum(axis=1),
             committed=np.where(stage == Stage.FOSSILIZED, seeds, 0).sum(axis=1),
             budgeted=lifecycle.used_parameters(state, self.budget_table),
         )
@@ -397,10 +364,12 @@ class Simulation:
         """Work out scores and potential of the present state."""
         sizes, rent = self.sizes, self.config.rent_weight
         progress, state = self.progress, self.state
-        self.standing = Standing(
-            score=score(progress.accuracy, sizes.seeds.sum(axis=1), sizes.host, rent),
-            committed_score=score(progress.committed_accuracy, sizes.committed, sizes.host, rent),
-            potential=potential(state.stage, state.stage_steps),
+        self.standing = appraise(
+            (progress.accuracy, progress.committed_accuracy),
+            (sizes.grown, sizes.committed),
+            sizes.host,
+            rent,
+            potential(state.stage, state.stage_steps),
         )
 
 

@@ -7,15 +7,33 @@ a stream needs nothing but that integer.
 
 from __future__ import annotations
 
+from enum import IntEnum
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
+from esper_env.compilation import shared
+
 KeyArray = npt.NDArray[np.uint64]
+
+
+class Stream(IntEnum):
+    """What the streams of an episode are for."""
+
+    HOST = 0
+    DATA = 1
+    SEED = 2
+    NOISE = 3
+    AUGMENT = 4
+    INSTANCE = 5
+
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
-_SHIFT_27, _SHIFT_30, _SHIFT_31 = np.uint64(27), np.uint64(30), np.uint64(31)
+_SHIFT_11, _SHIFT_27, _SHIFT_30 = np.uint64(11), np.uint64(27), np.uint64(30)
+_SHIFT_31, _ONE = np.uint64(31), np.uint64(1)
 
 
 def make_key(key: npt.ArrayLike, *words: npt.ArrayLike) -> KeyArray:
@@ -28,9 +46,9 @@ def make_key(key: npt.ArrayLike, *words: npt.ArrayLike) -> KeyArray:
     Returns:
         One key per parent and word. (n,) uint64; n is 1 if all are scalars.
     """
-    result = _mix(_as_keys(key))
+    result: KeyArray = mix(_as_keys(key))
     for word in words:
-        result = _mix(result + _mix(_as_keys(word) + _GOLDEN))
+        result = child_key(result, _as_keys(word))
     return result
 
 
@@ -57,12 +75,25 @@ def uniform_at(key: KeyArray, index: npt.NDArray[np.int64]) -> npt.NDArray[np.fl
     Returns:
         (n, count) float64, in steps of 2**-53.
     """
-    counter = index.astype(np.uint64) + np.uint64(1)
-    bits = _mix(key[:, None] + counter * _GOLDEN)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    numbers: npt.NDArray[np.float64] = number_at(key[:, None], index.astype(np.uint64))
+    return numbers
 
 
-def _mix(z: KeyArray) -> KeyArray:
+@shared
+def child_key(key: Any, word: Any) -> Any:
+    """Derive a key from a mixed one, as `make_key` does for each word; uint64 arrays or numbers."""
+    return mix(key + mix(word + _GOLDEN))
+
+
+@shared
+def number_at(key: Any, index: Any) -> Any:
+    """Draw the number at a position of a stream; key and index uint64, arrays or numbers."""
+    bits = mix(key + (index + _ONE) * _GOLDEN)
+    return (bits >> _SHIFT_11) * 2.0**-53
+
+
+@shared
+def mix(z: Any) -> Any:
     """Finaliser of SplitMix64. Source: Steele, Lea, Flood (2014), figure 16, variant 13."""
     z = (z ^ (z >> _SHIFT_30)) * _MIX_1
     z = (z ^ (z >> _SHIFT_27)) * _MIX_2

@@ -7,12 +7,14 @@ and a saved state can be shown by an environment with another render mode.
 from __future__ import annotations
 
 import dataclasses
+from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from esper_env.compilation import entry_point, record_type
 from esper_env.config import IntArray
 
 
@@ -82,14 +84,37 @@ class Trace:
             members: Indices of those that were reset or took a step. (m,) integers.
             **values: Every field but `length`, of all members. (num_envs, ...).
         """
-        assert values.keys() == vars(self).keys() - {"length"}, sorted(values)
-        row = self.length[members]
-        for name, value in values.items():
-            getattr(self, name)[members, row] = value[members]
-        self.length[members] += 1
+        _record(_Trace(*vars(self).values()), members, _Row(**values))
 
     def course(self, member: int) -> Trace:
         """Return views of one member's rows so far: the same fields without the member axis."""
         end = int(self.length[member])
         rows = {name: array[member, :end] for name, array in vars(self).items() if name != "length"}
         return dataclasses.replace(self, length=self.length[member], **rows)
+
+
+_Trace = record_type("_Trace", __name__, Trace)
+_Row = namedtuple(
+    "_Row",
+    "stage alpha blueprint accuracy committed_accuracy score committed_score parameters op op_slot "
+    "rolled_back",
+)
+
+
+@entry_point
+def _record(trace: Any, members: IntArray, row: Any) -> None:
+    for i in members:
+        at = trace.length[i]
+        for s in range(row.stage.shape[1]):
+            trace.stage[i, at, s] = row.stage[i, s]
+            trace.alpha[i, at, s] = row.alpha[i, s]
+            trace.blueprint[i, at, s] = row.blueprint[i, s]
+        trace.accuracy[i, at] = row.accuracy[i]
+        trace.committed_accuracy[i, at] = row.committed_accuracy[i]
+        trace.score[i, at] = row.score[i]
+        trace.committed_score[i, at] = row.committed_score[i]
+        trace.parameters[i, at] = row.parameters[i]
+        trace.op[i, at] = row.op[i]
+        trace.op_slot[i, at] = row.op_slot[i]
+        trace.rolled_back[i, at] = row.rolled_back[i]
+        trace.length[i] += 1

@@ -115,7 +115,6 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._simulation: Simulation | None = None
-        self._mask_key = b""
         self._conditional: dict[str, BoolArray] = {}
         self._conditional_before_reset: dict[str, BoolArray] = {}
         self._trace = Trace.empty(self.num_envs, host.num_slots, self.config.episode_steps)
@@ -191,27 +190,25 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         """
         self._require_reset()
         actions = self._actions.check(actions, self.num_envs)
-        resetting = np.zeros(self.num_envs, dtype=bool)
-        if self._is_done.any():
-            if self.autoreset_mode == AutoresetMode.DISABLED:
-                done = np.nonzero(self._is_done)[0].tolist()
-                raise gym.error.ResetNeeded(
-                    f"members {done} have finished; call reset(options={{'reset_mask': mask}}) "
-                    "before step, or choose another autoreset_mode"
-                )
-            resetting = self._is_done.copy()
+        resetting, is_resetting = self._is_done, bool(self._is_done.any())
+        if is_resetting and self.autoreset_mode == AutoresetMode.DISABLED:
+            done = np.nonzero(resetting)[0].tolist()
+            raise gym.error.ResetNeeded(
+                f"members {done} have finished; call reset(options={{'reset_mask': mask}}) "
+                "before step, or choose another autoreset_mode"
+            )
         active = ~resetting
         is_legal = self._actions.is_legal(self._conditional, actions)
         if self.config.illegal_actions == "raise" and (active & ~is_legal).any():
             self._actions.refuse(actions, active & ~is_legal)
-        if resetting.any():
+        if is_resetting:
             self._begin(np.nonzero(resetting)[0])
         rewards, terminations, truncations, terms = self._advance(actions, is_legal, active)
         self._refresh_masks()
         self._conditional_before_reset = self._conditional
         observations, info = self._observe(), self._info(terms)
         self._is_done = terminations | truncations
-        if self._is_done.any() and self.autoreset_mode == AutoresetMode.SAME_STEP:
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and self._is_done.any():
             final_observations, final_info = observations, info
             ended = self._is_done.copy()
             self._begin(np.nonzero(ended)[0])
@@ -393,12 +390,13 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
     ) -> tuple[FloatArray, BoolArray, BoolArray, dict[str, FloatArray]]:
         """Step the active members and reward them; the others get 0."""
         acts = active & is_legal
-        request = self._actions.decode(np.where(acts[:, None], actions, 0))
+        request = self._actions.decode(actions if acts.all() else actions * acts[:, None])
         transition, truncated = self._sim.advance(request, is_legal, active)
         self._record(np.nonzero(active)[0], request.slot)
         reward, terms = compute_reward(transition, self._weights, self.config)
-        for array in (reward, *terms.values()):
-            array[~active] = 0.0
+        if not active.all():
+            for array in (reward, *terms.values()):
+                array[~active] = 0.0
         return reward, transition.is_terminated.copy(), truncated, terms
 
     def _seed(self, request: ResetRequest, is_first: bool) -> None:
@@ -438,7 +436,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             committed_accuracy=sim.progress.committed_accuracy,
             score=sim.standing.score,
             committed_score=sim.standing.committed_score,
-            parameters=sim.sizes.seeds.sum(axis=1),
+            parameters=sim.sizes.grown,
             op=sim.progress.last_op,
             op_slot=op_slot,
             rolled_back=sim.is_rolled_back,
@@ -462,19 +460,12 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         return self._observe(), self._info()
 
     def _refresh_masks(self) -> None:
-        """Compute the masks, unless what they are a function of is the same as last time."""
+        """Work out what is legal in the present state."""
         sim = self._sim
-        arrays = (*vars(sim.state).values(), *vars(sim.measured).values(), sim.instance)
-        key = b"".join([array.tobytes() for array in arrays])
-        if key == self._mask_key:
-            return
-        self._mask_key = key
-        before = self._conditional
         self._conditional = self._actions.conditional_masks(
             sim.state, sim.measured, sim.budget_table, sim.sizes.host, self.config
         )
-        if self._conditional is not before:
-            self._marginal = self._actions.marginal_mask(self._conditional)
+        self._marginal = self._actions.marginal_mask(self._conditional)
 
     def _observe(self) -> npt.NDArray[np.float32]:
         sim = self._sim

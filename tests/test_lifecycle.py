@@ -718,59 +718,6 @@ def test_the_lifecycle_imports_nothing_but_numpy_and_the_configuration() -> None
     assert outside == {"numpy", "numpy.typing", "esper_env.config"}
 
 
-# ------------------------------------------------------------------ gradient health
-
-
-@pytest.mark.parametrize(
-    ("norms", "vanishing", "exploding", "health"),
-    [
-        ([1.0, 1.0, 1.0], 0.0, 0.0, 1.0),
-        ([1e-6, 1e3, 1.0], 0.0, 0.0, 1.0),
-        ([1e-7, 1.0, np.nan], 0.25, 0.0, 0.75),
-        ([0.0, 1.0, 1.0], 1 / 3, 0.0, 2 / 3),
-        ([0.0, 0.0, np.nan], 1.0, 0.0, 0.0),
-        ([1e4, 1e3, 1.0], 0.0, 0.5, 0.5),
-        ([1e-7, 1e4, np.nan], 0.25, 0.5, 0.375),
-        ([np.inf, 1.0, np.nan], 0.0, 1.0, 0.0),
-        ([np.nan, np.nan, np.nan], 0.0, 0.0, 0.0),
-    ],
-)
-@pytest.mark.parametrize("clip_norm", [1.0, 10.0])
-def test_gradient_health_by_hand(
-    norms: list[float], vanishing: float, exploding: float, health: float, clip_norm: float
-) -> None:
-    """Thresholds 1e-6 and 1e3 clip norms, each severity reaching 1 two decades beyond.
-
-    1e-7 lies one decade below: severity 1/2, of two tensors a mean of 1/4. 1e4 lies one decade
-    above: 1/2, and the largest counts. Health is (1 - mean vanishing) * (1 - largest exploding).
-    A tensor that does not exist (NaN) is left out of the mean; with none at all health is 0.
-    """
-    config = EnvConfig(clip_norm=clip_norm)
-    scaled = clip_norm * np.array(norms)
-    got = lifecycle.gradient_health(scaled[None, None], config)
-    np.testing.assert_allclose(
-        [part[0, 0] for part in got], [vanishing, exploding, health], rtol=0, atol=EXACT
-    )
-
-
-def test_gradient_health_judges_each_slot_alone() -> None:
-    norms = np.array([[[1.0, 1.0], [0.0, np.nan]], [[np.nan, np.nan], [np.inf, 0.0]]])
-    _, exploding, health = lifecycle.gradient_health(norms, EnvConfig())
-    assert exploding.tolist() == [[0.0, 0.0], [0.0, 1.0]]
-    assert health.tolist() == [[1.0, 0.0], [0.0, 0.0]]
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_vanishing_threshold_of_0_leaves_every_severity_finite() -> None:
-    """The configuration admits 0, which no norm is below: a norm of 0 is then not vanishing.
-
-    Finding SYN-C2 (finite for every value that validation admits, zero thresholds included).
-    """
-    config = EnvConfig(vanishing_gradient_norm=0.0)
-    parts = lifecycle.gradient_health(np.array([[[0.0, 1.0]]]), config)
-    assert all(np.isfinite(part).all() for part in parts)
-
-
 # ------------------------------------------------------------------ random walks
 
 

@@ -32,6 +32,7 @@ from hypothesis.stateful import (
 from esper_env import EsperEnv, EsperVectorEnv, Op, Stage, lifecycle
 from esper_env.config import STYLES, Blend, BoolArray, IntArray
 from esper_env.observation import CHANGE_SCALE
+from esper_env.population import compiled
 from esper_env.population.images import ImageSet
 from esper_env.population.layout import Layout
 from esper_env.population.population import Population
@@ -191,7 +192,7 @@ def check_ownership(sim: Simulation, members: IntArray, before: dict[str, torch.
     population, state = sim.population, sim.state
     layout, engine = population.layout, population._compiled
     assert engine is not None
-    kinds, _ = engine._training_kinds(members, sim.seeds)
+    kinds = compiled._training_kinds(*engine._training_state(members, sim.seeds))
     tapes = {key[2]: tape for key, tape in engine._tapes.items() if key[0] == "train"}
     shape = (sim.population.num_members, layout.num_parameters)
     owned, kept = np.zeros((2, *shape), dtype=bool)

@@ -11,22 +11,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CONFIG = {"config", "streams"}
+CONFIG = {"config", "streams", "compilation"}
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
-    "streams": set(),
+    "compilation": {"config"},
+    "streams": {"compilation"},
     "lifecycle": CONFIG,
-    "actions": CONFIG | {"lifecycle"},
-    "attribution": CONFIG | {"lifecycle"},
-    "observation": CONFIG | {"lifecycle"},
+    "records": CONFIG | {"lifecycle"},
+    "actions": CONFIG | {"lifecycle", "records"},
+    "attribution": CONFIG | {"lifecycle", "records"},
+    "gradients": CONFIG | {"lifecycle", "records"},
+    "observation": CONFIG | {"lifecycle", "records"},
     "governor": CONFIG,
-    "trace": {"config"},
+    "trace": CONFIG,
     "render": {"config", "trace"},
     "rewards": CONFIG,
     "population": CONFIG,
     "tasks": CONFIG | {"population"},
+    "batches": CONFIG | {"population", "tasks"},
     "simulation": CONFIG
-    | {"governor", "lifecycle", "attribution", "observation", "rewards", "population", "tasks"},
+    | {"governor", "lifecycle", "attribution", "observation", "rewards", "population", "tasks"}
+    | {"batches", "gradients"},
     "vector_env": CONFIG
     | {"actions", "observation", "render", "rewards", "population", "tasks", "simulation"}
     | {"info", "reset_arguments", "trace"},
@@ -43,11 +48,14 @@ ALLOWED: dict[str, set[str]] = {
 }
 """Design 14: config <- the parts <- vector_env (with its simulation) <- env."""
 WITHOUT_TORCH = {"config", "streams", "lifecycle", "actions", "attribution", "observation"} | {
+    "compilation",
+    "gradients",
+    "records",
     "rewards",
     "render",
     "trace",
 }
-WITHOUT_GYMNASIUM = WITHOUT_TORCH | {"population", "tasks", "simulation"}
+WITHOUT_GYMNASIUM = WITHOUT_TORCH | {"population", "tasks", "batches", "simulation"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -12,13 +12,13 @@ NaN must stay visible, so the compiler may reorder sums but not assume that numb
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from esper_env.compilation import entry_point, inlined
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -33,22 +33,8 @@ NO_GRADIENT, ASSIGN, ACCUMULATE = 0, 1, 2
 """What a backward pass does with the gradient of its input."""
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile into whatever calls it.
-
-    Nothing but entry points is called at run time: two callers would each have their own optimised
-    copy, and which one a process links would decide the last bits.
-    """
-    compiled: Callable[..., Any] = numba.njit(
-        function, nogil=True, cache=True, fastmath=REORDERED, forceinline=True
-    )
-    return compiled
-
-
-def entry_point(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile at the first call of all, with everything it calls; the result is kept on disk."""
-    compiled: Callable[..., Any] = numba.njit(function, nogil=True, cache=True, fastmath=REORDERED)
-    return compiled
+kernel = functools.partial(inlined, fastmath=REORDERED)
+network_entry_point = functools.partial(entry_point, fastmath=REORDERED)
 
 
 @kernel
@@ -82,6 +68,20 @@ def add_taps(
             w0 * x0[i] + w1 * x1[i] + w2 * x2[i] + w3 * x3[i] + w4 * x4[i]
             + w5 * x5[i] + w6 * x6[i] + w7 * x7[i] + w8 * x8[i]
         )  # fmt: skip
+
+
+@kernel
+def fill(out: FloatArray, value: np.float32) -> None:
+    """Write the same number everywhere. A loop compiles sooner than an assignment to a slice."""
+    for i in range(len(out)):
+        out[i] = value
+
+
+@kernel
+def copy(out: FloatArray, x: FloatArray) -> None:
+    """Write x, likewise."""
+    for i in range(len(out)):
+        out[i] = x[i]
 
 
 @kernel
@@ -131,7 +131,7 @@ def conv_forward(
     for y in range(size):
         for co in range(cout):
             out = run(a, first_row(dst, co, size, batch) + y * row, n)
-            out[:] = p[bias + co] if bias >= 0 else np.float32(0)
+            fill(out, p[bias + co] if bias >= 0 else np.float32(0))
             for c in range(group_in):
                 ci = co // group_out * group_in + c
                 at = first_row(src, ci, size, batch) + y * row
@@ -188,7 +188,7 @@ def conv_backward(
         for ci in range(cin):
             out = run(d, first_row(src, ci, size, batch) + y * row, n)
             if mode == ASSIGN:
-                out[:] = np.float32(0)
+                fill(out, np.float32(0))
             group = ci // group_in
             for c in range(group_out):
                 co = group * group_out + c
@@ -394,7 +394,7 @@ def pool_backward(
         x, y = first_row(src, c, size, batch), first_row(dst, c, half, batch)
         if size % 2:
             for r in range(size):
-                run(d, x + r * row, n)[:] = zero
+                fill(run(d, x + r * row, n), zero)
         for r in range(half):
             for q in range(half):
                 at = x + 2 * r * row + 2 * q * batch
@@ -421,7 +421,7 @@ def average(a: FloatArray, src: int, dst: int, channels: int, size: int, batch: 
     share = np.float32(1) / np.float32(size * size)
     for c in range(channels):
         x, out = first_row(src, c, size, batch), run(a, dst + c * batch, batch)
-        out[:] = np.float32(0)
+        fill(out, np.float32(0))
         for r in range(size):
             for q in range(size):
                 add_scaled(out, run(a, x + r * row + q * batch, batch), share)
@@ -440,7 +440,7 @@ def spread_average(
             for q in range(size):
                 out = run(d, x + r * row + q * batch, batch)
                 if mode == ASSIGN:
-                    out[:] = np.float32(0)
+                    fill(out, np.float32(0))
                 add_scaled(out, grad, share)
 
 
@@ -460,7 +460,7 @@ def affine_forward(
     """Map (cin, batch) to (cout, batch)."""
     for j in range(cout):
         out = run(a, dst + j * batch, batch)
-        out[:] = p[bias + j]
+        fill(out, p[bias + j])
         for c in range(cin):
             add_scaled(out, run(a, src + c * batch, batch), p[weight + j * stride + c])
 
@@ -481,7 +481,7 @@ def affine_backward(
     bias: int,
 ) -> None:
     """Write the gradients of weights, bias and input."""
-    run(d, src, cin * batch)[:] = np.float32(0)
+    fill(run(d, src, cin * batch), np.float32(0))
     for j in range(cout):
         grad = run(d, dst + j * batch, batch)
         g[bias + j] = total_of(grad)
@@ -557,7 +557,7 @@ def excite_backward(
     row = (size + 2) * batch
     for c in range(channels):
         factor, of_factor = run(a, e + c * batch, batch), run(d, z2 + c * batch, batch)
-        of_factor[:] = np.float32(0)
+        fill(of_factor, np.float32(0))
         x, y = first_row(src, c, size, batch), first_row(dst, c, size, batch)
         for r in range(size):
             for q in range(size):
@@ -646,7 +646,7 @@ def mix_forward(
             h, out = run(a, x + r * row, size * batch), run(a, y + r * row, size * batch)
             residual = run(a, v + r * row, size * batch)
             if alpha == 0:
-                out[:] = h
+                copy(out, h)
             elif blend == ADD:
                 for i in range(len(h)):
                     out[i] = h[i] + alpha * residual[i]
@@ -684,7 +684,7 @@ def mix_backward(
     row = (size + 2) * batch
     gate, of_gate = run(a, aux + channels * batch, batch), run(d, aux + channels * batch, batch)
     if blend == GATE:
-        of_gate[:] = np.float32(0)
+        fill(of_gate, np.float32(0))
     for c in range(channels):
         x, v = first_row(src, c, size, batch), first_row(branch, c, size, batch)
         y = first_row(dst, c, size, batch)

@@ -134,9 +134,12 @@ class Population:
         Returns:
             Measurements of these members.
         """
+        engines = self._engines(members, seeds)
+        if len(engines) == 1:
+            return engines[0][0].train(members, seeds, images, draw, host_rate, seed_rate)
         slots, tensors = self.layout.host.num_slots, self.layout.max_seed_tensors
         report = TrainReport.empty(len(members), slots, tensors)
-        for engine, own in self._engines(members, seeds):
+        for engine, own in engines:
             rates = host_rate[own], seed_rate[own]
             report.fill(own, engine.train(members[own], seeds, images, draw.of(own), *rates))
         return report
@@ -157,8 +160,11 @@ class Population:
         Returns:
             Accuracy [0 to 1] and mean loss [nats] per row.
         """
+        engines = self._engines(members, seeds)
+        if len(engines) == 1:
+            return engines[0][0].evaluate(members, alpha, seeds, images)
         result = Evaluation.empty(len(members))
-        for engine, own in self._engines(members, seeds):
+        for engine, own in engines:
             result.fill(own, engine.evaluate(members[own], alpha[own], seeds, images))
         return result
 

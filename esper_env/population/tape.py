@@ -1,4 +1,4 @@
-"""Networks as lists of operations that `compiled` runs: what a member computes, region by region.
+"""Networks as lists of operations for `interpreter`: what a member computes, region by region.
 
 A tape depends on the composition of a member alone (its width, and the kind and state of its
 seeds), so members of one composition share it, and building it is rare.
@@ -8,40 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
 
 from esper_env.config import Blend
+from esper_env.population.interpreter import FIELDS, Kind
 from esper_env.population.layers import Conv, Layer, Norm, Relu, SqueezeExcite
 from esper_env.population.layout import Column, Layout, PlacedLayer, corner
 
 IntArray = npt.NDArray[np.int64]
 
 
-class Kind(IntEnum):
-    """What an operation does."""
-
-    CONV = 0
-    NORM = 1
-    RELU = 2
-    EXCITE = 3
-    MIX = 4
-    POOL = 5
-    CLASSIFY = 6
-    TANH = 7
-    GATE = 8
-
-
-FIELDS = (
-    *("kind", "src", "dst", "channels_in", "channels_out", "size", "kernel_size", "groups"),
-    *("weight", "stride", "bias", "mean", "var", "aux", "rectify", "mode", "slot", "blend"),
-    *("branch", "hidden", "weight_2", "stride_2", "bias_2", "is_isolated", "row"),
-)
-"""Columns of an operation. Offsets of tensors are into a member's row, those of regions into the
-arena. `mode` is what the backward pass does with the gradient of `src`; `row` counts the networks
-of an evaluation."""
 SUPPORTED = (Conv, Norm, Relu, SqueezeExcite)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from esper_env.compilation import entry_point
 from esper_env.config import FloatArray, IntArray, Stage
 
 STAGE_POTENTIAL = {
@@ -35,6 +36,7 @@ _STAGE = np.array([STAGE_POTENTIAL[stage] for stage in Stage])
 _PROGRESS = np.array([STAGE_PROGRESS[stage] for stage in Stage])
 
 
+@entry_point
 def potential(stage: IntArray, stage_steps: IntArray) -> FloatArray:
     """Return Phi(s), a function of the lifecycle state alone, summed over slots.
 
@@ -45,6 +47,9 @@ def potential(stage: IntArray, stage_steps: IntArray) -> FloatArray:
     Returns:
         (num_envs,) float64, between 0 and the number of slots.
     """
-    share = 1.0 - 0.5 ** (stage_steps / PROGRESS_HALF_LIFE_STEPS)
-    total: FloatArray = (_STAGE[stage] + _PROGRESS[stage] * share).sum(axis=1)
+    total = np.zeros(len(stage))
+    for i in range(len(stage)):
+        for s in range(stage.shape[1]):
+            share = 1.0 - 0.5 ** (stage_steps[i, s] / PROGRESS_HALF_LIFE_STEPS)
+            total[i] += _STAGE[stage[i, s]] + _PROGRESS[stage[i, s]] * share
     return total

@@ -41,7 +41,12 @@ def compute_reward(
         config: For gamma.
 
     Returns:
-        reward (num_envs,) float64, and each term's part of it by name; the parts sum to it.
+        reward (num_envs,) float64, and each term's part of it by name; the parts sum to it. A term
+        of weight 0 is not worked out.
     """
-    terms = {name: weight * TERMS[name](transition, config) for name, weight in weights.items()}
-    return np.sum(list(terms.values()), axis=0), terms
+    shape, terms = transition.is_last.shape, {}
+    reward = np.zeros(shape)
+    for name, weight in weights.items():
+        terms[name] = weight * TERMS[name](transition, config) if weight else np.zeros(shape)
+        reward += terms[name]
+    return reward, terms

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from esper_env.compilation import entry_point, shared
 from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray
 
 
@@ -36,6 +37,41 @@ class Transition:
     """Whether the governor took the member back to its last snapshot."""
 
 
+def appraise(
+    accuracy: tuple[FloatArray, FloatArray],
+    parameters: tuple[IntArray, IntArray],
+    host_parameters: IntArray,
+    rent_weight: float,
+    potential: FloatArray,
+) -> Standing:
+    """Work out the scores of a state.
+
+    Args:
+        accuracy: Of the live and of the committed network. Each (num_envs,).
+        parameters: Of the seeds of the live and of the committed network. Each (num_envs,).
+        host_parameters: (num_envs,).
+        rent_weight: See `score`.
+        potential: (num_envs,).
+    """
+    scores = np.empty((2, len(host_parameters)))
+    _score_all(scores, accuracy, parameters, host_parameters, rent_weight)
+    return Standing(score=scores[0], committed_score=scores[1], potential=potential)
+
+
+@entry_point
+def _score_all(
+    scores: FloatArray,
+    accuracy: tuple[FloatArray, FloatArray],
+    parameters: tuple[IntArray, IntArray],
+    host_parameters: IntArray,
+    rent_weight: float,
+) -> None:
+    for k in range(2):
+        for i in range(len(host_parameters)):
+            scores[k, i] = score(accuracy[k][i], parameters[k][i], host_parameters[i], rent_weight)
+
+
+@shared
 def score(
     accuracy: FloatArray, parameters: IntArray, host_parameters: IntArray | int, rent_weight: float
 ) -> FloatArray:
