@@ -478,7 +478,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"gama": 0.9}, TypeError, "unknown configuration field 'gama'; did you mean 'gamma'"),
     ({"gamma": 1.5}, ValueError, r"gamma: expected in \(0, 1\], got 1.5"),
     ({"heads": {"blueprint": "conv_huge"}}, ValueError, "conv_heavy.*got 'conv_huge'"),
-    ({"reward": "profit"}, ValueError, r"reward: expected one of \['gain'\], got 'profit'"),
+    ({"reward": "profit"}, ValueError, r"reward: expected one of \['gain', 'sparse'\], got 'prof"),
     ({"reward_weights": {"fun": 1.0}}, ValueError, "expected terms among.*got 'fun'"),
     ({"horizon": "never"}, ValueError, "horizon: expected one of"),
     ({"autoreset_mode": "Sometimes"}, ValueError, "Sometimes"),
