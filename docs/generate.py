@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 import esper_env
-from docs import results
+from docs import results, speed
 from esper_env import EnvConfig, EsperEnv, EsperVectorEnv, Op, Stage
 from esper_env.actions import HEAD_NAMES, RELEVANT_HEADS
 from esper_env.config import STYLES
@@ -198,17 +198,25 @@ def pages() -> dict[Path, str]:
 
 def measured() -> dict[Path, dict[str, str]]:
     """Return the tables of measurements by page and block."""
-    learning = results.read("learning-digits")
-    schedules = results.read("headroom")
+    learning, throughput = results.read("learning-digits"), results.read("throughput")
     return {
-        ROOT / "README.md": {"results": results.headline(learning, is_short=True)},
-        ROOT / "docs/speed.md": {"agent": results.agent_speed(results.read("agent"))},
+        ROOT / "README.md": {
+            "results": results.headline(learning, is_short=True),
+            "speed": speed.short_throughput(throughput),
+        },
+        ROOT / "docs/speed.md": {
+            "throughput": speed.throughput(throughput),
+            "cifar": speed.throughput(results.read("throughput-cifar10")),
+            "agent": speed.agent(results.read("agent")),
+            "peers": speed.peers(results.read("throughput-peers")),
+            "profile": speed.profile(results.read("profile")),
+        },
         ROOT / "docs/results.md": {
             "arms": results.headline(learning),
             "growth": results.growth_pays(results.read("headroom-instances")),
             "policy": results.policy_table(learning),
             "search": results.search_table(learning),
-            "schedules": results.schedule_table(schedules),
+            "schedules": results.schedule_table(results.read("headroom")),
         },
     }
 

@@ -1,23 +1,29 @@
-"""Tables and the picture of docs/results.md, from the committed result files.
+"""Tables and pictures of docs/results.md, from the committed result files.
 
-`docs/generate.py` writes the tables into the page and into the README; the picture is drawn by
+`docs/generate.py` writes the tables into the page and into the README; the pictures are drawn by
 
-    python -m docs.results
+    python -m docs.results --agent runs/learning/agents/1
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
+import tyro
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 
 from benchmarks.protocol import table_of
 from esper_agent.baselines import parse_plan
+from esper_agent.evaluate import TrainedPolicy
+from esper_env import EsperVectorEnv
 from esper_env.tasks import TASKS
 from esper_env.tasks.instances import make_instances
 
@@ -73,7 +79,7 @@ def headline(result: dict[str, Any], is_short: bool = False) -> str:
     if is_short:
         kept = [0, 1, 2, 3, 7]
         head, rows = [head[k] for k in kept], [[row[k] for k in kept] for row in rows]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def search_table(result: dict[str, Any]) -> str:
@@ -86,7 +92,7 @@ def search_table(result: dict[str, Any]) -> str:
         best = found["best"].replace('"', "").strip("{}")
         score = last["scores"][found["best"]]
         rows.append([label, str(count), best, f"{score:.4f} ({last['episodes']})"])
-    return _table(["search", "candidates", "best", "its last round (episodes)"], rows)
+    return table(["search", "candidates", "best", "its last round (episodes)"], rows)
 
 
 def schedule_table(result: dict[str, Any]) -> str:
@@ -103,7 +109,7 @@ def schedule_table(result: dict[str, Any]) -> str:
             ]
         )
     head = ["schedule", "committed score", "minus never (standard error)", "test accuracy"]
-    return _table([*head, "parameters"], rows)
+    return table([*head, "parameters"], rows)
 
 
 def growth_pays(result: dict[str, Any]) -> str:
@@ -117,7 +123,7 @@ def growth_pays(result: dict[str, Any]) -> str:
         [label, f"{s['iqm']:+.4f}", f"{s['low']:+.4f} .. {s['high']:+.4f}"]
         for label, s in ((label, result["judged"][name]) for name, label in labels.items())
     ]
-    return _table(["difference", "IQM", "95 %"], rows)
+    return table(["difference", "IQM", "95 %"], rows)
 
 
 def policy_table(result: dict[str, Any]) -> str:
@@ -138,7 +144,7 @@ def policy_table(result: dict[str, Any]) -> str:
     every = [growth for run in runs for growth in run["growth"]]
     rows.append(["all", *_describe(every)])
     head = ["host width", "episodes", "nothing grown", "slot 0", "slot 1", "both slots"]
-    return _table([*head, "median step of germination"], rows)
+    return table([*head, "median step of germination"], rows)
 
 
 def _describe(growths: Sequence[str]) -> list[str]:
@@ -170,35 +176,7 @@ def ablation_table(result: dict[str, Any]) -> str:
             ]
         )
     head = ["variant", "score (IQM)", "95 %", "minus the default", "parameters grown"]
-    return _table(head, rows)
-
-
-def agent_speed(result: dict[str, Any]) -> str:
-    """Return what `benchmarks/agent.py` measured."""
-    machine = result["machine"]
-    where = (
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}; medians of "
-        f"{result['arguments']['rounds']} rounds, least and largest in brackets"
-    )
-    columns = (
-        ("env step [ms]", "env_step_milliseconds", "{:.1f}", ""),
-        ("decision [ms]", "inference_milliseconds", "{:.2f}", ""),
-        ("update [ms]", "update_milliseconds", "{:.0f}", ""),
-        ("decisions [% of training]", "inference_share", "{:.1%}", ""),
-        ("update [% of training]", "update_share", "{:.1%}", ""),
-        ("update with all threads", "all_threads_ratio", "{:.1f}", "×"),
-        ("update with the LSTM step by step", "step_by_step_ratio", "{:.1f}", "×"),
-    )
-    rows = [
-        [str(row["num_envs"]), *(_spread(row[name], form, unit) for _, name, form, unit in columns)]
-        for row in result["rows"]
-    ]
-    return f"{where}.\n\n" + _table(["members", *(title for title, *_ in columns)], rows)
-
-
-def _spread(figure: Mapping[str, float], form: str, unit: str) -> str:
-    median, least, largest = (form.format(figure[name]) for name in ("median", "min", "max"))
-    return f"{median}{unit} ({least} .. {largest})"
+    return table(head, rows)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -240,10 +218,51 @@ def _difference(pair: dict[str, float]) -> str:
     return f"{pair['difference']:+.4f} ({pair['low']:+.4f} .. {pair['high']:+.4f})"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in GitHub's Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-if __name__ == "__main__":
+def draw_episode(agent: Path, instance: int, seed: int, path: Path) -> None:
+    """Draw one episode of a trained agent on a test instance."""
+    config = json.loads((agent / "config.json").read_text())
+    settings = {"instances": "test", "heads": config["env"]["heads"]}
+    envs = gym.make_vec(
+        config["env_id"], 1, render_mode="rgb_array", autoreset_mode="Disabled", **settings
+    ).unwrapped
+    assert isinstance(envs, EsperVectorEnv)
+    observation, info = envs.reset(seed=seed, options={"instance": instance})
+    policy = TrainedPolicy(agent, envs)
+    policy.begin(envs, seed)
+    is_over = np.zeros(1, dtype=bool)
+    while not is_over.all():
+        observation, _, terminated, truncated, info = envs.step(policy.act(observation, info))
+        is_over = terminated | truncated
+    frames = envs.render()
+    assert frames is not None
+    imsave(path, frames[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Draw the pictures of docs/results.md."""
+
+    agent: Path
+    """Run directory of the agent whose episodes are shown."""
+    instances: tuple[int, int] = (0, 1)
+    """Test instances to show."""
+    seed: int = 1_000_000
+    """Reset seed of both episodes."""
+
+
+def main() -> None:
+    """Draw all pictures."""
+    args = tyro.cli(Args)
     draw(read("learning-digits"), ROOT / FIGURE)
+    for name, instance in zip(("a", "b"), args.instances, strict=True):
+        draw_episode(args.agent, instance, args.seed, ROOT / f"docs/episode-{name}.png")
+
+
+if __name__ == "__main__":
+    main()

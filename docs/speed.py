@@ -1,0 +1,139 @@
+"""Tables of docs/speed.md and of the README's speed, from the committed result files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from docs.results import table
+
+PHASES = ("batches", "training", "evaluation", "lifecycle", "observation", "reward", "rest")
+PEERS = {
+    "vector": ("one vector environment", 1),
+    "async": ("`AsyncVectorEnv`", 16),
+    "sync": ("`SyncVectorEnv`", 1),
+    "2 x vector": ("two vector environments of 8", 2),
+}
+"""Label and number of processes of each side."""
+
+
+def machine(result: dict[str, Any]) -> str:
+    """Return where a result was measured."""
+    where = result["machine"]
+    return (
+        f"{where['cpu']}, {where['threads']} threads, Python {where['python']}, torch "
+        f"{where['torch']}"
+    )
+
+
+def throughput(result: dict[str, Any]) -> str:
+    """Return the table of members and states of the slots."""
+    rows = []
+    for row in result["rows"]:
+        outside = row["share_outside_training_and_evaluation"]
+        steps = row["env_steps_per_second"]
+        rows.append(
+            [
+                str(row["num_envs"]),
+                row["mode"],
+                f"{steps:.0f}" if steps >= 100 else f"{steps:.1f}",
+                f"{row['training_samples_per_second']:.0f}",
+                _ratio(row),
+                "" if outside is None or row["mode"] == "training" else f"{100 * outside:.0f} %",
+            ]
+        )
+    head = ["members", "slots", "env steps/s", "training images/s", "ratio to the loop", "outside"]
+    return (
+        f"{machine(result)}; medians of {len(result['rows'][0]['step_milliseconds'])} rounds:\n\n"
+        + table(head, rows)
+    )
+
+
+def short_throughput(result: dict[str, Any]) -> str:
+    """Return env steps per second and the ratio, one row per number of members."""
+    modes = ("empty", "mix", "mix + leave-one-out")
+    found = {(row["num_envs"], row["mode"]): row for row in result["rows"]}
+    rows = []
+    for members in dict.fromkeys(row["num_envs"] for row in result["rows"]):
+        cells = (found[members, mode] for mode in modes)
+        rows.append(
+            [
+                str(members),
+                *(f"{c['env_steps_per_second']:.0f} ({c['ratio_median']:.1f}×)" for c in cells),
+            ]
+        )
+    head = ["members", "empty slots", "a seed alive in every slot", "the same with leave-one-out"]
+    return table(head, rows)
+
+
+def peers(result: dict[str, Any]) -> str:
+    """Return the comparison with Gymnasium's vector environments."""
+    empty, mix = (row["sides"] for row in result["rows"])
+    rows = []
+    for name, (label, processes) in PEERS.items():
+        cells = []
+        for sides in (empty, mix):
+            side = sides[name]
+            cells += [
+                f"{side['env_steps_per_second']:.0f}",
+                "" if name == "vector" else _ratio(side),
+            ]
+        rows.append([label, str(processes), *cells])
+    head = [f"{result['rows'][0]['num_envs']} members as", "processes", "env steps/s, empty"]
+    head += ["ours is faster by", "env steps/s, mix", "ours is faster by"]
+    return f"{machine(result)}:\n\n" + table(head, rows)
+
+
+def profile(result: dict[str, Any]) -> str:
+    """Return where the time of a step goes, and how near that is to the machine's limits."""
+    rows = []
+    for row in result["rows"]:
+        phases = row["phases"]
+        work = [phases["training"], phases["evaluation"]]
+        rows.append(
+            [
+                row["env_id"],
+                str(row["num_envs"]),
+                row["mode"],
+                f"{row['step_milliseconds']:.3g} ms",
+                *(f"{100 * phases[name]['share']:.0f} %" for name in PHASES),
+                " / ".join(f"{part['gflops']:.0f}" for part in work),
+                " / ".join(f"{part['flop_per_byte']:.1f}" for part in work),
+            ]
+        )
+    limits = result["limits"]
+    head = ["environment", "members", "slots", "step", *PHASES, "GFLOP/s", "FLOP/byte"]
+    return (
+        f"{machine(result)}. Limits measured in the same run: float32 matrix product "
+        f"{limits['matrix_gflops']:.0f} GFLOP/s, copy {limits['copy_gigabytes_per_second']:.1f} "
+        "GB/s.\n\n" + table(head, rows)
+    )
+
+
+def agent(result: dict[str, Any]) -> str:
+    """Return what deciding and learning cost."""
+    columns = (
+        ("env step [ms]", "env_step_milliseconds", "{:.1f}", ""),
+        ("decision [ms]", "inference_milliseconds", "{:.2f}", ""),
+        ("update [ms]", "update_milliseconds", "{:.0f}", ""),
+        ("decisions [% of training]", "inference_share", "{:.1%}", ""),
+        ("update [% of training]", "update_share", "{:.1%}", ""),
+        ("update with all threads", "all_threads_ratio", "{:.1f}", "×"),
+        ("update with the LSTM step by step", "step_by_step_ratio", "{:.1f}", "×"),
+    )
+    rows = [
+        [str(row["num_envs"]), *(_spread(row[name], form, unit) for _, name, form, unit in columns)]
+        for row in result["rows"]
+    ]
+    rounds = f"medians of {result['arguments']['rounds']} rounds, least and largest in brackets"
+    head = ["members", *(title for title, *_ in columns)]
+    return f"{machine(result)}; {rounds}.\n\n" + table(head, rows)
+
+
+def _ratio(row: Mapping[str, float]) -> str:
+    return f"{row['ratio_median']:.2f}× ({row['ratio_min']:.2f} .. {row['ratio_max']:.2f})"
+
+
+def _spread(figure: Mapping[str, float], form: str, unit: str) -> str:
+    median, least, largest = (form.format(figure[name]) for name in ("median", "min", "max"))
+    return f"{median}{unit} ({least} .. {largest})"
