@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -303,10 +304,26 @@ def _default_blueprint(offered: Sequence[Any]) -> str:
     return "conv_light" if "conv_light" in offered else str(offered[0])
 
 
+TUNED_HEURISTIC: dict[str, Any] = {
+    "patience": 2,
+    "margin": 0.02052760337504611,
+    "blueprint": "conv_heavy",
+    "deepest_first": True,
+    "max_seeds": 2,
+    "min_contribution": -0.015598877639594975,
+    "trial_steps": 10,
+    "steps_to_live": 30,
+}
+"""Thresholds found on the training instances of Esper-Digits-v0 (`benchmarks/learning.py`)."""
+BEST_SCHEDULE = "conv_heavy@0+norm@1"
+"""The best fixed schedule on them, as `parse_plan` reads it."""
+
 BASELINES: dict[str, Callable[[], Policy]] = {
     "never-grow": NeverGrow,
     "random": RandomLegal,
     "periodic": Periodic,
     "heuristic": PlateauHeuristic,
+    "tuned-heuristic": partial(PlateauHeuristic, **TUNED_HEURISTIC),
+    "best-schedule": partial(FixedSchedule, parse_plan(BEST_SCHEDULE)),
 }
 """Baselines by the name that `evaluate --agents` takes."""

@@ -258,8 +258,8 @@ def test_the_same_call_gives_the_same_result() -> None:
 def test_an_unknown_agent_raises_with_the_known_names(name: str) -> None:
     """And does so before any episode is run."""
     expected = (
-        r"agents: expected \['heuristic', 'never-grow', 'periodic', 'random'\], ppo:RUN_DIR or "
-        "schedule:PLAN, got "
+        r"agents: expected \['best-schedule', 'heuristic', 'never-grow', 'periodic', 'random', "
+        r"'tuned-heuristic'\], ppo:RUN_DIR or schedule:PLAN, got "
     )
     envs = make_envs(ENV_ID, 1, "cpu", LIFE)
     with pytest.raises(ValueError, match=expected + repr(name)):

@@ -13,7 +13,13 @@ import pytest
 from benchmarks import ablations, headroom, learning
 from benchmarks.protocol import compare, play, summarise, table_of
 from benchmarks.references import train_equal_compute, train_grown_size
-from esper_agent.baselines import FixedSchedule, NeverGrow, parse_plan
+from esper_agent.baselines import (
+    BEST_SCHEDULE,
+    TUNED_HEURISTIC,
+    FixedSchedule,
+    NeverGrow,
+    parse_plan,
+)
 from esper_agent.evaluate import FIGURES
 from esper_env import EnvConfig
 
@@ -113,6 +119,14 @@ def test_halving_ends_with_the_best_and_never_shows_an_episode_twice(
     assert [r["episodes"] for r in found["rounds"]] == [2, 6, 18, 54]
     assert len({seed for seed, _ in shown}) == 4
     assert sorted({*shown})[1][0] == sorted({*shown})[0][0] + 2
+
+
+def test_the_tuned_baselines_are_what_the_committed_search_found() -> None:
+    """So that `evaluate --agents tuned-heuristic best-schedule` means those of the results page."""
+    path = Path(learning.__file__).parent / "results" / "learning-digits.json"
+    found = json.loads(path.read_text())["search"]
+    assert json.loads(found["heuristic"]["best"]) == TUNED_HEURISTIC
+    assert found["schedule"]["best"] == BEST_SCHEDULE
 
 
 def test_every_random_heuristic_can_play() -> None:
