@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.protocol import Episodes
-from esper_agent.baselines import NeverGrow, parse_plan
-from esper_agent.evaluate import FIGURES, MAX_ENVS, run_episodes
+from esper_agent.baselines import parse_plan
+from esper_agent.evaluate import FIGURES, MAX_ENVS
 from esper_agent.ppo_lstm import make_envs
 from esper_env import EnvConfig, Stage, streams
 from esper_env.config import IntArray
@@ -35,24 +35,36 @@ def train_grown_size(episodes: Episodes, env_id: str, config: EnvConfig) -> Epis
     Returns:
         The figures of the static networks, in the same order.
     """
-    envs = make_envs(env_id, min(MAX_ENVS, len(episodes["seed"])), "cpu", config)
+    return _run_static(episodes["seed"], episodes["instance"], episodes["growth"], env_id, config)
+
+
+def _run_static(
+    seeds: list[int], instance: list[int], growth: list[str], env_id: str, config: EnvConfig
+) -> Episodes:
+    """Run episodes in which all seeds are fossilized before the first batch."""
+    envs = make_envs(env_id, min(MAX_ENVS, len(seeds)), "cpu", config)
     parts = []
-    for first in range(0, len(episodes["seed"]), envs.num_envs):
-        rows = np.arange(first, first + envs.num_envs) % len(episodes["seed"])
-        seeds = np.array(episodes["seed"])[rows]
-        instance = np.array(episodes["instance"])[rows]
-        growth = [episodes["growth"][row] for row in rows]
-        part = _run_static(envs, seeds, instance, growth)
-        parts.append(
-            {name: values[: len(episodes["seed"]) - first] for name, values in part.items()}
-        )
+    for first in range(0, len(seeds), envs.num_envs):
+        # The last batch is filled up with the first episodes again.
+        rows = (np.arange(first, first + envs.num_envs) % len(seeds)).tolist()
+        _begin(envs, *([values[k] for k in rows] for values in (seeds, instance, growth)))
+        wait = np.zeros((envs.num_envs, len(envs.heads)), dtype=np.int64)
+        for _ in range(config.episode_steps):
+            *_, info = envs.step(wait)
+        last = info["final_info"]
+        rent = last["committed_accuracy"] - last["committed_score"]
+        parts.append({**last, "test_score": last["committed_test_accuracy"] - rent})
     envs.close()
-    return {name: [value for part in parts for value in part[name]] for name in parts[0]}
+    figures = {
+        name: np.concatenate([part[name] for part in parts])[: len(seeds)].astype(float).tolist()
+        for name in FIGURES
+    }
+    return {"seed": seeds, "instance": instance, **figures, "growth": growth}
 
 
-def _run_static(envs: Any, seeds: IntArray, instance: IntArray, growth: list[str]) -> Episodes:
-    """Run one episode per member with all its seeds fossilized before the first batch."""
-    envs.reset(seed=seeds.tolist(), options={"instance": instance})
+def _begin(envs: Any, seeds: list[int], instance: list[int], growth: list[str]) -> None:
+    """Start episodes with the seeds of a plan in place."""
+    envs.reset(seed=seeds, options={"instance": np.array(instance)})
     sim = envs._sim
     names = [blueprint.name for blueprint in envs._blueprints]
     for i, text in enumerate(growth):
@@ -67,14 +79,6 @@ def _run_static(envs: Any, seeds: IntArray, instance: IntArray, growth: list[str
             sim.state.style[i, slot] = 0
             sim.state.alpha[i, slot] = sim.state.alpha_target[i, slot] = 1.0
     sim.refresh()
-    wait = np.zeros((envs.num_envs, len(envs.heads)), dtype=np.int64)
-    for _ in range(envs.config.episode_steps):
-        *_, info = envs.step(wait)
-    last = info["final_info"]
-    rent = last["committed_accuracy"] - last["committed_score"]
-    last = {**last, "test_score": last["committed_test_accuracy"] - rent}
-    figures = {name: last[name].astype(float).tolist() for name in FIGURES}
-    return {"seed": seeds.tolist(), "instance": instance.tolist(), **figures, "growth": growth}
 
 
 def train_equal_compute(runs: list[Episodes], env_id: str, config: EnvConfig) -> list[Episodes]:
@@ -89,22 +93,26 @@ def train_equal_compute(runs: list[Episodes], env_id: str, config: EnvConfig) ->
     Returns:
         The figures of the hosts, in the same order.
     """
-    seeds = runs[0]["seed"]
-    assert all(run["seed"] == seeds for run in runs)
+    seeds, instance = np.array(runs[0]["seed"]), np.array(runs[0]["instance"])
+    assert all(run["seed"] == runs[0]["seed"] for run in runs)
     flops = np.array([run["flops"] for run in runs])
-    one = _run_host(1, seeds, env_id, config)
-    multiples = np.maximum(np.ceil(flops / np.array(one["flops"]) - 1e-9), 1).astype(int)
-    hosts = {int(m): _run_host(int(m), seeds, env_id, config) for m in np.unique(multiples)}
+
+    def train(multiple: int, rows: IntArray) -> dict[int, dict[str, Any]]:
+        """Run some episodes a multiple as long; the figures of each by its row."""
+        longer = dataclasses.replace(config, episode_steps=multiple * config.episode_steps)
+        own = seeds[rows].tolist(), instance[rows].tolist(), [""] * len(rows)
+        figures = _run_static(*own, env_id, longer)
+        return {
+            int(row): {name: values[k] for name, values in figures.items()}
+            for k, row in enumerate(rows)
+        }
+
+    hosts = {1: train(1, np.arange(len(seeds)))}
+    one = np.array([hosts[1][row]["flops"] for row in range(len(seeds))])
+    multiples = np.maximum(np.ceil(flops / one - 1e-9), 1).astype(int)
+    for multiple in np.unique(multiples[multiples > 1]).tolist():
+        hosts[multiple] = train(multiple, np.nonzero((multiples == multiple).any(axis=0))[0])
     return [
-        {name: [hosts[int(m)][name][k] for k, m in enumerate(row)] for name in one}
-        for row in multiples
+        {name: [hosts[int(m)][row][name] for row, m in enumerate(own)] for name in hosts[1][0]}
+        for own in multiples
     ]
-
-
-def _run_host(multiple: int, seeds: list[int], env_id: str, config: EnvConfig) -> Episodes:
-    """Run never-grow in episodes that are a multiple as long."""
-    longer = dataclasses.replace(config, episode_steps=multiple * config.episode_steps)
-    envs = make_envs(env_id, min(MAX_ENVS, len(seeds)), "cpu", longer)
-    figures = run_episodes(NeverGrow(), envs, len(seeds), seeds[0])
-    envs.close()
-    return figures
