@@ -42,6 +42,8 @@ ARMS = {
     "static_longer": "host alone, equal compute",
 }
 """Arms in the order of the tables."""
+MARKERS = dict(zip(ARMS, "Do^xvsphd", strict=True)) | {"never_grow": "_"}
+"""How each arm is drawn."""
 
 
 def read(name: str) -> dict[str, Any]:
@@ -181,36 +183,30 @@ def ablation_table(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draw scores per instance, and accuracy against parameters and training compute."""
-    figure = Figure(figsize=(12.0, 3.8), layout="constrained")
+    figure = Figure(figsize=(12.0, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.6, 1, 1))
+    colors = {arm: f"C{n}" for n, arm in enumerate(ARMS)}
     means = {arm: table_of(result["arms"][arm]["episodes"]).mean(axis=(0, 2)) for arm in ARMS}
     order = np.argsort(means["never_grow"])
-    for arm, style in (
-        ("never_grow", "k_"),
-        ("heuristic", "C2x"),
-        ("best_schedule", "C1o"),
-        ("ppo_lstm", "C0D"),
-    ):
-        label = ARMS[arm].replace("`", "")
-        left.plot(means[arm][order], style, label=label, markersize=5, alpha=0.85)
+    for arm in ("never_grow", "heuristic", "tuned_heuristic", "best_schedule", "ppo_lstm"):
+        left.plot(means[arm][order], MARKERS[arm], color=colors[arm], alpha=0.85)
     left.set_xlabel("held-out instance, by the score of never growing")
     left.set_ylabel("committed score")
-    left.legend(fontsize=8)
     for axes, name, label in (
         (middle, "parameters", "parameters grown"),
         (right, "flops", "training compute [GFLOP]"),
     ):
-        for n, (arm, text) in enumerate(ARMS.items()):
+        for arm, text in ARMS.items():
             runs = result["arms"][arm]["episodes"]
             x = np.mean([run[name] for run in runs]) / (1e9 if name == "flops" else 1)
             y = np.mean([run["committed_test_accuracy"] for run in runs])
-            axes.plot(x, y, "o", color=f"C{n}")
-            axes.annotate(text.replace("`", ""), (x, y), (4, 4), textcoords="offset points", size=7)
+            label_of = text.replace("`", "") if axes is middle else None
+            axes.plot(x, y, MARKERS[arm], color=colors[arm], label=label_of, markersize=8)
         axes.set_xlabel(label)
         axes.set_ylabel("test accuracy (mean)")
-        axes.margins(x=0.35, y=0.12)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     figure.savefig(path, dpi=110)
 
 
