@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 
 from esper_agent.baselines import Policy
-from esper_agent.evaluate import MAX_ENVS, interquartile_mean, make_policy, run_episodes
+from esper_agent.evaluate import (
+    MAX_ENVS,
+    NUM_RESAMPLES,
+    interquartile_mean,
+    make_policy,
+    run_episodes,
+)
 from esper_agent.ppo_lstm import make_envs
 from esper_env import EnvConfig
 from esper_env.config import FloatArray
 
-NUM_RESAMPLES = 2000
-"""Bootstrap resamples."""
 Episodes = dict[str, list[Any]]
 """Figures of episodes, as `run_episodes` gives them."""
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.protocol import Episodes
 from esper_agent.baselines import parse_plan
-from esper_agent.evaluate import FIGURES, MAX_ENVS
+from esper_agent.evaluate import FIGURES, MAX_ENVS, figures_of
 from esper_agent.ppo_lstm import make_envs
 from esper_env import EnvConfig, Stage, streams
 from esper_env.config import IntArray
@@ -51,9 +51,7 @@ def _run_static(
         wait = np.zeros((envs.num_envs, len(envs.heads)), dtype=np.int64)
         for _ in range(config.episode_steps):
             *_, info = envs.step(wait)
-        last = info["final_info"]
-        rent = last["committed_accuracy"] - last["committed_score"]
-        parts.append({**last, "test_score": last["committed_test_accuracy"] - rent})
+        parts.append(figures_of(info["final_info"]))
     envs.close()
     figures = {
         name: np.concatenate([part[name] for part in parts])[: len(seeds)].astype(float).tolist()

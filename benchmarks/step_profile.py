@@ -30,6 +30,8 @@ from esper_env import EsperVectorEnv, vector_env
 PHASES = ("batches", "training", "evaluation", "lifecycle", "observation", "reward", "rest")
 """Drawing batches; `Population.train` and `evaluate`; the simulation around them, and masks;
 observation; reward and info; what is left."""
+HEAD = ("environment", "members", "slots", "step", *PHASES, "GFLOP/s", "FLOP/byte")
+"""Columns of the table of profiles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +164,7 @@ def main(args: Args) -> None:
         f"{args.threads} threads: matrix product {limits['matrix_gflops']:.0f} GFLOP/s, "
         f"copy {limits['copy_gigabytes_per_second']:.0f} GB/s"
     )
-    print(f"| environment | members | slots | step | {' | '.join(PHASES)} | GFLOP/s | FLOP/byte |")
+    print(f"| {' | '.join(HEAD)} |")
     rows = []
     env_ids, num_envs, rounds = args.env_ids, args.num_envs, args.rounds
     if args.quick:
@@ -172,25 +174,23 @@ def main(args: Args) -> None:
             for mode in args.modes:
                 row = profile(env_id, count, mode, rounds, args.seed, 2 if args.quick else None)
                 rows.append(row)
-                print(table_row(row), flush=True)
+                print(f"| {' | '.join(cells(row))} |", flush=True)
     write_result(args.out, args, limits=limits, rows=rows)
 
 
-def table_row(row: dict[str, Any]) -> str:
-    """Return a profile as a row of the table in docs/speed.md."""
+def cells(row: dict[str, Any]) -> list[str]:
+    """Return a profile as the cells of a table, below those that `HEAD` names."""
     phases = row["phases"]
-    shares = [f"{100 * phases[phase]['share']:.0f} %" for phase in PHASES]
     pair = phases["training"], phases["evaluation"]
-    cells = [
+    return [
         row["env_id"],
         str(row["num_envs"]),
         row["mode"],
         f"{row['step_milliseconds']:.3g} ms",
-        *shares,
+        *(f"{100 * phases[phase]['share']:.0f} %" for phase in PHASES),
         " / ".join(f"{part['gflops']:.0f}" for part in pair),
         " / ".join(f"{part['flop_per_byte']:.1f}" for part in pair),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -163,24 +163,6 @@ def _describe(growths: Sequence[str]) -> list[str]:
     return cells
 
 
-def ablation_table(result: dict[str, Any]) -> str:
-    """Return the table of the ablations."""
-    rows = []
-    for name, variant in result["variants"].items():
-        summary, pair = variant["summary"], variant["paired"]
-        rows.append(
-            [
-                name,
-                f"{summary['iqm']:.4f}",
-                f"{summary['low']:.4f} .. {summary['high']:.4f}",
-                _difference(pair) if pair else "",
-                f"{variant['parameters_mean']:.0f}",
-            ]
-        )
-    head = ["variant", "score (IQM)", "95 %", "minus the default", "parameters grown"]
-    return table(head, rows)
-
-
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draw scores per instance, and accuracy against parameters and training compute."""
     figure = Figure(figsize=(12.0, 4.2), layout="constrained")

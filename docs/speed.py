@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.step_profile import HEAD, cells
 from docs.results import table
 
-PHASES = ("batches", "training", "evaluation", "lifecycle", "observation", "reward", "rest")
 PEERS = {
     "vector": ("one vector environment", 1),
     "async": ("`AsyncVectorEnv`", 16),
@@ -86,27 +86,12 @@ def peers(result: dict[str, Any]) -> str:
 
 def profile(result: dict[str, Any]) -> str:
     """Return where the time of a step goes, and how near that is to the machine's limits."""
-    rows = []
-    for row in result["rows"]:
-        phases = row["phases"]
-        work = [phases["training"], phases["evaluation"]]
-        rows.append(
-            [
-                row["env_id"],
-                str(row["num_envs"]),
-                row["mode"],
-                f"{row['step_milliseconds']:.3g} ms",
-                *(f"{100 * phases[name]['share']:.0f} %" for name in PHASES),
-                " / ".join(f"{part['gflops']:.0f}" for part in work),
-                " / ".join(f"{part['flop_per_byte']:.1f}" for part in work),
-            ]
-        )
     limits = result["limits"]
-    head = ["environment", "members", "slots", "step", *PHASES, "GFLOP/s", "FLOP/byte"]
+    rows = [cells(row) for row in result["rows"]]
     return (
         f"{machine(result)}. Limits measured in the same run: float32 matrix product "
         f"{limits['matrix_gflops']:.0f} GFLOP/s, copy {limits['copy_gigabytes_per_second']:.1f} "
-        "GB/s.\n\n" + table(head, rows)
+        "GB/s.\n\n" + table(HEAD, rows)
     )
 
 

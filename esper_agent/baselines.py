@@ -83,6 +83,27 @@ class RuleBased:
             raise ValueError(f"blueprint: expected one of {offered}, got {blueprint!r}")
         return offered.index(blueprint)
 
+    def _look_up_everywhere(self, blueprint: str | None) -> IntArray:
+        """Return a blueprint's option for all slots; None is conv_light, or else the first."""
+        offered = self._options["blueprint"]
+        default = "conv_light" if "conv_light" in offered else offered[0]
+        return np.full(len(self._slots), self._look_up(blueprint or default))
+
+    def _keep_all(self, germinates: npt.NDArray[np.bool_], blueprint: IntArray) -> Actions:
+        """Fossilize and advance every seed as soon as possible, and germinate in some slots.
+
+        Args:
+            germinates: Where to germinate now. (slots,).
+            blueprint: Options, as `_follow` takes them. (slots,).
+        """
+        everywhere = np.ones((self._envs.num_envs, len(self._slots)), dtype=bool)
+        rules = (
+            (Op.FOSSILIZE, everywhere),
+            (Op.ADVANCE, everywhere),
+            (Op.GERMINATE, everywhere & germinates),
+        )
+        return self._follow(rules, blueprint)
+
     def _follow(
         self, rules: Sequence[tuple[Op, npt.NDArray[np.bool_]]], blueprint: IntArray
     ) -> Actions:
@@ -160,14 +181,8 @@ class FixedSchedule(RuleBased):
 
     def act(self, observation: npt.NDArray[np.float32], info: dict[str, Any]) -> Actions:
         """Fossilize, advance, germinate."""
-        del observation
-        everywhere = np.ones((len(info["stage"]), len(self._slots)), dtype=bool)
-        rules = (
-            (Op.FOSSILIZE, everywhere),
-            (Op.ADVANCE, everywhere),
-            (Op.GERMINATE, everywhere & (self._step >= self._start)),
-        )
-        return self._follow(rules, self._blueprint)
+        del observation, info
+        return self._keep_all(self._step >= self._start, self._blueprint)
 
 
 class Periodic(RuleBased):
@@ -182,18 +197,16 @@ class Periodic(RuleBased):
         self.period = period
         self.blueprint = blueprint
 
+    def begin(self, envs: EsperVectorEnv, seed: int) -> None:
+        """Look up the blueprint."""
+        super().begin(envs, seed)
+        self._blueprint = self._look_up_everywhere(self.blueprint)
+
     def act(self, observation: npt.NDArray[np.float32], info: dict[str, Any]) -> Actions:
         """Fossilize, advance, germinate."""
-        del observation
-        everywhere = np.ones((len(info["stage"]), len(self._slots)), dtype=bool)
+        del observation, info
         is_time = self._step > 0 and self._step % self.period == 0
-        rules = (
-            (Op.FOSSILIZE, everywhere),
-            (Op.ADVANCE, everywhere),
-            (Op.GERMINATE, everywhere & is_time),
-        )
-        option = self._look_up(self.blueprint or _default_blueprint(self._options["blueprint"]))
-        return self._follow(rules, np.full(len(self._slots), option))
+        return self._keep_all(np.full(len(self._slots), is_time), self._blueprint)
 
 
 class PlateauHeuristic(RuleBased):
@@ -239,9 +252,7 @@ class PlateauHeuristic(RuleBased):
     def begin(self, envs: EsperVectorEnv, seed: int) -> None:
         """Look up options by name and forget the past."""
         super().begin(envs, seed)
-        self._option = self._look_up(
-            self.blueprint or _default_blueprint(self._options["blueprint"])
-        )
+        self._blueprint = self._look_up_everywhere(self.blueprint)
         self._best = np.zeros(envs.num_envs)
         self._stalled = np.zeros(envs.num_envs, dtype=np.int64)
         self._holding = np.zeros((envs.num_envs, len(self._slots)), dtype=np.int64)
@@ -272,7 +283,7 @@ class PlateauHeuristic(RuleBased):
             (Op.ADVANCE, np.ones_like(is_good)),
             (Op.GERMINATE, where),
         )
-        actions = self._follow(rules, np.full(len(self._slots), self._option))
+        actions = self._follow(rules, self._blueprint)
         ops = np.array([Op[name] for name in self._options["op"]])
         self._stalled[ops[actions[:, 0]] == Op.GERMINATE] = 0
         return actions
@@ -297,11 +308,6 @@ def parse_plan(text: str) -> Plan:
     if len({slot for slot, *_ in plan}) < len(plan):
         raise ValueError(f"schedule: expected each slot once, got {text!r}")
     return tuple(plan)
-
-
-def _default_blueprint(offered: Sequence[Any]) -> str:
-    """Return conv_light, or the first one if that is not offered."""
-    return "conv_light" if "conv_light" in offered else str(offered[0])
 
 
 TUNED_HEURISTIC: dict[str, Any] = {

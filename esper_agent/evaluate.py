@@ -116,6 +116,13 @@ def make_policy(name: str, envs: EsperVectorEnv) -> Policy:
     return BASELINES[name]()
 
 
+def figures_of(final_info: dict[str, Any]) -> dict[str, npt.NDArray[np.float64]]:
+    """Return the figures of members whose episodes ended, by the info of their last step."""
+    rent = final_info["committed_accuracy"] - final_info["committed_score"]
+    known = {**final_info, "test_score": final_info["committed_test_accuracy"] - rent}
+    return {name: known[name] for name in FIGURES}
+
+
 def run_episodes(
     policy: Policy, envs: EsperVectorEnv, num_episodes: int, seed: int
 ) -> dict[str, list[Any]]:
@@ -142,10 +149,8 @@ def run_episodes(
             ends = (terminated | truncated) & is_running
             if ends.any():
                 last = info["final_info"]
-                rent = last["committed_accuracy"] - last["committed_score"]
-                last = {**last, "test_score": last["committed_test_accuracy"] - rent}
-                for name in FIGURES:
-                    final.setdefault(name, np.zeros(envs.num_envs))[ends] = last[name][ends]
+                for name, values in figures_of(last).items():
+                    final.setdefault(name, np.zeros(envs.num_envs))[ends] = values[ends]
                 for i in np.nonzero(ends)[0].tolist():
                     slots = np.nonzero(last["stage"][i] == Stage.FOSSILIZED)[0].tolist()
                     growth[i] = "+".join(
