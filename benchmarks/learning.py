@@ -290,7 +290,8 @@ def main() -> None:
     began = time.perf_counter()
     settings = json.loads(json.dumps(dataclasses.asdict(args), default=str))
     known = remember(args.work_dir / "settings.json", lambda: settings)
-    differing = [name for name in known if known[name] != settings[name] and name != "out"]
+    elsewhere = {"out", "work_dir", "jobs"}  # These change no result.
+    differing = [n for n in known if known[n] != settings[n] and n not in elsewhere]
     if differing:
         raise ValueError(
             f"work_dir: {args.work_dir} holds parts made with other {', '.join(differing)}; "

@@ -28,6 +28,8 @@ from esper_env import EnvConfig, EsperVectorEnv, Stage
 
 MAX_ENVS = 64
 """Episodes that run side by side."""
+CHECKPOINTS = ("ppo", "sampled-ppo")
+"""What comes before the directory of a run in an agent's name."""
 TABLE_WIDTH = 140
 """Columns of the terminal that the table needs."""
 NUM_RESAMPLES = 2000
@@ -49,8 +51,8 @@ class Args:
     """Evaluate agents on the same episodes and print a table."""
 
     agents: tuple[str, ...] = ("never-grow", "random", "heuristic")
-    """Names of baselines, ppo:RUN_DIR, or schedule:PLAN with a plan such as
-    conv_heavy@0+norm@1:20."""
+    """Names of baselines; ppo:RUN_DIR, which takes the checkpoint's likeliest actions, or
+    sampled-ppo:RUN_DIR, which draws them; schedule:PLAN, such as conv_heavy@0+norm@1:20."""
     env_id: str = "Esper-Digits-v0"
     """Environment id."""
     env: EnvConfig = field(default_factory=lambda: TRAINING)
@@ -68,24 +70,32 @@ class Args:
 
 
 class TrainedPolicy:
-    """A checkpoint of `ppo_lstm`, drawing from its policy with a seeded generator."""
+    """A checkpoint of `ppo_lstm`.
 
-    def __init__(self, directory: Path, envs: EsperVectorEnv) -> None:
+    Args:
+        directory: Of the run.
+        envs: What it will act in.
+        samples: Whether actions are drawn from the policy, as in training, with a seeded generator;
+            otherwise each head takes its likeliest option.
+    """
+
+    def __init__(self, directory: Path, envs: EsperVectorEnv, samples: bool = False) -> None:
         self._agent = load_agent(directory, envs)
+        self._samples = samples
 
     def begin(self, envs: EsperVectorEnv, seed: int) -> None:
         """Start from a zero state."""
         self._envs = envs
         self._state = self._agent.initial_state(envs.num_envs)
         self._start = torch.ones(envs.num_envs, dtype=torch.bool)
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(seed) if self._samples else None
 
     @torch.no_grad()
     @one_thread()
     def act(
         self, observation: npt.NDArray[np.float32], info: dict[str, Any]
     ) -> npt.NDArray[np.int64]:
-        """Draw an action."""
+        """Choose by the present observations."""
         del info
         core, slots, self._state = self._agent.step_core(
             torch.from_numpy(observation), self._state, self._start
@@ -98,20 +108,22 @@ class TrainedPolicy:
 
 
 def make_policy(name: str, envs: EsperVectorEnv) -> Policy:
-    """Return the policy of a name: a baseline, ppo:RUN_DIR, or schedule:PLAN.
+    """Return the policy of a name: a baseline, ppo:RUN_DIR, sampled-ppo:RUN_DIR or schedule:PLAN.
 
     Raises:
         ValueError: If the name is unknown, a plan cannot be read, or a checkpoint does not fit the
             environment.
         FileNotFoundError: If there is no checkpoint.
     """
-    if name.startswith("ppo:"):
-        return TrainedPolicy(Path(name.removeprefix("ppo:")), envs)
-    if name.startswith("schedule:"):
-        return FixedSchedule(parse_plan(name.removeprefix("schedule:")))
+    kind, colon, rest = name.partition(":")
+    if colon and kind in CHECKPOINTS:
+        return TrainedPolicy(Path(rest), envs, samples=kind == "sampled-ppo")
+    if colon and kind == "schedule":
+        return FixedSchedule(parse_plan(rest))
     if name not in BASELINES:
         raise ValueError(
-            f"agents: expected {sorted(BASELINES)}, ppo:RUN_DIR or schedule:PLAN, got {name!r}"
+            f"agents: expected {sorted(BASELINES)}, ppo:RUN_DIR, sampled-ppo:RUN_DIR or "
+            f"schedule:PLAN, got {name!r}"
         )
     return BASELINES[name]()
 
@@ -299,11 +311,11 @@ def plot_scores(result: dict[str, Any], path: Path) -> None:
 
 def _labels(names: list[str]) -> dict[str, str]:
     """Return short names: the only checkpoint is ppo_lstm, several go by their directories."""
-    checkpoints = [name for name in names if name.startswith("ppo:")]
+    checkpoints = [name for name in names if name.partition(":")[0] in CHECKPOINTS]
     labels = {name: name for name in names}
     for name in checkpoints:
-        directory = Path(name.removeprefix("ppo:")).name
-        labels[name] = "ppo_lstm" if len(checkpoints) == 1 else f"ppo:{directory}"
+        kind, _, directory = name.partition(":")
+        labels[name] = "ppo_lstm" if len(checkpoints) == 1 else f"{kind}:{Path(directory).name}"
     return labels
 
 

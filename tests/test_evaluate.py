@@ -39,7 +39,7 @@ from esper_agent.evaluate import (
     print_table,
     run_episodes,
 )
-from esper_agent.ppo_lstm import make_envs
+from esper_agent.ppo_lstm import make_agent, make_envs, save_agent
 from esper_env import EnvConfig, Op, Stage
 
 TINY = EnvConfig(batches_per_step=1, batch_size=8, episode_steps=6)
@@ -254,16 +254,40 @@ def test_the_same_call_gives_the_same_result() -> None:
     assert first == second
 
 
-@pytest.mark.parametrize("name", ["grow-never", "ppo", ""])
+@pytest.mark.parametrize("name", ["grow-never", "ppo", "schedule", ""])
 def test_an_unknown_agent_raises_with_the_known_names(name: str) -> None:
     """And does so before any episode is run."""
     expected = (
         r"agents: expected \['best-schedule', 'heuristic', 'never-grow', 'periodic', 'random', "
-        r"'tuned-heuristic'\], ppo:RUN_DIR or schedule:PLAN, got "
+        r"'tuned-heuristic'\], ppo:RUN_DIR, sampled-ppo:RUN_DIR or schedule:PLAN, got "
     )
     envs = make_envs(ENV_ID, 1, "cpu", LIFE)
     with pytest.raises(ValueError, match=expected + repr(name)):
         make_policy(name, envs)
+
+
+def test_a_checkpoint_takes_its_likeliest_actions_unless_they_are_to_be_drawn(
+    tmp_path: Path,
+) -> None:
+    """`ppo:` is the same for every seed of the policy; `sampled-ppo:` for the same one only."""
+    envs = make_envs(ENV_ID, 8, "cpu", LIFE)
+    save_agent(make_agent(envs, 16, 0), envs, tmp_path)
+
+    def actions(kind: str, seed: int) -> list[list[list[int]]]:
+        policy = make_policy(f"{kind}:{tmp_path}", envs)
+        observation, info = envs.reset(seed=7)
+        policy.begin(envs, seed)
+        taken = []
+        for _ in range(6):
+            chosen = policy.act(observation, info)
+            taken.append(chosen.tolist())
+            observation, *_, info = envs.step(chosen)
+        return taken
+
+    assert actions("ppo", 1) == actions("ppo", 2)
+    assert actions("sampled-ppo", 1) == actions("sampled-ppo", 1)
+    assert actions("sampled-ppo", 1) != actions("sampled-ppo", 2)
+    envs.close()
 
 
 def test_no_episodes_raise() -> None:

@@ -214,6 +214,7 @@ def test_every_ablation_changes_what_its_name_says_and_nothing_else() -> None:
     args = ablations.Args(total_timesteps=96_000)
     runs = {name: ablations.agent_args(args, name, 101) for name in ablations.VARIANTS}
     default = dataclasses.asdict(runs.pop("default"))
+    assert dataclasses.asdict(runs.pop(ablations.SAMPLED)) == default
     assert len({run.run_dir for run in runs.values()}) == len(runs)
     for name, run in runs.items():
         flat = dataclasses.asdict(run)
