@@ -10,7 +10,7 @@ working directory, and a second call goes on from there.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ import numpy as np
 import tyro
 
 from benchmarks import write_result
-from benchmarks.learning import remember, train_agents
+from benchmarks.learning import check_work_dir, remember, train_agents
 from benchmarks.protocol import Episodes, compare, play, summarise, table_of
 from esper_agent import ppo_lstm
+from esper_env import EnvConfig
 
 DEFAULT = "default"
 SAMPLED = "actions drawn when judged"
@@ -38,9 +39,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "twice the env steps": {"total_timesteps": 2.0},
     "no group baseline": {"group_size": 1},
     "discount 0.995": {"gamma": 0.995, "env.gamma": 0.995},
-    "twice the learning rate": {"learning_rate": 4e-3},
-    "network half as wide": {"hidden_size": 64},
+    "half the members, half the learning rate, twice the width": {
+        "num_envs": 16,
+        "learning_rate": 2e-3,
+        "hidden_size": 128,
+    },
     "a third of the entropy weight": {"ent_coef": 0.003},
+    "twice the value weight": {"vf_coef": 1.0},
 }
 """Changes of `ppo_lstm.Args` by variant; total_timesteps is a factor. `SAMPLED` has the agents of
 the default, which then draw their actions as they did in training."""
@@ -52,6 +57,8 @@ class Args:
 
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Which variants; the default is always among them."""
+    env: EnvConfig = field(default_factory=lambda: ppo_lstm.TRAINING)
+    """Settings of the environment, before a variant changes them."""
     agent_seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
     """Seeds of the agents; not those of the headline."""
     total_timesteps: int = 96_000
@@ -64,8 +71,21 @@ class Args:
     """Agents that train at the same time, with one thread each."""
     work_dir: Path = Path("runs/ablations")
     """Where finished agents and evaluations lie."""
+    quick: bool = False
+    """Whether to run everything in its smallest form, to see that it runs."""
     out: Path | None = None
     """Where to write the result as JSON."""
+
+
+def quick(args: Args) -> Args:
+    """Return the smallest form of everything."""
+    return dataclasses.replace(
+        args,
+        env=dataclasses.replace(args.env, episode_steps=8, batches_per_step=1, batch_size=8),
+        agent_seeds=args.agent_seeds[:2],
+        total_timesteps=2 * ppo_lstm.Args().num_envs * ppo_lstm.Args().num_steps,
+        repeats=1,
+    )
 
 
 def agent_args(args: Args, variant: str, seed: int) -> ppo_lstm.Args:
@@ -74,7 +94,7 @@ def agent_args(args: Args, variant: str, seed: int) -> ppo_lstm.Args:
     env = {key.removeprefix("env."): changes.pop(key) for key in list(changes) if "." in key}
     factor = changes.pop("total_timesteps", 1)
     return ppo_lstm.Args(
-        env=dataclasses.replace(ppo_lstm.TRAINING, **env),
+        env=dataclasses.replace(args.env, **env),
         seed=seed,
         total_timesteps=int(factor * args.total_timesteps),
         run_dir=args.work_dir / _slug(DEFAULT if variant == SAMPLED else variant) / str(seed),
@@ -97,9 +117,12 @@ def evaluate(variant: str, run: ppo_lstm.Args, args: Args) -> Episodes:
 def main() -> None:
     """Run what is missing, print a line per variant, and save."""
     args = tyro.cli(Args)
+    args = quick(args) if args.quick else args
     unknown = set(args.variants) - set(VARIANTS)
     if unknown:
         raise ValueError(f"variants: expected some of {list(VARIANTS)}, got {sorted(unknown)}")
+    free = {"out", "work_dir", "jobs", "variants", "agent_seeds"}
+    check_work_dir(args.work_dir, dataclasses.asdict(args), free)
     rng = np.random.default_rng(args.seed)
     variants: dict[str, Any] = {}
     default = None

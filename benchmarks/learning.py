@@ -115,6 +115,27 @@ def remember(path: Path, make: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
+def check_work_dir(work_dir: Path, settings: dict[str, Any], free: set[str]) -> None:
+    """Refuse a working directory whose parts were made otherwise.
+
+    Args:
+        work_dir: Where finished parts lie.
+        settings: Of this call.
+        free: Names of those that change no part.
+
+    Raises:
+        ValueError: If another one differs.
+    """
+    settings = json.loads(json.dumps(settings, default=str))
+    known = remember(work_dir / "settings.json", lambda: settings)
+    differing = [n for n in settings if known.get(n) != settings[n] and n not in free]
+    if differing:
+        raise ValueError(
+            f"work_dir: {work_dir} holds parts made with other {', '.join(differing)}; choose "
+            "another directory"
+        )
+
+
 # ------------------------------------------------------------------ searches
 
 
@@ -288,15 +309,7 @@ def main() -> None:
     args = tyro.cli(Args)
     args = quick(args) if args.quick else args
     began = time.perf_counter()
-    settings = json.loads(json.dumps(dataclasses.asdict(args), default=str))
-    known = remember(args.work_dir / "settings.json", lambda: settings)
-    elsewhere = {"out", "work_dir", "jobs"}  # These change no result.
-    differing = [n for n in known if known[n] != settings[n] and n not in elsewhere]
-    if differing:
-        raise ValueError(
-            f"work_dir: {args.work_dir} holds parts made with other {', '.join(differing)}; "
-            "choose another directory"
-        )
+    check_work_dir(args.work_dir, dataclasses.asdict(args), {"out", "work_dir", "jobs"})
     arms = run_arms(args)
     rng = np.random.default_rng(args.seed)
     tables = {name: table_of(runs) for name, runs in arms.items()}

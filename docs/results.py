@@ -155,12 +155,32 @@ def _describe(growths: Sequence[str]) -> list[str]:
     cells = [str(len(plans)), f"{share * sum(not plan for plan in plans):.0f} %"]
     for slot in (0, 1):
         counts = Counter(name for plan in plans for s, name, _ in plan if s == slot)
-        parts = [f"{name} {share * n:.0f} %" for name, n in counts.most_common(3)]
+        common = [(name, share * n) for name, n in counts.most_common(3)]
+        parts = [f"{name} {percent:.0f} %" for name, percent in common if percent >= 0.5]
         cells.append(", ".join(parts) or "-")
     cells.append(f"{share * sum(len(plan) == 2 for plan in plans):.0f} %")
     steps = [step for plan in plans for *_, step in plan]
     cells.append(f"{np.median(steps):.0f}" if steps else "-")
     return cells
+
+
+def ablation_table(result: dict[str, Any]) -> str:
+    """Return what each change of the default is worth."""
+    rows = []
+    for name, variant in result["variants"].items():
+        summary, pair = variant["summary"], variant["paired"]
+        agents = variant["score_of_each_agent"]
+        rows.append(
+            [
+                name,
+                f"{summary['iqm']:.4f}",
+                "" if name == "default" else _difference(pair),
+                f"{min(agents):.3f} .. {max(agents):.3f}",
+                f"{variant['parameters_mean']:.0f}",
+            ]
+        )
+    head = ["variant", "score (IQM)", "minus the default", "means of the agents"]
+    return table([*head, "parameters grown"], rows)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

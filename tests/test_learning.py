@@ -13,6 +13,7 @@ import pytest
 from benchmarks import ablations, headroom, learning
 from benchmarks.protocol import compare, play, summarise, table_of
 from benchmarks.references import train_equal_compute, train_grown_size
+from docs.results import ablation_table
 from esper_agent.baselines import (
     BEST_SCHEDULE,
     TUNED_HEURISTIC,
@@ -223,6 +224,30 @@ def test_every_ablation_changes_what_its_name_says_and_nothing_else() -> None:
             f"env.{key}" for key in flat["env"] if flat["env"][key] != default["env"][key]
         }
         assert differing == set(ablations.VARIANTS[name]), name
+
+
+def test_the_quick_ablations_compare_each_variant_with_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampled actions need no agents of their own; a changed horizon does."""
+    work, out = tmp_path / "work", tmp_path / "result.json"
+    names = [ablations.SAMPLED, "horizon: truncated, bootstrapped"]
+    command = ["ablations", "--quick", "--work-dir", str(work), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", [*command, "--variants", *names])
+    ablations.main()
+    variants = json.loads(out.read_text())["variants"]
+    assert list(variants) == ["default", *names]
+    assert len(list(work.glob("*/*/agent.safetensors"))) == 4
+    pair = variants["default"]["paired"]
+    assert (pair["difference"], pair["low"], pair["high"]) == (0, 0, 0)
+    assert variants[names[1]]["paired"]["agent_seeds"] == 2
+    assert ablation_table({"variants": variants}).count("\n") == 4
+    monkeypatch.setattr("sys.argv", [*command, "--seed", "7"])
+    with pytest.raises(ValueError, match="holds parts made with other seed; choose another"):
+        ablations.main()
+    monkeypatch.setattr("sys.argv", [*command, "--variants", "other"])
+    with pytest.raises(ValueError, match=r"variants: expected some of .*, got \['other'\]"):
+        ablations.main()
 
 
 def test_arguments_of_agents_are_those_of_the_protocol() -> None:
