@@ -39,10 +39,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "twice the env steps": {"total_timesteps": 2.0},
     "no group baseline": {"group_size": 1},
     "discount 0.995": {"gamma": 0.995, "env.gamma": 0.995},
-    "half the members, half the learning rate, twice the width": {
-        "num_envs": 16,
-        "learning_rate": 2e-3,
-        "hidden_size": 128,
+    "twice the learning rate": {"learning_rate": 4e-3},
+    "the same with twice the members and a network half as wide": {
+        "num_envs": 32,
+        "learning_rate": 4e-3,
+        "hidden_size": 64,
     },
     "a third of the entropy weight": {"ent_coef": 0.003},
     "twice the value weight": {"vf_coef": 1.0},

@@ -36,7 +36,7 @@ class Args:
 
     env_id: str = "Esper-Digits-v0"
     """Environment id."""
-    num_envs: tuple[int, ...] = (16, 64)
+    num_envs: tuple[int, ...] = (16, 32, 64)
     """Numbers of members."""
     rounds: int = 7
     """Timed rollouts, each with one update of every form; a round for warm-up precedes them."""

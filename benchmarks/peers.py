@@ -3,7 +3,9 @@
 All sides do the same: same seeds, same actions, and at the end bitwise the same observations, or
 the measurement fails. Worker processes have one thread each, as the environment sets it in a
 forked process. Processes share this machine's cores; they are as many as Gymnasium starts, one per
-environment, and in "2 x vector" two, each with a vector environment of half the members.
+environment: as many as ours has members in "async", two in "async of 2", which are the first two
+members alone. "2 x vector" is two processes, each with a vector environment of half the members.
+Rates are env steps, of all members, per second.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class TwoProcesses:
     """Two processes, each with a vector environment of half the members."""
 
     def __init__(self, env_id: str, num_envs: int, settings: dict[str, Any]) -> None:
-        self.half = num_envs // 2
+        self.num_envs, self.half = num_envs, num_envs // 2
         self.pipes, self.processes = [], []
         for count in (self.half, num_envs - self.half):
             own, other = multiprocessing.Pipe()
@@ -97,6 +99,7 @@ def measure_peers(
     sides: dict[str, Any] = {
         OURS: ours,
         "async": AsyncVectorEnv([single] * num_envs),
+        "async of 2": AsyncVectorEnv([single] * 2),
         "sync": SyncVectorEnv([single] * num_envs),
         "2 x vector": TwoProcesses(env_id, num_envs, settings),
     }
@@ -104,13 +107,13 @@ def measure_peers(
     seen: dict[str, FloatRows] = {}
 
     def step(name: str) -> None:
-        seen[name] = sides[name].step(wait)[0]
+        seen[name] = sides[name].step(wait[: sides[name].num_envs])[0]
 
     try:
         for side in list(sides.values())[1:]:
             side.reset(seed=seed)
             for actions in taken:
-                side.step(actions)
+                side.step(actions[: side.num_envs])
         calls = [functools.partial(step, name) for name in sides]
         repeats = calls_per_round(calls[0])
         for call in calls[1:]:
@@ -120,12 +123,12 @@ def measure_peers(
         for side in sides.values():
             side.close()
     for name, observations in seen.items():
-        np.testing.assert_array_equal(observations, seen[OURS], err_msg=name)
+        np.testing.assert_array_equal(observations, seen[OURS][: len(observations)], err_msg=name)
     rows: dict[str, Any] = {}
-    for i, name in enumerate(sides):
-        ratios = times[:, i] / times[:, 0]
+    for i, (name, side) in enumerate(sides.items()):
+        ratios = times[:, i] / times[:, 0] * num_envs / side.num_envs
         rows[name] = {
-            "env_steps_per_second": float(num_envs / np.median(times[:, i])),
+            "env_steps_per_second": float(side.num_envs / np.median(times[:, i])),
             "ratio_median": float(np.median(ratios)),
             "ratio_min": float(ratios.min()),
             "ratio_max": float(ratios.max()),

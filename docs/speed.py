@@ -1,12 +1,22 @@
-"""Tables of docs/speed.md and of the README's speed, from the committed result files."""
+"""Tables and the picture of docs/speed.md, from the committed result files.
+
+`docs/generate.py` writes the tables into the page and into the README; the picture is drawn by
+
+    python -m docs.speed
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from benchmarks.step_profile import HEAD, cells
-from docs.results import table
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.states import MODES
+from benchmarks.step_profile import HEAD, PHASES, cells
+from docs.results import ROOT, read, table
 
 PEERS = {
     "vector": ("one vector environment", 1),
@@ -47,6 +57,42 @@ def throughput(result: dict[str, Any]) -> str:
         f"{machine(result)}; medians of {len(result['rows'][0]['step_milliseconds'])} rounds:\n\n"
         + table(head, rows)
     )
+
+
+def draw(throughput: dict[str, Any], profile: dict[str, Any], path: Path) -> None:
+    """Draw env steps per second against members, and how a step's time is spent, on digits."""
+    figure = Figure(figsize=(11.0, 4.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for n, mode in enumerate(MODES):
+        rows = [row for row in throughput["rows"] if row["mode"] == mode]
+        members = [row["num_envs"] for row in rows]
+        left.plot(members, [row["env_steps_per_second"] for row in rows], f"C{n}o-", label=mode)
+        loop = [row["loop_env_steps_per_second"] for row in rows]
+        left.plot(members, loop, f"C{n}x--")
+    left.plot([], [], "kx--", label="the same in a loop over plain networks")
+    left.set_xscale("log", base=4)
+    left.set_yscale("log")
+    left.set_xticks(members, [str(count) for count in members])
+    left.set_xlabel("members")
+    left.set_ylabel("env steps per second, all members")
+    low, high = left.get_ylim()
+    left.set_ylim(low, 8 * high)
+    left.legend(loc="upper left", fontsize=8, frameon=False)
+    rows = [row for row in profile["rows"] if row["env_id"] == "Esper-Digits-v0"]
+    labels = [f"{row['num_envs']}\n{row['mode']}" for row in rows]
+    floor = np.zeros(len(rows))
+    for phase in PHASES:
+        part = np.array(
+            [r["phases"][phase]["share"] * r["step_milliseconds"] / r["num_envs"] for r in rows]
+        )
+        right.bar(labels, part, bottom=floor, label=phase)
+        floor += part
+    right.set_xlabel("members, slots")
+    right.set_ylabel("ms per step and member")
+    right.legend(fontsize=8, frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
 
 
 def short_throughput(result: dict[str, Any]) -> str:
@@ -122,3 +168,7 @@ def _ratio(row: Mapping[str, float]) -> str:
 def _spread(figure: Mapping[str, float], form: str, unit: str) -> str:
     median, least, largest = (form.format(figure[name]) for name in ("median", "min", "max"))
     return f"{median}{unit} ({least} .. {largest})"
+
+
+if __name__ == "__main__":
+    draw(read("throughput"), read("profile"), ROOT / "docs/speed.png")

@@ -141,7 +141,7 @@ def test_the_profile_writes_what_it_measured(
 def test_peers_do_the_same_work(mode: str) -> None:
     """Bitwise the same observations after growth and timing, or `measure_peers` fails."""
     row = peers.measure_peers("Esper-Digits-v0", 3, mode, rounds=1, seed=5)
-    assert list(row["sides"]) == ["vector", "async", "sync", "2 x vector"]
+    assert list(row["sides"]) == ["vector", "async", "async of 2", "sync", "2 x vector"]
     assert row["sides"]["vector"]["ratio_median"] == 1
     assert all(side["env_steps_per_second"] > 0 for side in row["sides"].values())
     assert "async" in throughput.describe(row)
