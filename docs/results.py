@@ -192,6 +192,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     order = np.argsort(means["never_grow"])
     for arm in ("never_grow", "heuristic", "tuned_heuristic", "best_schedule", "ppo_lstm"):
         left.plot(means[arm][order], MARKERS[arm], color=colors[arm], alpha=0.85)
+    left.set_xticks(range(0, len(order), 5))
     left.set_xlabel("held-out instance, by the score of never growing")
     left.set_ylabel("committed score")
     for axes, name, label in (
