@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from benchmarks import write_result
-from benchmarks.learning import check_work_dir, remember, train_agents
+from benchmarks.learning import check_work_dir, remember, smallest, train_agents
 from benchmarks.protocol import Episodes, compare, play, summarise, table_of
 from esper_agent import ppo_lstm
 from esper_env import EnvConfig
@@ -82,7 +82,7 @@ def quick(args: Args) -> Args:
     """Return the smallest form of everything."""
     return dataclasses.replace(
         args,
-        env=dataclasses.replace(args.env, episode_steps=8, batches_per_step=1, batch_size=8),
+        env=smallest(args.env),
         agent_seeds=args.agent_seeds[:2],
         total_timesteps=2 * ppo_lstm.Args().num_envs * ppo_lstm.Args().num_steps,
         repeats=1,

@@ -89,13 +89,17 @@ class Args:
     """Where to write the result as JSON."""
 
 
+def smallest(env: EnvConfig) -> EnvConfig:
+    """Return settings with hardly any work in them."""
+    return dataclasses.replace(env, episode_steps=8, batches_per_step=1, batch_size=8)
+
+
 def quick(args: Args) -> Args:
     """Return the smallest form of everything."""
-    env = dataclasses.replace(args.env, episode_steps=8, batches_per_step=1, batch_size=8)
     steps = ppo_lstm.Args().num_envs * ppo_lstm.Args().num_steps
     return dataclasses.replace(
         args,
-        env=env,
+        env=smallest(args.env),
         agent_seeds=args.agent_seeds[:2],
         total_timesteps=steps,
         schedules=args.schedules[:6],

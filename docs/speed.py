@@ -82,9 +82,7 @@ def draw(throughput: dict[str, Any], profile: dict[str, Any], path: Path) -> Non
     labels = [f"{row['num_envs']}\n{row['mode']}" for row in rows]
     floor = np.zeros(len(rows))
     for phase in PHASES:
-        part = np.array(
-            [r["phases"][phase]["share"] * r["step_milliseconds"] / r["num_envs"] for r in rows]
-        )
+        part = np.array([r["phases"][phase]["milliseconds"] / r["num_envs"] for r in rows])
         right.bar(labels, part, bottom=floor, label=phase)
         floor += part
     right.set_xlabel("members, slots")

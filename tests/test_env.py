@@ -96,8 +96,7 @@ def test_the_id_works_with_a_module_prefix() -> None:
 def test_a_new_process_reaches_its_first_step_offline_in_ten_seconds() -> None:
     """Once the kernels are compiled, which the very first step on a machine does.
 
-    What it takes to import the libraries is not counted: on a busy machine, which has to read them
-    from the disk again, that alone has taken nine seconds.
+    Twice more where others keep the machine busy, or the libraries had to be read from the disk.
     """
     env = make_single()
     env.reset(seed=0)
@@ -108,11 +107,13 @@ def test_a_new_process_reaches_its_first_step_offline_in_ten_seconds() -> None:
         "env.reset(seed=0)\n"
         "env.step(env.action_space.sample() * 0)\n"
     )
-    begin = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import gymnasium, numba, sklearn, torch"], check=True)
-    imported = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert time.perf_counter() - imported < 10 + (imported - begin)
+    seconds = 10.0
+    for _ in range(3):
+        if seconds >= 10:
+            begin = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], check=True)
+            seconds = time.perf_counter() - begin
+    assert seconds < 10
 
 
 def test_constructing_reads_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
