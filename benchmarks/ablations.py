@@ -38,15 +38,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "half the env steps": {"total_timesteps": 0.5},
     "twice the env steps": {"total_timesteps": 2.0},
     "no group baseline": {"group_size": 1},
-    "discount 0.995": {"gamma": 0.995, "env.gamma": 0.995},
-    "twice the learning rate": {"learning_rate": 4e-3},
-    "the same with twice the members and a network half as wide": {
-        "num_envs": 32,
-        "learning_rate": 4e-3,
-        "hidden_size": 64,
+    "entropy weight constant": {"anneal_entropy": False},
+    "half the members, half the learning rate, twice the width": {
+        "num_envs": 16,
+        "learning_rate": 2e-3,
+        "hidden_size": 128,
     },
-    "a third of the entropy weight": {"ent_coef": 0.003},
+    "3 epochs": {"update_epochs": 3},
     "twice the value weight": {"vf_coef": 1.0},
+    "discount 0.995": {"gamma": 0.995, "env.gamma": 0.995},
 }
 """Changes of `ppo_lstm.Args` by variant; total_timesteps is a factor. `SAMPLED` has the agents of
 the default, which then draw their actions as they did in training."""

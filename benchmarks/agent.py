@@ -93,6 +93,7 @@ class Learner:
             self.args,
             self.generator,
             self.heads,
+            self.args.ent_coef,
         )
         return time.perf_counter() - began
 

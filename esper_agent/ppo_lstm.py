@@ -12,6 +12,7 @@ Metrics, one row per update in `metrics.jsonl` and TensorBoard:
     charts/episode_parameters   mean parameters of their seeds at the end
     charts/valid_share          share of actions that were legal
     charts/learning_rate        of this update
+    charts/ent_coef             weight of the entropy in this update
     charts/steps_per_second     env steps per second since the start
     losses/policy, losses/value the clipped surrogate (negated), half the squared value error
     losses/kl                   joint KL over heads, mean of (ratio - 1) - log ratio
@@ -89,11 +90,11 @@ class Args:
     """Where to write; by default runs/<env id>__ppo_lstm__<seed>__<time>."""
     total_timesteps: int = 288_000
     """Env steps over all members."""
-    num_envs: int = 16
+    num_envs: int = 32
     """Members that train side by side."""
     num_steps: int = 60
     """Env steps per member and update; the episode's length lets sequences be whole episodes."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Of Adam at the start."""
     anneal_lr: bool = True
     """Whether the learning rate falls linearly to 0."""
@@ -113,14 +114,16 @@ class Args:
     ratio: Literal["joint", "per-head"] = "joint"
     """Whether one ratio is clipped per action, or one per head that had a choice."""
     ent_coef: float = 0.01
-    """Weight of the entropy, summed over heads."""
+    """Weight of the entropy, summed over heads, at the start."""
+    anneal_entropy: bool = True
+    """Whether that weight falls linearly to 0."""
     vf_coef: float = 0.5
     """Weight of the value loss."""
     max_grad_norm: float = 0.5
     """Gradient clipping."""
     target_kl: float | None = None
     """Joint KL above which an update stops early."""
-    hidden_size: int = 128
+    hidden_size: int = 64
     """Width of the network and of the LSTM."""
     recurrent: bool = True
     """Whether the LSTM remembers earlier steps; otherwise each starts from a zero state."""
@@ -738,11 +741,13 @@ def update(
     args: Args,
     generator: torch.Generator,
     head_names: list[str],
+    ent_coef: float,
 ) -> dict[str, float]:
     """Improve the agent on one rollout and return metrics.
 
     Old log-probabilities and values are recomputed by the training path first, so the ratio of the
-    first minibatch is 1 and advantages belong to the values that are regressed.
+    first minibatch is 1 and advantages belong to the values that are regressed. `ent_coef` is the
+    present weight of the entropy.
     """
     num_envs = rollout.rewards.shape[1]
     everyone = torch.arange(num_envs, device=rollout.rewards.device)
@@ -786,7 +791,7 @@ def update(
             )
             v_loss = 0.5 * ((mb_values - returns[:, envs]) ** 2).mean()
             head_entropies = mean_entropies(entropies, choices)
-            loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * head_entropies.sum()
+            loss = pg_loss + args.vf_coef * v_loss - ent_coef * head_entropies.sum()
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
@@ -926,19 +931,21 @@ def train(args: Args) -> Path:
     started = time.perf_counter()
     with SummaryWriter(str(directory)) as writer, (directory / "metrics.jsonl").open("w") as log:
         for index in range(args.num_updates):
+            left = 1 - index / args.num_updates
             if args.anneal_lr:
-                rate = args.learning_rate * (1 - index / args.num_updates)
-                optimizer.param_groups[0]["lr"] = rate
+                optimizer.param_groups[0]["lr"] = args.learning_rate * left
+            ent_coef = args.ent_coef * (left if args.anneal_entropy else 1.0)
             began = time.perf_counter()
             rollout, episodes = collector.collect()
             collected = time.perf_counter()
             metrics = update(
-                agent, optimizer, rollout, collector.scale.std, args, shuffler, head_names
+                agent, optimizer, rollout, collector.scale.std, args, shuffler, head_names, ent_coef
             )
             ended = time.perf_counter()
             step = (index + 1) * args.num_envs * args.num_steps
             metrics |= _chart_metrics(episodes)
             metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            metrics["charts/ent_coef"] = ent_coef
             metrics["charts/steps_per_second"] = step / (ended - started)
             metrics["time/rollout"] = collected - began
             metrics["time/update"] = ended - collected

@@ -166,7 +166,9 @@ def record_second_rollout() -> Iterator[Recorded]:
     envs.close()
 
 
-def update_once(recorded: Recorded, **changes: Any) -> tuple[dict[str, float], int]:
+def update_once(
+    recorded: Recorded, ent_coef: float = 0.01, **changes: Any
+) -> tuple[dict[str, float], int]:
     """Update a copy of the agent; return metrics and the number of optimiser steps."""
     envs = make_envs(ENV_ID, NUM_ENVS, "cpu", TINY)
     agent = make_agent(envs)
@@ -189,6 +191,7 @@ def update_once(recorded: Recorded, **changes: Any) -> tuple[dict[str, float], i
         tiny_args(num_steps=8, **changes),
         torch.Generator().manual_seed(0),
         [head.name for head in envs.heads],
+        ent_coef,
     )
     return metrics, num_gradient_steps
 
@@ -437,6 +440,7 @@ def test_heads_that_never_had_a_choice_report_entropy_zero_and_finite_metrics() 
         args,
         torch.Generator().manual_seed(0),
         [head.name for head in envs.heads],
+        ent_coef=0.01,
     )
     envs.close()
     assert (agent.encoder[0].weight != weight).any()
@@ -707,6 +711,22 @@ def test_metrics_are_finite_and_those_of_the_module_docstring(
         assert row["losses/first_ratio_error"] < REPLAY
         assert row["charts/valid_share"] == 1.0
     assert [row["charts/learning_rate"] for row in rows] == pytest.approx([1e-3, 5e-4])
+    assert [row["charts/ent_coef"] for row in rows] == pytest.approx([0.01, 0.005])
+
+
+def test_weight_of_the_entropy_is_constant_where_asked(tmp_path: Path) -> None:
+    """The run above anneals it; --no-anneal-entropy keeps it."""
+    rows = rows_of(run_to_end(tiny_args(run_dir=tmp_path / "run", anneal_entropy=False)))
+    assert [row["charts/ent_coef"] for row in rows] == [0.01, 0.01]
+
+
+def test_a_larger_weight_of_the_entropy_leaves_more_of_it(recorded: Recorded) -> None:
+    """Judged on the last minibatches of one update with many epochs."""
+    entropy = {}
+    for weight in (0.0, 1.0):
+        metrics, _ = update_once(recorded, ent_coef=weight, update_epochs=20)
+        entropy[weight] = metrics["entropy/op"]
+    assert entropy[1.0] > entropy[0.0]
 
 
 def test_tensorboard_has_the_values_of_metrics_jsonl(run: Run) -> None:
@@ -776,7 +796,7 @@ def test_the_agent_uses_one_thread_and_the_environment_those_of_torch(
         rollout, _ = collector.collect()
         optimizer = make_optimizer(agent, args)
         names = [head.name for head in envs.heads]
-        update(agent, optimizer, rollout, 1.0, args, torch.Generator(), names)
+        update(agent, optimizer, rollout, 1.0, args, torch.Generator(), names, 0.01)
     finally:
         torch.set_num_threads(before)
     assert seen == {"act": {1}, "step": {2}, "replay": {1}}
@@ -795,7 +815,7 @@ def test_what_the_agent_does_and_learns_does_not_depend_on_the_number_of_threads
             rollout, _ = collector.collect()
             generator = torch.Generator().manual_seed(0)
             names = [head.name for head in envs.heads]
-            update(agent, make_optimizer(agent, args), rollout, 1.0, args, generator, names)
+            update(agent, make_optimizer(agent, args), rollout, 1.0, args, generator, names, 0.01)
             envs.close()
         finally:
             torch.set_num_threads(before)

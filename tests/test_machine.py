@@ -192,16 +192,20 @@ def check_ownership(sim: Simulation, members: IntArray, before: dict[str, torch.
     population, state = sim.population, sim.state
     layout, engine = population.layout, population._compiled
     assert engine is not None
-    kinds = compiled._training_kinds(*engine._training_state(members, sim.seeds))
-    tapes = {key[2]: tape for key, tape in engine._tapes.items() if key[0] == "train"}
+    name = "train", sim.config.batch_size
+    keys = compiled._training_keys(members, sim.seeds)
+    numbers = np.array([engine._library._numbers[name, key] for key in keys])
+    tapes = engine._library.tapes_of(numbers)
     shape = (sim.population.num_members, layout.num_parameters)
     owned, kept = np.zeros((2, *shape), dtype=bool)
-    for i, kind in zip(members.tolist(), kinds, strict=True):
-        tape = tapes[kind]
-        assert len(np.unique(tape.index)) == len(tape.index), "nothing is owned twice"
-        is_frozen = np.repeat(tape.is_frozen[tape.module], np.diff(tape.ends, prepend=0))
-        owned[i, tape.index] = True
-        kept[i, tape.index[~is_frozen]] = True
+    for i, t in zip(members.tolist(), numbers.tolist(), strict=True):
+        index = tapes.columns[tapes.columns_start[t] : tapes.columns_start[t + 1]]
+        tensors = slice(tapes.tensor_start[t], tapes.tensor_start[t + 1])
+        assert len(np.unique(index)) == len(index), "nothing is owned twice"
+        frozen = tapes.is_frozen[t][tapes.module[tensors]]
+        is_frozen = np.repeat(frozen, np.diff(tapes.ends[tensors], prepend=0))
+        owned[i, index] = True
+        kept[i, index[~is_frozen]] = True
     expected, moving = np.zeros((2, *shape), dtype=bool)
     for i in members.tolist():
         width = int(sim.instances.width[sim.instance[i]])
@@ -880,6 +884,25 @@ def test_members_with_mixed_instances_equal_single_environments() -> None:
             assert own_reward == reward[i]
             for key in own_info.keys() - {"reward_terms"}:
                 np.testing.assert_array_equal(own_info[key], info[key][i], err_msg=key)
+
+
+def test_networks_do_not_depend_on_how_many_compositions_are_remembered(
+    few_images: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitwise: forgotten before every call, and in arrays that had to grow."""
+    observations, sizes = [], []
+    for limit in (compiled.MAX_TAPES, 0):
+        monkeypatch.setattr(compiled, "MAX_TAPES", limit)
+        envs = make(8, instances="train", batches_per_step=1, batch_size=4, episode_steps=40)
+        envs.reset(seed=0)
+        rng = np.random.default_rng(0)
+        steps = [envs.step(envs.sample_valid_actions(rng))[0].copy() for _ in range(39)]
+        observations.append(steps)
+        engine = envs._sim.population._compiled
+        assert engine is not None
+        sizes.append(len(engine._library._numbers))
+    assert sizes[0] > 64 > 8 >= sizes[1]
+    np.testing.assert_array_equal(*observations)
 
 
 def test_a_copy_of_a_finished_member_is_finished_too() -> None:

@@ -9,10 +9,10 @@ arithmetic is in `interpreter`.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from esper_env.compilation import announce, entry_point
 from esper_env.config import BoolArray, FloatArray, IntArray
 from esper_env.population.images import Draw, ImageSet
 from esper_env.population.interpreter import (
+    FIELDS,
     Matrices,
     Networks,
     Pictures,
@@ -31,31 +32,19 @@ from esper_env.population.interpreter import (
     load_chunks,
     run_members,
 )
+from esper_env.population.layout import Layout
 from esper_env.population.optimizer import SGDSettings
 from esper_env.population.report import Evaluation, TrainReport
 from esper_env.population.slots import Seeds
 from esper_env.population.storage import Storage
 from esper_env.population.tape import SeedState, Tape, TapeBuilder, is_supported
 
-MAX_TAPES, MAX_BATCHES = 512, 8
-"""Compositions, of members and of batches of them, that are remembered: some 10 MB."""
+MAX_TAPES = 4096
+"""Compositions of members that are remembered: some 20 MB."""
 EVALUATION_BATCH = 32
 """Images side by side in an evaluation; two vectors of 16 floats."""
 _NO_IMAGES = np.zeros((0, 0, 0, 0), dtype=np.uint8)
 _NO_NUMBERS = np.zeros(0, dtype=np.float32)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """What some members run: nothing here depends on their weights."""
-
-    tapes: Tapes
-    shares: tuple[IntArray, ...]
-    """Positions of the members that each thread serves, in order."""
-    arena: int
-    """Numbers that the largest arena takes."""
-    squares: FloatArray
-    """0 for each tensor of a seed that is trained, else NaN. (m, slots, tensors)."""
 
 
 class CompiledEngine:
@@ -70,8 +59,7 @@ class CompiledEngine:
         self._storage, self._layout = storage, storage.layout
         values = (settings.momentum, settings.weight_decay, settings.clip_norm)
         self._settings = np.array(values, dtype=np.float32)
-        self._tapes: dict[Any, Tape] = {}
-        self._batches: dict[Any, _Batch] = {}
+        self._library = _Library(self._layout)
         self._chunks: dict[int, tuple[ImageSet, Any, Any]] = {}
         self._arenas: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
         host = self._layout.host
@@ -101,12 +89,14 @@ class CompiledEngine:
     ) -> TrainReport:
         """Train members for some batches; see `Population.train`."""
         batches, size, m = draw.indices.shape
-        packed, width = self._training_state(members, seeds)
-        batch = self._batch(
-            ("train", size, packed.tobytes(), width.tobytes()),
-            lambda: _training_kinds(packed, width),
-            functools.partial(self._trained, size),
+        library = self._library
+        tape = library.find(
+            ("train", size),
+            _training_keys(members, seeds),
+            lambda key: _training_tape(self._layout, key, size),
         )
+        squares = library.squares.rows[tape]
+        is_trained = squares == 0
         rates = np.empty((m, 1 + self._layout.host.num_slots), dtype=np.float32)
         rates[:, 0], rates[:, 1:] = host_rate, seed_rate[:, None]
         networks = Networks(
@@ -131,10 +121,10 @@ class CompiledEngine:
             chunks=_NO_NUMBERS[:, None],
             labels=_by_member(draw.labels),
         )
-        results = Results(np.zeros(m), np.zeros(m), batch.squares.copy(), np.zeros(m, dtype=bool))
-        self._run(batch, networks, pictures, results, is_training=True)
+        results = Results(np.zeros(m), np.zeros(m), squares, np.zeros(m, dtype=bool))
+        self._run(tape, networks, pictures, results, is_training=True)
         norms = np.sqrt(results.squares / batches)
-        norms[np.isnan(norms) & (batch.squares == 0)] = np.inf
+        norms[np.isnan(norms) & is_trained] = np.inf
         return TrainReport(results.losses / batches, norms, results.is_finite)
 
     def evaluate(
@@ -150,13 +140,12 @@ class CompiledEngine:
         own = member_of[row_start[:-1]]
         chunks, labels = self._images(images)
         size = labels.shape[2]
-        state = seeds.blueprint[own], seeds.blend[own], seeds.width[own]
         labelled = np.empty(weights.shape, dtype=np.int64)
         _label_weights(weights, row_start, labelled)
-        batch = self._batch(
-            ("evaluate", size, *(a.tobytes() for a in (*state, row_start, labelled))),
-            lambda: _evaluation_kinds(*state, row_start, labelled),
-            functools.partial(self._tried, size),
+        tape = self._library.find(
+            ("evaluate", size),
+            _evaluation_keys(own, seeds, row_start, labelled),
+            lambda key: _evaluation_tape(self._layout, key, size),
         )
         nothing = _NO_NUMBERS[:, None]
         networks = Networks(
@@ -173,83 +162,12 @@ class CompiledEngine:
             chunks=chunks,
             labels=labels,
         )
-        results = Results(np.zeros(rows), np.zeros(rows), batch.squares, np.zeros(0, dtype=bool))
-        self._run(batch, networks, pictures, results, is_training=False)
+        no_squares = self._library.squares.rows[:0]
+        results = Results(np.zeros(rows), np.zeros(rows), no_squares, np.zeros(0, dtype=bool))
+        self._run(tape, networks, pictures, results, is_training=False)
         accuracy, loss = np.empty(rows), np.empty(rows)
         accuracy[order], loss[order] = results.hits, results.losses
         return Evaluation(accuracy=accuracy / len(images), loss=loss / len(images))
-
-    # ------------------------------------------------------------------ compositions
-
-    def _training_state(self, members: IntArray, seeds: Seeds) -> tuple[IntArray, IntArray]:
-        """Return what a training tape depends on.
-
-        Returns:
-            Blueprint, blend, isolated, frozen of each seed that runs, -1 for the others, (m, slots,
-            4); and widths (m,).
-        """
-        fields = (seeds.blueprint, seeds.blend, seeds.is_isolated, seeds.is_frozen)
-        packed = np.empty((len(members), self._layout.host.num_slots, 4), dtype=np.int64)
-        for i, array in enumerate(fields):
-            packed[..., i] = array[members]
-        packed[seeds.beta[members] <= 0] = -1
-        return packed, seeds.width[members]
-
-    def _trained(self, size: int, kind: Any) -> Tape:
-        width, seeds = kind
-        return TapeBuilder(self._layout, width, size).training(_states(seeds))
-
-    def _tried(self, size: int, kind: Any) -> Tape:
-        width, seeds, rows = kind
-        return TapeBuilder(self._layout, width, size).evaluation(_states(seeds), rows)
-
-    def _batch(
-        self,
-        key: tuple[Any, ...],
-        list_kinds: Callable[[], list[Any]],
-        build: Callable[[Any], Tape],
-    ) -> _Batch:
-        """Return the joined tapes of some members' compositions; `key` tells compositions apart."""
-        threads = torch.get_num_threads()
-        known = self._batches.get((threads, key))
-        if known is not None:
-            return known
-        kinds = list_kinds()
-        distinct = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
-        tapes = []
-        for kind in distinct:
-            name = (*key[:2], kind)
-            if name not in self._tapes:
-                self._tapes[name] = build(kind)
-            tapes.append(self._tapes[name])
-        tape = np.array([distinct[kind] for kind in kinds])
-        joined = Tapes(
-            tape=tape,
-            ops=np.concatenate([t.ops for t in tapes]),
-            op_start=_starts([t.ops for t in tapes]),
-            arena=np.array([t.arena for t in tapes]),
-            columns=np.concatenate([t.index for t in tapes]),
-            columns_start=_starts([t.index for t in tapes]),
-            ends=np.concatenate([t.ends for t in tapes]),
-            module=np.concatenate([t.module for t in tapes]),
-            tensor=np.concatenate([t.tensor for t in tapes]),
-            tensor_start=_starts([t.ends for t in tapes]),
-            is_frozen=np.stack([t.is_frozen for t in tapes]),
-        )
-        shape = len(tapes), self._layout.host.num_slots, self._layout.max_seed_tensors
-        squares = np.full(shape, np.nan)
-        for n, t in enumerate(tapes):
-            is_seed = t.tensor >= 0
-            squares[n, t.module[is_seed] - 1, t.tensor[is_seed]] = 0.0
-        cost = np.array([t.cost for t in tapes])[tape]
-        arena = max(t.arena for t in tapes)
-        batch = _Batch(joined, _deal(tape, cost, threads), arena, squares[tape])
-        if len(self._batches) >= MAX_BATCHES:
-            self._batches.clear()
-        if len(self._tapes) >= MAX_TAPES:
-            self._tapes.clear()
-        self._batches[threads, key] = batch
-        return batch
 
     # ------------------------------------------------------------------ arrays and threads
 
@@ -274,27 +192,33 @@ class CompiledEngine:
 
     def _run(
         self,
-        batch: _Batch,
+        tape: IntArray,
         networks: Networks,
         pictures: Pictures,
         results: Results,
         *,
         is_training: bool,
     ) -> None:
-        """Run all members, in as many threads as torch may use; this thread is one of them."""
-        storage = self._storage
+        """Run all members, in as many threads as torch may use; this thread is one of them.
+
+        `tape` is the tape of each in the library.
+        """
+        storage, library = self._storage, self._library
+        arena = int(library.arena.rows[tape].max())
+        shares = _deal(tape, library.cost.rows[tape], torch.get_num_threads())
+        tapes = library.tapes_of(tape)
         matrices = Matrices(
             storage.parameters.numpy(), storage.momentum.numpy(), storage.buffers.numpy()
         )
-        sizes = (batch.arena, batch.arena, self._layout.num_parameters)
+        sizes = (arena, arena, self._layout.num_parameters)
         calls = []
-        for n, share in enumerate(batch.shares):
+        for n, share in enumerate(shares):
             arenas = [
                 self._arena(n, i, size if is_training or i == 0 else 0)
                 for i, size in enumerate(sizes)
             ]
             calls.append(
-                (share, *arenas, batch.tapes, matrices, networks, pictures, results, is_training)
+                (share, *arenas, tapes, matrices, networks, pictures, results, is_training)
             )
         others = []
         if len(calls) > 1:
@@ -312,27 +236,171 @@ class CompiledEngine:
         return known
 
 
-def _training_kinds(packed: IntArray, width: IntArray) -> list[Any]:
-    """Return each member's composition: width, and per slot the seed that runs."""
-    return [
-        (w, tuple(tuple(slot) for slot in row))
-        for w, row in zip(width.tolist(), packed.tolist(), strict=True)
-    ]
+class _Rows:
+    """An array that grows by rows at its end, seldom by copying.
+
+    Args:
+        shape: Of a row.
+        dtype: Of the numbers.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+        self.rows: npt.NDArray[Any] = np.zeros((64, *shape), dtype=dtype)
+        """Those that are there, and zeros."""
+        self.count = 0
+
+    def extend(self, rows: Any) -> None:
+        """Put rows behind the last one."""
+        end = self.count + len(rows)
+        if end > len(self.rows):
+            more = np.zeros((2 * end, *self.rows.shape[1:]), dtype=self.rows.dtype)
+            more[: self.count] = self.rows[: self.count]
+            self.rows = more
+        self.rows[self.count : end] = rows
+        self.count = end
 
 
-def _evaluation_kinds(
-    blueprint: IntArray, blend: IntArray, width: IntArray, row_start: IntArray, labels: IntArray
-) -> list[Any]:
-    """Return each member's composition: width, seeds, and which networks share which weight."""
-    kinds = []
-    for i, w in enumerate(width.tolist()):
-        rows = labels[row_start[i] : row_start[i + 1]]
-        seeds = tuple(
-            (int(blueprint[i, slot]), int(blend[i, slot]), 0, 0) if is_used else (-1,) * 4
-            for slot, is_used in enumerate(rows.max(axis=0) > 0)
+class _Library:
+    """All tapes that were asked for, one behind the other; a member's tape is given by its number.
+
+    Args:
+        layout: Of the members.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._clear()
+
+    def _clear(self) -> None:
+        modules = 1 + self._layout.host.num_slots
+        self._numbers: dict[Any, int] = {}
+        self._ops = _Rows((len(FIELDS),), np.int64)
+        self._columns = _Rows((), np.int32)
+        self._ends, self._module, self._tensor = (_Rows((), np.int64) for _ in range(3))
+        self._starts = [_Rows((), np.int64) for _ in range(3)]
+        for start in self._starts:
+            start.extend([0])
+        self._is_frozen = _Rows((modules,), np.bool_)
+        self.arena = _Rows((), np.int64)
+        """Numbers that the regions of each tape take."""
+        self.cost = _Rows((), np.int64)
+        """Of each tape, to share work out."""
+        self.squares = _Rows((modules - 1, self._layout.max_seed_tensors), np.float64)
+        """Per tape, 0 for each tensor of a seed that it trains, else NaN."""
+
+    def find(
+        self, name: tuple[str, int], keys: Sequence[bytes], build: Callable[[bytes], Tape]
+    ) -> IntArray:
+        """Return the numbers of some members' tapes, after building those that are missing.
+
+        Args:
+            name: Kind and images side by side.
+            keys: Compositions of the members.
+            build: Makes the tape of a composition.
+        """
+        if len(self._numbers) >= MAX_TAPES:
+            self._clear()
+        known = self._numbers
+        for key in keys:
+            if (name, key) not in known:
+                self._add(build(key))
+                known[name, key] = len(known)
+        return np.array([known[name, key] for key in keys])
+
+    def _add(self, tape: Tape) -> None:
+        parts = (self._ops, tape.ops), (self._columns, tape.index), (self._ends, tape.ends)
+        for (rows, part), start in zip(parts, self._starts, strict=True):
+            rows.extend(part)
+            start.extend([rows.count])
+        self._module.extend(tape.module)
+        self._tensor.extend(tape.tensor)
+        self._is_frozen.extend([tape.is_frozen])
+        self.arena.extend([tape.arena])
+        self.cost.extend([tape.cost])
+        squares = np.full(self.squares.rows.shape[1:], np.nan)
+        is_seed = tape.tensor >= 0
+        squares[tape.module[is_seed] - 1, tape.tensor[is_seed]] = 0.0
+        self.squares.extend([squares])
+
+    def tapes_of(self, tape: IntArray) -> Tapes:
+        """Return the tapes for members that have these numbers."""
+        op_start, columns_start, tensor_start = self._starts
+        return Tapes(
+            tape=tape,
+            ops=self._ops.rows,
+            op_start=op_start.rows,
+            arena=self.arena.rows,
+            columns=self._columns.rows,
+            columns_start=columns_start.rows,
+            ends=self._ends.rows,
+            module=self._module.rows,
+            tensor=self._tensor.rows,
+            tensor_start=tensor_start.rows,
+            is_frozen=self._is_frozen.rows,
         )
-        kinds.append((w, seeds, tuple(tuple(row) for row in rows.tolist())))
-    return kinds
+
+
+def _training_keys(members: IntArray, seeds: Seeds) -> list[bytes]:
+    """Return what the training tape of each member depends on.
+
+    As int64: width, and per slot blueprint, blend, isolated, frozen of the seed, -1 if none runs.
+    """
+    count, slots = seeds.blueprint[members].shape
+    rows = np.empty((count, 1 + 4 * slots), dtype=np.int64)
+    rows[:, 0] = seeds.width[members]
+    packed = rows[:, 1:].reshape(count, slots, 4)
+    fields = (seeds.blueprint, seeds.blend, seeds.is_isolated, seeds.is_frozen)
+    for i, array in enumerate(fields):
+        packed[..., i] = array[members]
+    packed[seeds.beta[members] <= 0] = -1
+    return _cut(rows, range(count + 1))
+
+
+def _training_tape(layout: Layout, key: bytes, size: int) -> Tape:
+    width, *fields = np.frombuffer(key, dtype=np.int64).tolist()
+    seeds = [_seed(*fields[i : i + 4]) for i in range(0, len(fields), 4)]
+    return TapeBuilder(layout, width, size).training(seeds)
+
+
+def _evaluation_keys(
+    members: IntArray, seeds: Seeds, row_start: IntArray, labels: IntArray
+) -> list[bytes]:
+    """Return what the evaluation tape of each member depends on.
+
+    As int64: width; per slot blueprint, and per slot blend, of a seed with weight in some of the
+    networks, else -1; per network and slot a label of its blend weight.
+    """
+    is_used = np.maximum.reduceat(labels, row_start[:-1]) > 0
+    heads = np.column_stack(
+        [
+            seeds.width[members],
+            np.where(is_used, seeds.blueprint[members], -1),
+            np.where(is_used, seeds.blend[members], -1),
+        ]
+    ).astype(np.int64)
+    own = _cut(labels, row_start.tolist())
+    return [a + b for a, b in zip(_cut(heads, range(len(heads) + 1)), own, strict=True)]
+
+
+def _evaluation_tape(layout: Layout, key: bytes, size: int) -> Tape:
+    slots = layout.host.num_slots
+    width, *fields = np.frombuffer(key, dtype=np.int64).tolist()
+    blueprints, blends, labels = fields[:slots], fields[slots : 2 * slots], fields[2 * slots :]
+    seeds = [_seed(*seed, 0, 0) for seed in zip(blueprints, blends, strict=True)]
+    rows = [labels[i : i + slots] for i in range(0, len(labels), slots)]
+    return TapeBuilder(layout, width, size).evaluation(seeds, rows)
+
+
+def _seed(blueprint: int, blend: int, is_isolated: int, is_frozen: int) -> SeedState | None:
+    if blueprint < 0:
+        return None
+    return SeedState(blueprint, blend, bool(is_isolated), bool(is_frozen))
+
+
+def _cut(rows: IntArray, starts: Sequence[int]) -> list[bytes]:
+    """Return the bytes of the rows from each start to the next."""
+    everything, width = rows.tobytes(), rows.itemsize * rows.shape[1]
+    return [everything[a * width : b * width] for a, b in itertools.pairwise(starts)]
 
 
 @entry_point
@@ -378,18 +446,6 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     """Return the threads of a process; a forked one inherits none."""
     del process
     return ThreadPoolExecutor(threads, thread_name_prefix="esper")
-
-
-def _states(seeds: Sequence[tuple[int, int, int, int]]) -> list[SeedState | None]:
-    return [
-        None if blueprint < 0 else SeedState(blueprint, blend, bool(isolated), bool(frozen))
-        for blueprint, blend, isolated, frozen in seeds
-    ]
-
-
-def _starts(arrays: Sequence[npt.NDArray[Any]]) -> IntArray:
-    """Return where each array begins in their concatenation, and its end."""
-    return np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int64)
 
 
 def _by_member(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -12,6 +12,7 @@ back, as the weights that would carry it are zero too. So no mask is needed in t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -141,10 +142,15 @@ def gate_specs(channels: int) -> tuple[TensorSpec, TensorSpec]:
     )
 
 
+@functools.cache
 def corner(shape: tuple[int, ...], inner: tuple[int, ...]) -> IntArray:
-    """Return the flat positions in a tensor of `shape` of its leading corner of shape `inner`."""
+    """Return the flat positions in a tensor of `shape` of its leading corner of shape `inner`.
+
+    The array is shared: it cannot be written.
+    """
     positions = np.arange(int(np.prod(shape))).reshape(shape)
     flat: IntArray = positions[tuple(slice(n) for n in inner)].reshape(-1)
+    flat.setflags(write=False)
     return flat
 
 

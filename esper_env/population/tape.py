@@ -20,6 +20,8 @@ from esper_env.population.layout import Column, Layout, PlacedLayer, corner
 IntArray = npt.NDArray[np.int64]
 
 
+POSITION = {name: i for i, name in enumerate(FIELDS)}
+"""Column of a field."""
 SUPPORTED = (Conv, Norm, Relu, SqueezeExcite)
 
 
@@ -108,7 +110,7 @@ class TapeBuilder:
         """
         self._evaluate_from(0, self._image, seeds, rows, list(range(len(rows))))
         self._tensors.clear()  # Nothing is trained.
-        return self._finish([])
+        return self._finish([False] * (1 + self._host.num_slots))
 
     def _evaluate_from(
         self,
@@ -281,7 +283,9 @@ class TapeBuilder:
         return offset
 
     def _finish(self, is_frozen: Sequence[bool]) -> Tape:
-        ops = np.array([[op.get(name, 0) for name in FIELDS] for op in self._ops], dtype=np.int64)
+        ops = np.zeros((len(self._ops), len(FIELDS)), dtype=np.int64)
+        for row, op in zip(ops, self._ops, strict=True):
+            row[[POSITION[name] for name in op]] = list(op.values())
         none = np.zeros(0, dtype=np.int32)
         return Tape(
             ops=ops,
