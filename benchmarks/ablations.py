@@ -38,11 +38,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "half the env steps": {"total_timesteps": 0.5},
     "twice the env steps": {"total_timesteps": 2.0},
     "no group baseline": {"group_size": 1},
-    "entropy weight constant": {"anneal_entropy": False},
-    "half the members, half the learning rate, twice the width": {
-        "num_envs": 16,
-        "learning_rate": 2e-3,
-        "hidden_size": 128,
+    "entropy weight falls to 0": {"anneal_entropy": True},
+    "twice the members and learning rate, half the width": {
+        "num_envs": 32,
+        "learning_rate": 4e-3,
+        "hidden_size": 64,
     },
     "3 epochs": {"update_epochs": 3},
     "twice the value weight": {"vf_coef": 1.0},

@@ -90,11 +90,11 @@ class Args:
     """Where to write; by default runs/<env id>__ppo_lstm__<seed>__<time>."""
     total_timesteps: int = 288_000
     """Env steps over all members."""
-    num_envs: int = 32
+    num_envs: int = 16
     """Members that train side by side."""
     num_steps: int = 60
     """Env steps per member and update; the episode's length lets sequences be whole episodes."""
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-3
     """Of Adam at the start."""
     anneal_lr: bool = True
     """Whether the learning rate falls linearly to 0."""
@@ -115,7 +115,7 @@ class Args:
     """Whether one ratio is clipped per action, or one per head that had a choice."""
     ent_coef: float = 0.01
     """Weight of the entropy, summed over heads, at the start."""
-    anneal_entropy: bool = True
+    anneal_entropy: bool = False
     """Whether that weight falls linearly to 0."""
     vf_coef: float = 0.5
     """Weight of the value loss."""
@@ -123,7 +123,7 @@ class Args:
     """Gradient clipping."""
     target_kl: float | None = None
     """Joint KL above which an update stops early."""
-    hidden_size: int = 64
+    hidden_size: int = 128
     """Width of the network and of the LSTM."""
     recurrent: bool = True
     """Whether the LSTM remembers earlier steps; otherwise each starts from a zero state."""
