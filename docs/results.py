@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
 from benchmarks.protocol import table_of
+from docs.page import ROOT, table
 from esper_agent.baselines import parse_plan
 from esper_agent.evaluate import TrainedPolicy
 from esper_env import EsperVectorEnv
 from esper_env.tasks import TASKS
 from esper_env.tasks.instances import make_instances
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURE = "docs/learning-digits.png"
 ARMS = {
@@ -215,12 +215,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def _difference(pair: dict[str, float]) -> str:
     return f"{pair['difference']:+.4f} ({pair['low']:+.4f} .. {pair['high']:+.4f})"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in GitHub's Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def draw_episode(agent: Path, instance: int, seed: int, path: Path) -> None:

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.states import MODES
 from benchmarks.step_profile import HEAD, PHASES, cells
-from docs.results import ROOT, read, table
+from docs.page import ROOT, table
+from docs.results import read
 
 PEERS = {
     "vector": ("one vector environment", 1),

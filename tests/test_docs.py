@@ -15,7 +15,8 @@ from typing import Any
 import gymnasium as gym
 import pytest
 
-from docs import generate
+from docs import environment, findings, generate, refusals, source
+from docs.page import COMMAND, ROOT
 from esper_env import EnvConfig, EsperEnv, Stage
 from esper_env.lifecycle import TRANSITIONS
 from esper_env.population.blueprints import CNN_BLUEPRINTS, registered_blueprints
@@ -23,7 +24,6 @@ from esper_env.registration import ENVIRONMENTS
 from esper_env.rewards.terms import TERMS
 from tests.test_env import INFO_KEYS
 
-ROOT = generate.ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HEADINGS = [
     "Description",
@@ -47,7 +47,7 @@ FINDINGS |= {"SYN-POS", "GRD-M1", "GRD-M4", "GRD-M5"}
 
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
-    with generate.registries_as_shipped():
+    with source.registries_as_shipped():
         yield
 
 
@@ -60,7 +60,7 @@ def environment_page() -> str:
 
 def test_every_page_is_what_the_code_says() -> None:
     for path, text in generate.pages().items():
-        assert path.read_text() == text, f"{path.name} is out of step; run: {generate.COMMAND}"
+        assert path.read_text() == text, f"{path.name} is out of step; run: {COMMAND}"
 
 
 def test_check_fails_with_the_command_to_run_and_writes_nothing(
@@ -79,7 +79,7 @@ def test_check_fails_with_the_command_to_run_and_writes_nothing(
 
 
 def test_the_page_has_every_name_that_a_user_meets() -> None:
-    env = gym.make(generate.DEFAULT_ID).unwrapped
+    env = gym.make(environment.DEFAULT_ID).unwrapped
     assert isinstance(env, EsperEnv)
     features = {name.removeprefix("slot_0.") for name in env.observation_names}
     names = {name for name in features if not name.startswith("slot_1.")}
@@ -115,17 +115,17 @@ def test_sizes_of_blueprints_are_those_counted_by_hand() -> None:
     ("name", "value", "missing"),
     [
         ("TRANSITIONS", TRANSITIONS | {(Stage.FOSSILIZED, Stage.DORMANT)}, "FOSSILIZED"),
-        ("HEAD_NAMES", (*generate.HEAD_NAMES, "colour"), "colour"),
-        ("Op", (*generate.Op, "PAUSE"), "PAUSE"),
-        ("INFO_MEANINGS", generate.INFO_MEANINGS | {"weather": "of today"}, "weather"),
+        ("HEAD_NAMES", (*environment.HEAD_NAMES, "colour"), "colour"),
+        ("Op", (*environment.Op, "PAUSE"), "PAUSE"),
+        ("INFO_MEANINGS", environment.INFO_MEANINGS | {"weather": "of today"}, "weather"),
     ],
 )
 def test_what_the_generator_does_not_explain_is_refused(
     name: str, value: Any, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, name, value)
+    monkeypatch.setattr(environment, name, value)
     with pytest.raises(ValueError, match=f"does not fit .*{missing}"):
-        generate.environment_page()
+        environment.environment_page()
 
 
 def test_a_field_without_docstring_is_refused() -> None:
@@ -136,7 +136,7 @@ def test_a_field_without_docstring_is_refused() -> None:
         colour: str = "red"
 
     with pytest.raises(ValueError, match=r"Settings\.colour: expected a docstring"):
-        generate.field_docstrings(Settings)
+        source.field_docstrings(Settings)
 
 
 # ------------------------------------------------------------------ docs/environment.md
@@ -175,7 +175,7 @@ def test_the_examples_of_extending_run_and_print_what_they_say() -> None:
 
 def test_a_refusal_that_is_none_any_more_is_noticed() -> None:
     with pytest.raises(ValueError, match="was to be refused"):
-        generate.refusal_of('register_blueprint("fine", lambda c: [Norm(c, zero=True)])')
+        refusals.refusal_of('register_blueprint("fine", lambda c: [Norm(c, zero=True)])')
     assert registered_blueprints() == CNN_BLUEPRINTS
 
 
@@ -184,10 +184,10 @@ def test_a_refusal_that_is_none_any_more_is_noticed() -> None:
 
 def test_every_finding_has_one_row_with_tests_or_an_answer() -> None:
     page = (ROOT / "docs/findings.md").read_text()
-    rows = re.findall(rf"^\| ({generate.FINDING}) \| .+ \| .+ \| (.+) \|$", page, re.M)
+    rows = re.findall(rf"^\| ({findings.FINDING}) \| .+ \| .+ \| (.+) \|$", page, re.M)
     assert sorted(name for name, _ in rows) == sorted(FINDINGS)
-    cited = generate.cited_findings(ROOT / "tests")
-    assert {name for name, text in rows if text.startswith(generate.TESTS_CELL)} == set(cited)
+    cited = findings.cited_findings(ROOT / "tests")
+    assert {name for name, text in rows if text.startswith(findings.TESTS_CELL)} == set(cited)
 
 
 def test_findings_are_read_from_the_docstrings_of_tests(tmp_path: Path) -> None:
@@ -198,18 +198,18 @@ def test_findings_are_read_from_the_docstrings_of_tests(tmp_path: Path) -> None:
     )
     one, two = ("test_a.py", "test_one"), ("test_a.py", "test_two")
     expected = {"SYN-C1": [one], "LOOP-2": [one], "SYN-POS": [two]}
-    assert generate.cited_findings(tmp_path) == expected
+    assert findings.cited_findings(tmp_path) == expected
 
 
 def test_only_rows_of_cited_findings_are_written() -> None:
     rows = "| PRE-1 | a | b | Not yet. |\n| PRE-2 | a | b | Absent. |"
-    text = generate.with_cited_tests(rows, {"PRE-1": [("test_a.py", "test_one")]})
+    text = findings.with_cited_tests(rows, {"PRE-1": [("test_a.py", "test_one")]})
     expected = "| PRE-1 | a | b | [`test_one`](../tests/test_a.py) |\n| PRE-2 | a | b | Absent. |"
     assert text == expected
     with pytest.raises(ValueError, match="no test cites PRE-1 any more"):
-        generate.with_cited_tests(text, {})
+        findings.with_cited_tests(text, {})
     with pytest.raises(ValueError, match="no row for PRE-3"):
-        generate.with_cited_tests(rows, {"PRE-3": [("test_a.py", "test_one")]})
+        findings.with_cited_tests(rows, {"PRE-3": [("test_a.py", "test_one")]})
 
 
 # ------------------------------------------------------------------ links

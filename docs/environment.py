@@ -1,0 +1,481 @@
+"""Text of docs/environment.md: the docstring of `EsperEnv`, and tables of what it uses.
+
+What the code cannot say of itself, the meaning of a transition or of a key of info, stands in the
+tables below, and each must cover exactly what the code has.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+
+import numpy as np
+
+import esper_env
+from docs.page import COMMAND, table
+from docs.source import (
+    field_docstrings,
+    field_types,
+    first_line,
+    must_cover,
+    registries_as_shipped,
+    signature,
+)
+from esper_env import EnvConfig, EsperEnv, EsperVectorEnv, Op, Stage
+from esper_env.actions import HEAD_NAMES, RELEVANT_HEADS
+from esper_env.config import STYLES
+from esper_env.lifecycle import TRANSITIONS
+from esper_env.observation import episode_features, slot_features
+from esper_env.population.blueprints import CNN_BLUEPRINTS, Blueprint
+from esper_env.population.layers import Conv, Layer, Norm, Relu, SqueezeExcite
+from esper_env.population.layout import gate_specs
+from esper_env.registration import ENVIRONMENTS
+from esper_env.rewards.presets import PRESETS
+from esper_env.rewards.terms import TERMS
+from esper_env.tasks import TASKS
+from esper_env.tasks.instances import SET_SIZES, InstanceRanges
+
+DEFAULT_ID = "Esper-Digits-v0"
+BLUEPRINT_NAMES = [blueprint.name for blueprint in CNN_BLUEPRINTS]
+
+HEAD_MEANINGS = {
+    "op": "what is done",
+    "slot": "where: one slot per block of the host",
+    "blueprint": "what is germinated: the built-in blueprints, then registered ones",
+    "style": "curve of the first ramp, and how alpha mixes the seed in",
+    "tempo": "length of the first ramp [env steps]",
+    "alpha_target": "alpha at the end of the ramp",
+    "alpha_speed": "length of a later ramp [env steps]; 0 acts at once",
+    "alpha_curve": "curve of a later ramp",
+}
+
+OP_RULES = {
+    Op.WAIT: "always",
+    Op.GERMINATE: "the slot is DORMANT and G0 holds for the blueprint",
+    Op.ADVANCE: "G1, G2 or G3 holds",
+    Op.SET_ALPHA: "BLENDING or HOLDING, and no ramp runs; the alpha_target is not the present one",
+    Op.PRUNE: "GERMINATED to HOLDING, and no ramp runs; the seed's age is at least "
+    "`min_prune_age`; alpha_speed is 0 if alpha is 0",
+    Op.FOSSILIZE: "HOLDING, and G5 holds",
+}
+"""When an op is legal in a slot; G0 to G5 are in `TRANSITION_RULES`."""
+
+_PRUNE_AT_ONCE = "PRUNE with alpha_speed 0; rollback"
+_PRUNE_AGE = "for PRUNE: age of at least `min_prune_age`"
+TRANSITION_RULES: dict[tuple[Stage, Stage], tuple[str, str]] = {
+    (Stage.DORMANT, Stage.GERMINATED): (
+        "GERMINATE",
+        "G0: fewer than `max_seeds` seeds exist; their parameters and those of the new seed, a "
+        "gate counted for each, are at most `parameter_budget` times the host's",
+    ),
+    (Stage.GERMINATED, Stage.TRAINING): (
+        "tick, in the step of GERMINATE itself; ADVANCE with `automatic_training=False`",
+        "G1: nothing more",
+    ),
+    (Stage.TRAINING, Stage.BLENDING): (
+        "ADVANCE; also tick with `automatic_blending=True`",
+        "G2: at least `min_training_steps` env steps in TRAINING; in the last step a gradient "
+        "reached the seed, that of none of its tensors exploded, and their health was at least "
+        "`min_gradient_health`",
+    ),
+    (Stage.BLENDING, Stage.HOLDING): (
+        "tick; ADVANCE with `automatic_holding=False`",
+        "G3: alpha is 1, and no ramp runs",
+    ),
+    (Stage.HOLDING, Stage.BLENDING): (
+        "SET_ALPHA; PRUNE with alpha_speed above 0",
+        _PRUNE_AGE,
+    ),
+    (Stage.HOLDING, Stage.FOSSILIZED): (
+        "FOSSILIZE",
+        'G5: its contribution has been measured (nothing with `attribution="none"`); with '
+        "`strict_fossilize` it is at least `min_contribution`",
+    ),
+    (Stage.GERMINATED, Stage.EMBARGOED): (_PRUNE_AT_ONCE, _PRUNE_AGE),
+    (Stage.TRAINING, Stage.EMBARGOED): (_PRUNE_AT_ONCE, _PRUNE_AGE),
+    (Stage.BLENDING, Stage.EMBARGOED): (
+        f"{_PRUNE_AT_ONCE}; tick, when the ramp of a PRUNE ends",
+        f"{_PRUNE_AGE}, and no ramp runs",
+    ),
+    (Stage.HOLDING, Stage.EMBARGOED): (_PRUNE_AT_ONCE, _PRUNE_AGE),
+    (Stage.EMBARGOED, Stage.DORMANT): ("tick", "`embargo_steps` decisions have passed"),
+}
+"""By what each transition happens, and what it needs."""
+
+INFO_MEANINGS = {
+    "action_mask": "marginal mask of the next action; True is legal",
+    "action_valid": "whether the last action was legal; True after a reset",
+    "op": "op of the last step, a value of `Op`; WAIT (0) if the action was illegal",
+    "accuracy": "validation accuracy of the live network, 0 to 1",
+    "loss": "validation loss of the live network [nats]",
+    "committed_accuracy": "validation accuracy with only the fossilized seeds",
+    "score": "score of the live network",
+    "committed_score": "score with only the fossilized seeds",
+    "contribution": "accuracy minus accuracy without the seed (its Shapley value with "
+    '`attribution="full"`), as last measured; 0 if never',
+    "contribution_valid": "whether it has been measured",
+    "stage": "values of `Stage`",
+    "alpha": "blend weights, 0 to 1",
+    "blueprint": "position in the table of blueprints, -1 where there is no seed; not the head's "
+    "option if `heads` restricts it",
+    "parameters": "parameters of all seeds, gates of LINEAR_GATE included",
+    "host_parameters": "parameters of the host",
+    "flops": "floating-point operations of the episode's training so far: 6 per image and "
+    "multiply-add of host and seeds, gates left out",
+    "samples": "training images that the episode has shown so far",
+    "reward_terms": "each term's weighted part of the last reward; they sum to it",
+    "rolled_back": "whether the governor rolled the host back in the last step",
+    "instance": "index of the episode's instance in the set",
+    "test_accuracy": "test accuracy of the live network; only after the last step",
+    "committed_test_accuracy": "the same with only the fossilized seeds; only after the last step",
+}
+
+
+def environment_page() -> str:
+    """Return the docstring of `EsperEnv` with tables under its headings."""
+    text, _, arguments = inspect.cleandoc(EsperEnv.__doc__ or "").partition("\nArgs:\n")
+    title, *sections = re.split(r"^## (.*)\n", text, flags=re.M)
+    parts = [
+        f"<!-- Written by `{COMMAND}` from the code. Do not edit. -->",
+        "# The Esper environments",
+        title.strip(),
+    ]
+    extra = section_tables(arguments)
+    names = sections[::2]
+    must_cover("sections of the docstring", names, extra)
+    for name, body in zip(names, sections[1::2], strict=True):
+        if name == "Version History":
+            parts += ["## Python interface", *interface()]
+        parts += [f"## {name}", body.strip(), *extra[name]]
+    return "\n\n".join(parts) + "\n"
+
+
+def section_tables(arguments: str) -> dict[str, list[str]]:
+    """Return the blocks of Markdown that follow the text of each section.
+
+    Args:
+        arguments: The `Args:` section of the docstring.
+    """
+    episode, slot = episode_features(), slot_features(BLUEPRINT_NAMES)
+    return {
+        "Description": ["### Ids", ids_table(), "### Lifecycle", *lifecycle()],
+        "Action Space": [
+            "### Heads and their options",
+            heads_table(),
+            "A ramp of N env steps begins in the step of its action and lands exactly on its "
+            "target in the last one. With t = n / N after n of them, the share of the way that "
+            "alpha has gone is t for LINEAR, (1 - cos πt) / 2 for COSINE, and for SIGMOID_k the "
+            "logistic function of k (t - 1/2), stretched so that it runs from 0 to 1.",
+            "### Which op reads which head",
+            relevance_table(),
+            "### When an op is legal",
+            ops_table(),
+            "### Blueprints",
+            *blueprint_tables(),
+            "### Styles",
+            styles_table(),
+        ],
+        "Observation Space": [
+            "### Number of features",
+            feature_counts_table(episode, slot),
+            "### Episode block",
+            features_table(episode),
+            "### Block of one slot",
+            "Names in the block of slot 0 begin with `slot_0.`, and so on. A registered blueprint "
+            "adds a feature to every block.",
+            features_table(slot),
+        ],
+        "Rewards": ["### Presets and terms", rewards_table()],
+        "Starting State": ["### Instances", *instances()],
+        "Episode End": [],
+        "Information": [info_table()],
+        "Rendering": [],
+        "Arguments": [
+            "### Of `gym.make`",
+            arguments_table(arguments),
+            "### Of `gym.make_vec`",
+            arguments_table(inspect.cleandoc(EsperVectorEnv.__doc__ or "").partition("Args:\n")[2]),
+            "### Fields of EnvConfig",
+            "Keywords of both. [Each id](#ids) sets task, length and batches; what is given "
+            "replaces the default.",
+            config_table(),
+        ],
+        "Version History": [],
+    }
+
+
+def ids_table() -> str:
+    """Return id, data, host and length of every registered environment."""
+    rows = []
+    for name, (task_name, _) in ENVIRONMENTS.items():
+        config, task = EsperEnv(task=task_name).config, TASKS[task_name]
+        host = task.host
+        data = first_line(task.load).removeprefix("Return ").removesuffix(".")
+        if task.augments:
+            data += "; shifted and mirrored in training"
+        size = f"{host.image_size}×{host.image_size}×{host.in_channels}"
+        channels = "-".join(str(c) for c in host.channels)
+        rows.append(
+            (
+                f"`{name}`",
+                f"{data}; {size} pixels, {host.num_classes} classes",
+                f"{channels} channels, {host.kernel_size}×{host.kernel_size}",
+                f"{host.num_parameters:,}",
+                host.num_slots,
+                config.episode_steps,
+                f"{config.batches_per_step} × {config.batch_size}",
+            )
+        )
+    head = ("id", "data", "host", "parameters", "slots", "env steps", "batches per env step")
+    return table(head, rows)
+
+
+def lifecycle() -> list[str]:
+    """Return the table of transitions."""
+    must_cover("lifecycle.TRANSITIONS", TRANSITIONS, TRANSITION_RULES)
+    rows = [
+        (f"{source.name} → {target.name}", *rule)
+        for (source, target), rule in TRANSITION_RULES.items()
+    ]
+    return [
+        "Any other change of stage is an error. *Tick* is what an env step does without an action, "
+        "*rollback* what the governor does. G0 to G3 and G5 are the gates: masks and transitions "
+        "call the same functions.",
+        table(("from → to", "by", "needs"), rows),
+    ]
+
+
+def heads_table() -> str:
+    """Return the heads of the default environment."""
+    must_cover("actions.HEAD_NAMES", HEAD_NAMES, HEAD_MEANINGS)
+    with registries_as_shipped():
+        heads = EsperEnv().heads
+    rows = [
+        (i, head.name, ", ".join(str(o) for o in head.options), HEAD_MEANINGS[head.name])
+        for i, head in enumerate(heads)
+    ]
+    return table(("", "head", f"options (of `{DEFAULT_ID}`)", "meaning"), rows)
+
+
+def relevance_table() -> str:
+    """Return which op reads which head."""
+    rows = [
+        (op.name, *("●" if name in relevant else "" for name in HEAD_NAMES))
+        for op, relevant in RELEVANT_HEADS.items()
+    ]
+    return table(("op", *HEAD_NAMES), rows)
+
+
+def ops_table() -> str:
+    """Return when each op is legal."""
+    must_cover("Op", Op, OP_RULES)
+    return table(("op", "legal in a slot if"), [(op.name, OP_RULES[op]) for op in Op])
+
+
+def blueprint_tables() -> list[str]:
+    """Return the built-in blueprints with their sizes in the slots of the digits host."""
+    host = TASKS["digits"].host
+    head = ["blueprint", "layers d(x)"]
+    for s, c in enumerate(host.channels):
+        where = f"slot {s} (C = {c}, {host.slot_size(s)}×{host.slot_size(s)})"
+        head += [f"parameters in {where}", "multiply-adds"]
+    rows = []
+    for blueprint in CNN_BLUEPRINTS:
+        row = [f"`{blueprint.name}`", describe(blueprint)]
+        for s, c in enumerate(host.channels):
+            size = host.slot_size(s)
+            row += [
+                f"{blueprint.num_parameters(c):,}",
+                f"{blueprint.multiply_adds(c, size, size):,}",
+            ]
+        rows.append(row)
+    gates = ", ".join(
+        f"{sum(spec.size for spec in gate_specs(c))} in slot {s}"
+        for s, c in enumerate(host.channels)
+    )
+    return [
+        "C is the number of channels at the slot; *zero* marks the last map, which is 0 at birth. "
+        f"Sizes are those in the host of `{DEFAULT_ID}`; multiply-adds are per image. "
+        f"Style LINEAR_GATE adds C + 1 parameters: {gates}. "
+        "[Blueprints of your own](extending.md) follow these in the order of registration.",
+        table(head, rows),
+    ]
+
+
+def describe(blueprint: Blueprint) -> str:
+    """Return the layers of a blueprint as a formula in the number of channels C."""
+    layers = {c: list(blueprint.build(c)) for c in (1, 4, 8, 64)}
+    return ", ".join(
+        _describe_layer({c: layers[c][i] for c in layers}) for i in range(len(layers[64]))
+    )
+
+
+def _describe_layer(by_channels: Mapping[int, Layer]) -> str:
+    """Describe a layer from instances for several numbers of channels."""
+
+    def of(name: str) -> str:
+        return _symbol({c: getattr(layer, name) for c, layer in by_channels.items()})
+
+    layer = by_channels[64]
+    if isinstance(layer, Conv):
+        kind = "depthwise conv" if layer.groups == layer.in_channels else "conv"
+        size = f"{layer.kernel_size}×{layer.kernel_size} {kind} {of('in_channels')}→"
+        text = size + of("out_channels") + (" + bias" if layer.bias else "")
+        return text + (" (*zero*)" if layer.zero else "")
+    if isinstance(layer, Norm):
+        return "batch norm" + (" (*zero* scale)" if layer.zero else "")
+    if isinstance(layer, SqueezeExcite):
+        return f"x · tanh(B · silu(A · mean(x))), affine A: C→{of('hidden')}, affine B (*zero*)"
+    if isinstance(layer, Relu):
+        return "relu"
+    raise ValueError(f"say in docs/environment.py how to describe {type(layer).__name__}")
+
+
+def _symbol(values: Mapping[int, int]) -> str:
+    """Write a size that is given for several C as C, a multiple or a part of it."""
+    ratio, least = Fraction(values[64], 64), values[1]
+    assert all(v == max(least, int(ratio * c)) for c, v in values.items()), values
+    factor = "" if ratio.numerator == 1 else str(ratio.numerator)
+    text = f"{factor}C" if ratio.denominator == 1 else f"{factor}C/{ratio.denominator}"
+    return text if least <= max(1, int(ratio)) else f"max({least}, {text})"
+
+
+def styles_table() -> str:
+    """Return what each style means."""
+    rows = [(style.name, style.curve.name, style.blend.name) for style in STYLES]
+    return table(("style", "curve of the first ramp", "blend (see Description)"), rows)
+
+
+def feature_counts_table(episode: Mapping[str, str], slot: Mapping[str, str]) -> str:
+    """Return the number of features of every id, with the built-in blueprints."""
+    rows = []
+    for name, (task_name, _) in ENVIRONMENTS.items():
+        slots = TASKS[task_name].host.num_slots
+        total = len(episode) + slots * len(slot)
+        rows.append((f"`{name}`", f"{len(episode)} + {slots} × {len(slot)} = {total}"))
+    return table(("id", "episode block + slots × slot block"), rows)
+
+
+def features_table(features: Mapping[str, str]) -> str:
+    """Return positions, names and meanings of features."""
+    rows = [(i, f"`{name}`", text) for i, (name, text) in enumerate(features.items())]
+    return table(("", "feature", "meaning"), rows)
+
+
+def rewards_table() -> str:
+    """Return the terms and their weights in every preset."""
+    head = ("term", "meaning", *(f"weight in `{preset}`" for preset in PRESETS))
+    rows = [
+        (f"`{name}`", first_line(term), *(f"{p[name]:g}" if name in p else "" for p in presets))
+        for presets in [list(PRESETS.values())]
+        for name, term in TERMS.items()
+    ]
+    return table(head, rows)
+
+
+def instances() -> list[str]:
+    """Return the sets of instances and what they are drawn from."""
+    sizes = ", ".join(f'"{name}" {size}' for name, size in SET_SIZES.items())
+    default = {
+        "learning_rate": "`host_learning_rate`",
+        "train_fraction": "1",
+        "label_noise": "0",
+        "widths": "1",
+    }
+    meanings = field_docstrings(InstanceRanges)
+    must_cover("InstanceRanges", meanings, default)
+    tasks = {name: task_name for name, (task_name, _) in ENVIRONMENTS.items()}
+    columns: dict[InstanceRanges, list[str]] = {}
+    for name, task in tasks.items():
+        columns.setdefault(TASKS[task].ranges, []).append(f"`{name}`")
+    rows = []
+    for name, meaning in meanings.items():
+        drawn = []
+        for ranges in columns:
+            values = getattr(ranges, name)
+            text = [f"{v:g}" for v in values]
+            drawn.append(", ".join(text) if name == "widths" else f"{text[0]} to {text[1]}")
+        rows.append((f"`{name}`", meaning, default[name], *drawn))
+    head = ("condition", "meaning", 'of "default"', *(", ".join(ids) for ids in columns.values()))
+    return [
+        f"Number of instances in each set: {sizes}. The sets are the same for every user; those of "
+        '"train" and "test" are drawn from different streams.',
+        table(head, rows),
+    ]
+
+
+def info_table() -> str:
+    """Return the keys of info with the types that a real vector environment returns."""
+    num_envs = 5
+    with registries_as_shipped():
+        envs = EsperVectorEnv(num_envs, episode_steps=1, batches_per_step=1, batch_size=2)
+    envs.reset(seed=0)
+    *_, info = envs.step(envs.sample_valid_actions(np.random.default_rng(0)))
+    values = {name: value for name, value in info.items() if not name.startswith("_")}
+    must_cover("info", values, INFO_MEANINGS)
+    symbols = {num_envs: "N", len(envs.heads[1].options): "S", envs.action_masks().shape[1]: "M"}
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            terms = [key for key in value if not key.startswith("_")]
+            dtype, shape = f"dict of {value[terms[0]].dtype}", value[terms[0]].shape
+        else:
+            dtype, shape = str(value.dtype), value.shape
+        dims = ", ".join(symbols[n] for n in shape) + ("," if len(shape) == 1 else "")
+        rows.append((f"`{name}`", dtype, f"({dims})", INFO_MEANINGS[name]))
+    return (
+        "N is the number of members; the single environment has no such axis. S is the number "
+        "of slots, M the number of options of all heads, sum(nvec). With autoreset mode SAME_STEP "
+        "the vector environment adds Gymnasium's `final_obs` and `final_info` when members end.\n\n"
+    ) + table(("key", "dtype", "shape", "meaning"), rows)
+
+
+def arguments_table(arguments: str) -> str:
+    """Return the constructor's arguments from their section of the docstring."""
+    entries = re.findall(r"^    (\S+): (.*(?:\n {5,}.*)*)", arguments, flags=re.M)
+    rows = [(f"`{name}`", " ".join(text.split())) for name, text in entries]
+    return table(("argument", "meaning"), [row for row in rows if "**" not in row[0]])
+
+
+def config_table() -> str:
+    """Return every field of `EnvConfig` with type, default and docstring."""
+    config, rows = EnvConfig(), []
+    types = field_types(EnvConfig)
+    for name, meaning in field_docstrings(EnvConfig).items():
+        value = getattr(config, name)
+        rows.append((f"`{name}`", f"`{types[name]}`", f"`{value!r}`", meaning))
+    return table(("field", "type", "default", "meaning"), rows)
+
+
+def interface() -> list[str]:
+    """Return the public names of the package and of its two environments."""
+    names = []
+    for name in esper_env.__all__:
+        thing = getattr(esper_env, name)
+        call = name + signature(thing) if inspect.isfunction(thing) else name
+        names.append((f"`{call}`", first_line(thing)))
+    return [
+        "### `esper_env`",
+        table(("name", "meaning"), names),
+        "### `EsperEnv`",
+        table(("name", "meaning"), members_of(EsperEnv)),
+        "### `EsperVectorEnv`",
+        "`config`, `gamma`, `heads` and `observation_names` are as above.",
+        table(("name", "meaning"), members_of(EsperVectorEnv)),
+    ]
+
+
+def members_of(cls: type) -> list[tuple[str, str]]:
+    """Return the public properties and methods that a class defines, and their first lines."""
+    rows = []
+    for name, member in vars(cls).items():
+        # Gymnasium calls close_extras; users call close, which it inherits.
+        if name.startswith("_") or name == "close_extras":
+            continue
+        if isinstance(member, property):
+            rows.append((f"`{name}`", first_line(member)))
+        elif inspect.isfunction(member):
+            rows.append((f"`{name}{signature(member)}`", first_line(member)))
+    return rows

@@ -1,0 +1,85 @@
+"""Reads what the code says of itself: docstrings, fields, signatures."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from esper_env.population import blueprints, hosts
+from esper_env.population.blueprints import CNN_BLUEPRINTS
+
+
+def field_docstrings(cls: type) -> dict[str, str]:
+    """Return the string literal after each field of a dataclass, on one line.
+
+    Raises:
+        ValueError: If a field has none.
+    """
+    body = _class_body(cls)
+    result = {}
+    for node, following in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(node, ast.AnnAssign):
+            continue
+        value = following.value if isinstance(following, ast.Expr) else None
+        name = ast.unparse(node.target)
+        if not isinstance(value, ast.Constant) or not isinstance(value.value, str):
+            raise ValueError(f"{cls.__name__}.{name}: expected a docstring after the field")
+        result[name] = " ".join(value.value.split())
+    return result
+
+
+def field_types(cls: type) -> dict[str, str]:
+    """Return the annotation of each field of a dataclass as it is written."""
+    nodes = [node for node in _class_body(cls) if isinstance(node, ast.AnnAssign)]
+    return {ast.unparse(node.target): ast.unparse(node.annotation) for node in nodes}
+
+
+def _class_body(cls: type) -> list[ast.stmt]:
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(node, ast.ClassDef)
+    return node.body
+
+
+def first_line(thing: object) -> str:
+    """Return the first line of a docstring, which may be no more than a summary."""
+    docstring = inspect.getdoc(thing)
+    if not docstring:
+        raise ValueError(f"expected a docstring on {thing!r}")
+    return docstring.partition("\n")[0]
+
+
+def signature(function: Callable[..., Any]) -> str:
+    """Return names and defaults of a function's arguments, without self and types."""
+    signature = inspect.signature(function)
+    arguments = [
+        p.replace(annotation=p.empty) for p in signature.parameters.values() if p.name != "self"
+    ]
+    return str(inspect.Signature(arguments))
+
+
+def must_cover(what: str, wanted: Iterable[Any], given: Iterable[Any]) -> None:
+    """Refuse a table of meanings that lacks something, or explains what does not exist."""
+    missing, extra = set(wanted) - set(given), set(given) - set(wanted)
+    if missing or extra:
+        raise ValueError(
+            f"docs/environment.py does not fit {what}: it lacks {sorted(map(str, missing))} "
+            f"and has {sorted(map(str, extra))} too many"
+        )
+
+
+@contextmanager
+def registries_as_shipped() -> Iterator[None]:
+    """Hide what this process has registered, and forget what is registered inside."""
+    known, designs = list(blueprints._registry), dict(hosts._registry)
+    blueprints._registry[:] = CNN_BLUEPRINTS
+    hosts._registry.clear()
+    try:
+        yield
+    finally:
+        blueprints._registry[:] = known
+        hosts._registry.clear()
+        hosts._registry.update(designs)
