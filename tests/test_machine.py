@@ -32,7 +32,7 @@ from hypothesis.stateful import (
 from esper_env import EsperEnv, EsperVectorEnv, Op, Stage, lifecycle
 from esper_env.config import STYLES, Blend, BoolArray, IntArray
 from esper_env.observation import CHANGE_SCALE
-from esper_env.population import compiled
+from esper_env.population import library
 from esper_env.population.images import ImageSet
 from esper_env.population.layout import Layout
 from esper_env.population.population import Population
@@ -192,9 +192,9 @@ def check_ownership(sim: Simulation, members: IntArray, before: dict[str, torch.
     population, state = sim.population, sim.state
     layout, engine = population.layout, population._compiled
     assert engine is not None
-    name = "train", sim.config.batch_size
-    keys = compiled._training_keys(members, sim.seeds)
-    numbers = np.array([engine._library._numbers[name, key] for key in keys])
+    known = len(engine._library._numbers)
+    numbers = engine._library.training(members, sim.seeds, sim.config.batch_size)
+    assert len(engine._library._numbers) == known, "these are the tapes that were run"
     tapes = engine._library.tapes_of(numbers)
     shape = (sim.population.num_members, layout.num_parameters)
     owned, kept = np.zeros((2, *shape), dtype=bool)
@@ -891,8 +891,8 @@ def test_networks_do_not_depend_on_how_many_compositions_are_remembered(
 ) -> None:
     """Bitwise: forgotten before every call, and in arrays that had to grow."""
     observations, sizes = [], []
-    for limit in (compiled.MAX_TAPES, 0):
-        monkeypatch.setattr(compiled, "MAX_TAPES", limit)
+    for limit in (library.MAX_TAPES, 0):
+        monkeypatch.setattr(library, "MAX_TAPES", limit)
         envs = make(8, instances="train", batches_per_step=1, batch_size=4, episode_steps=40)
         envs.reset(seed=0)
         rng = np.random.default_rng(0)

@@ -9,9 +9,7 @@ arithmetic is in `interpreter`.
 from __future__ import annotations
 
 import functools
-import itertools
 import os
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,24 +21,20 @@ from esper_env.compilation import announce, entry_point
 from esper_env.config import BoolArray, FloatArray, IntArray
 from esper_env.population.images import Draw, ImageSet
 from esper_env.population.interpreter import (
-    FIELDS,
     Matrices,
     Networks,
     Pictures,
     Results,
-    Tapes,
     load_chunks,
     run_members,
 )
-from esper_env.population.layout import Layout
+from esper_env.population.library import Library
 from esper_env.population.optimizer import SGDSettings
 from esper_env.population.report import Evaluation, TrainReport
 from esper_env.population.slots import Seeds
 from esper_env.population.storage import Storage
-from esper_env.population.tape import SeedState, Tape, TapeBuilder, is_supported
+from esper_env.population.tape import is_supported
 
-MAX_TAPES = 4096
-"""Compositions of members that are remembered: some 20 MB."""
 EVALUATION_BATCH = 32
 """Images side by side in an evaluation; two vectors of 16 floats."""
 _NO_IMAGES = np.zeros((0, 0, 0, 0), dtype=np.uint8)
@@ -59,7 +53,7 @@ class CompiledEngine:
         self._storage, self._layout = storage, storage.layout
         values = (settings.momentum, settings.weight_decay, settings.clip_norm)
         self._settings = np.array(values, dtype=np.float32)
-        self._library = _Library(self._layout)
+        self._library = Library(self._layout)
         self._chunks: dict[int, tuple[ImageSet, Any, Any]] = {}
         self._arenas: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
         host = self._layout.host
@@ -90,11 +84,7 @@ class CompiledEngine:
         """Train members for some batches; see `Population.train`."""
         batches, size, m = draw.indices.shape
         library = self._library
-        tape = library.find(
-            ("train", size),
-            _training_keys(members, seeds),
-            lambda key: _training_tape(self._layout, key, size),
-        )
+        tape = library.training(members, seeds, size)
         squares = library.squares.rows[tape]
         is_trained = squares == 0
         rates = np.empty((m, 1 + self._layout.host.num_slots), dtype=np.float32)
@@ -142,11 +132,7 @@ class CompiledEngine:
         size = labels.shape[2]
         labelled = np.empty(weights.shape, dtype=np.int64)
         _label_weights(weights, row_start, labelled)
-        tape = self._library.find(
-            ("evaluate", size),
-            _evaluation_keys(own, seeds, row_start, labelled),
-            lambda key: _evaluation_tape(self._layout, key, size),
-        )
+        tape = self._library.evaluation(own, seeds, row_start, labelled, size)
         nothing = _NO_NUMBERS[:, None]
         networks = Networks(
             own, weights.astype(np.float32), row_start, nothing, nothing, self._settings
@@ -234,173 +220,6 @@ class CompiledEngine:
         if known is None or len(known) < size:
             self._arenas[thread, index] = known = _aligned(size)
         return known
-
-
-class _Rows:
-    """An array that grows by rows at its end, seldom by copying.
-
-    Args:
-        shape: Of a row.
-        dtype: Of the numbers.
-    """
-
-    def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-        self.rows: npt.NDArray[Any] = np.zeros((64, *shape), dtype=dtype)
-        """Those that are there, and zeros."""
-        self.count = 0
-
-    def extend(self, rows: Any) -> None:
-        """Put rows behind the last one."""
-        end = self.count + len(rows)
-        if end > len(self.rows):
-            more = np.zeros((2 * end, *self.rows.shape[1:]), dtype=self.rows.dtype)
-            more[: self.count] = self.rows[: self.count]
-            self.rows = more
-        self.rows[self.count : end] = rows
-        self.count = end
-
-
-class _Library:
-    """All tapes that were asked for, one behind the other; a member's tape is given by its number.
-
-    Args:
-        layout: Of the members.
-    """
-
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self._clear()
-
-    def _clear(self) -> None:
-        modules = 1 + self._layout.host.num_slots
-        self._numbers: dict[Any, int] = {}
-        self._ops = _Rows((len(FIELDS),), np.int64)
-        self._columns = _Rows((), np.int32)
-        self._ends, self._module, self._tensor = (_Rows((), np.int64) for _ in range(3))
-        self._starts = [_Rows((), np.int64) for _ in range(3)]
-        for start in self._starts:
-            start.extend([0])
-        self._is_frozen = _Rows((modules,), np.bool_)
-        self.arena = _Rows((), np.int64)
-        """Numbers that the regions of each tape take."""
-        self.cost = _Rows((), np.int64)
-        """Of each tape, to share work out."""
-        self.squares = _Rows((modules - 1, self._layout.max_seed_tensors), np.float64)
-        """Per tape, 0 for each tensor of a seed that it trains, else NaN."""
-
-    def find(
-        self, name: tuple[str, int], keys: Sequence[bytes], build: Callable[[bytes], Tape]
-    ) -> IntArray:
-        """Return the numbers of some members' tapes, after building those that are missing.
-
-        Args:
-            name: Kind and images side by side.
-            keys: Compositions of the members.
-            build: Makes the tape of a composition.
-        """
-        if len(self._numbers) >= MAX_TAPES:
-            self._clear()
-        known = self._numbers
-        for key in keys:
-            if (name, key) not in known:
-                self._add(build(key))
-                known[name, key] = len(known)
-        return np.array([known[name, key] for key in keys])
-
-    def _add(self, tape: Tape) -> None:
-        parts = (self._ops, tape.ops), (self._columns, tape.index), (self._ends, tape.ends)
-        for (rows, part), start in zip(parts, self._starts, strict=True):
-            rows.extend(part)
-            start.extend([rows.count])
-        self._module.extend(tape.module)
-        self._tensor.extend(tape.tensor)
-        self._is_frozen.extend([tape.is_frozen])
-        self.arena.extend([tape.arena])
-        self.cost.extend([tape.cost])
-        squares = np.full(self.squares.rows.shape[1:], np.nan)
-        is_seed = tape.tensor >= 0
-        squares[tape.module[is_seed] - 1, tape.tensor[is_seed]] = 0.0
-        self.squares.extend([squares])
-
-    def tapes_of(self, tape: IntArray) -> Tapes:
-        """Return the tapes for members that have these numbers."""
-        op_start, columns_start, tensor_start = self._starts
-        return Tapes(
-            tape=tape,
-            ops=self._ops.rows,
-            op_start=op_start.rows,
-            arena=self.arena.rows,
-            columns=self._columns.rows,
-            columns_start=columns_start.rows,
-            ends=self._ends.rows,
-            module=self._module.rows,
-            tensor=self._tensor.rows,
-            tensor_start=tensor_start.rows,
-            is_frozen=self._is_frozen.rows,
-        )
-
-
-def _training_keys(members: IntArray, seeds: Seeds) -> list[bytes]:
-    """Return what the training tape of each member depends on.
-
-    As int64: width, and per slot blueprint, blend, isolated, frozen of the seed, -1 if none runs.
-    """
-    count, slots = seeds.blueprint[members].shape
-    rows = np.empty((count, 1 + 4 * slots), dtype=np.int64)
-    rows[:, 0] = seeds.width[members]
-    packed = rows[:, 1:].reshape(count, slots, 4)
-    fields = (seeds.blueprint, seeds.blend, seeds.is_isolated, seeds.is_frozen)
-    for i, array in enumerate(fields):
-        packed[..., i] = array[members]
-    packed[seeds.beta[members] <= 0] = -1
-    return _cut(rows, range(count + 1))
-
-
-def _training_tape(layout: Layout, key: bytes, size: int) -> Tape:
-    width, *fields = np.frombuffer(key, dtype=np.int64).tolist()
-    seeds = [_seed(*fields[i : i + 4]) for i in range(0, len(fields), 4)]
-    return TapeBuilder(layout, width, size).training(seeds)
-
-
-def _evaluation_keys(
-    members: IntArray, seeds: Seeds, row_start: IntArray, labels: IntArray
-) -> list[bytes]:
-    """Return what the evaluation tape of each member depends on.
-
-    As int64: width; per slot blueprint, and per slot blend, of a seed with weight in some of the
-    networks, else -1; per network and slot a label of its blend weight.
-    """
-    is_used = np.maximum.reduceat(labels, row_start[:-1]) > 0
-    heads = np.column_stack(
-        [
-            seeds.width[members],
-            np.where(is_used, seeds.blueprint[members], -1),
-            np.where(is_used, seeds.blend[members], -1),
-        ]
-    ).astype(np.int64)
-    own = _cut(labels, row_start.tolist())
-    return [a + b for a, b in zip(_cut(heads, range(len(heads) + 1)), own, strict=True)]
-
-
-def _evaluation_tape(layout: Layout, key: bytes, size: int) -> Tape:
-    slots = layout.host.num_slots
-    width, *fields = np.frombuffer(key, dtype=np.int64).tolist()
-    blueprints, blends, labels = fields[:slots], fields[slots : 2 * slots], fields[2 * slots :]
-    seeds = [_seed(*seed, 0, 0) for seed in zip(blueprints, blends, strict=True)]
-    rows = [labels[i : i + slots] for i in range(0, len(labels), slots)]
-    return TapeBuilder(layout, width, size).evaluation(seeds, rows)
-
-
-def _seed(blueprint: int, blend: int, is_isolated: int, is_frozen: int) -> SeedState | None:
-    if blueprint < 0:
-        return None
-    return SeedState(blueprint, blend, bool(is_isolated), bool(is_frozen))
-
-
-def _cut(rows: IntArray, starts: Sequence[int]) -> list[bytes]:
-    """Return the bytes of the rows from each start to the next."""
-    everything, width = rows.tobytes(), rows.itemsize * rows.shape[1]
-    return [everything[a * width : b * width] for a, b in itertools.pairwise(starts)]
 
 
 @entry_point
