@@ -191,7 +191,7 @@ class CompiledEngine:
         """
         storage, library = self._storage, self._library
         arena = int(library.arena.rows[tape].max())
-        shares = _deal(tape, library.cost.rows[tape], torch.get_num_threads())
+        shares = library.shares(tape, torch.get_num_threads())
         tapes = library.tapes_of(tape)
         matrices = Matrices(
             storage.parameters.numpy(), storage.momentum.numpy(), storage.buffers.numpy()
@@ -238,19 +238,6 @@ def _label_weights(weights: FloatArray, row_start: IntArray, labels: IntArray) -
                         count += 1
                         label = count
                 labels[row, slot] = label
-
-
-def _deal(tape: IntArray, cost: IntArray, threads: int) -> tuple[IntArray, ...]:
-    """Deal members out by falling cost, there and back again, so that threads end together.
-
-    Members of one composition follow each other.
-    """
-    count = len(tape)
-    threads = min(threads, count)
-    falling = np.lexsort((tape, -cost))
-    turn = np.arange(count) % (2 * threads)
-    dealt = np.minimum(turn, 2 * threads - 1 - turn)
-    return tuple(falling[dealt == n] for n in range(threads))
 
 
 def _aligned(size: int) -> npt.NDArray[np.float32]:

@@ -18,8 +18,8 @@ from esper_env.population.layout import Layout
 from esper_env.population.slots import Seeds
 from esper_env.population.tape import SeedState, Tape, TapeBuilder
 
-MAX_TAPES = 4096
-"""Compositions of members that are remembered: some 20 MB."""
+MAX_TAPES, MAX_SHARES = 4096, 8
+"""Compositions of members that are remembered, some 20 MB, and ways to share members out."""
 
 
 class Library:
@@ -35,7 +35,9 @@ class Library:
 
     def _clear(self) -> None:
         modules = 1 + self._layout.host.num_slots
-        self._numbers: dict[Any, int] = {}
+        self._numbers: dict[tuple[tuple[str, int], bytes], int] = {}
+        self._last: dict[tuple[str, int], tuple[bytes, IntArray]] = {}
+        self._shares: dict[tuple[int, bytes], tuple[IntArray, ...]] = {}
         self._ops = _Rows((len(FIELDS),), np.int64)
         self._columns = _Rows((), np.int32)
         self._ends, self._module, self._tensor = (_Rows((), np.int64) for _ in range(3))
@@ -45,16 +47,18 @@ class Library:
         self._is_frozen = _Rows((modules,), np.bool_)
         self.arena = _Rows((), np.int64)
         """Numbers that the regions of each tape take."""
-        self.cost = _Rows((), np.int64)
-        """Of each tape, to share work out."""
+        self._cost = _Rows((), np.int64)
         self.squares = _Rows((modules - 1, self._layout.max_seed_tensors), np.float64)
         """Per tape, 0 for each tensor of a seed that it trains, else NaN."""
 
     def training(self, members: IntArray, seeds: Seeds, size: int) -> IntArray:
         """Return the number of each member's tape for training batches of some size. (m,)."""
-        keys = _training_keys(members, seeds)
+        rows = _training_rows(members, seeds)
         return self._find(
-            ("train", size), keys, lambda key: _training_tape(self._layout, key, size)
+            ("train", size),
+            rows.tobytes(),
+            lambda: _cut(rows, range(len(rows) + 1)),
+            lambda key: _training_tape(self._layout, key, size),
         )
 
     def evaluation(
@@ -69,23 +73,50 @@ class Library:
             labels: Per network and slot a label of its blend weight; see `TapeBuilder.evaluation`.
             size: Images.
         """
-        keys = _evaluation_keys(members, seeds, row_start, labels)
+        state = seeds.width[members], seeds.blueprint[members], seeds.blend[members]
         return self._find(
-            ("evaluate", size), keys, lambda key: _evaluation_tape(self._layout, key, size)
+            ("evaluate", size),
+            b"".join(array.tobytes() for array in (*state, row_start, labels)),
+            lambda: _evaluation_keys(*state, row_start, labels),
+            lambda key: _evaluation_tape(self._layout, key, size),
         )
 
+    def shares(self, tape: IntArray, threads: int) -> tuple[IntArray, ...]:
+        """Return the positions of the members that each thread should serve, in order."""
+        key = threads, tape.tobytes()
+        if key not in self._shares:
+            if len(self._shares) >= MAX_SHARES:
+                self._shares.clear()
+            self._shares[key] = _deal(tape, self._cost.rows[tape], threads)
+        return self._shares[key]
+
     def _find(
-        self, name: tuple[str, int], keys: Sequence[bytes], build: Callable[[bytes], Tape]
+        self,
+        name: tuple[str, int],
+        state: bytes,
+        list_keys: Callable[[], list[bytes]],
+        build: Callable[[bytes], Tape],
     ) -> IntArray:
-        """Look compositions up, after building the tapes that are missing."""
+        """Look compositions up, after building the tapes that are missing.
+
+        Args:
+            name: Kind and images side by side.
+            state: All that the members' tapes depend on; often that of the last call.
+            list_keys: Tells it apart by member.
+            build: Makes the tape of a key.
+        """
+        if self._last.get(name, (b"",))[0] == state:
+            return self._last[name][1]
         if len(self._numbers) >= MAX_TAPES:
             self._clear()
-        known = self._numbers
+        known, keys = self._numbers, list_keys()
         for key in keys:
             if (name, key) not in known:
                 self._add(build(key))
                 known[name, key] = len(known)
-        return np.array([known[name, key] for key in keys])
+        numbers = np.array([known[name, key] for key in keys])
+        self._last[name] = state, numbers
+        return numbers
 
     def _add(self, tape: Tape) -> None:
         parts = (self._ops, tape.ops), (self._columns, tape.index), (self._ends, tape.ends)
@@ -96,7 +127,7 @@ class Library:
         self._tensor.extend(tape.tensor)
         self._is_frozen.extend([tape.is_frozen])
         self.arena.extend([tape.arena])
-        self.cost.extend([tape.cost])
+        self._cost.extend([tape.cost])
         squares = np.full(self.squares.rows.shape[1:], np.nan)
         is_seed = tape.tensor >= 0
         squares[tape.module[is_seed] - 1, tape.tensor[is_seed]] = 0.0
@@ -120,10 +151,10 @@ class Library:
         )
 
 
-def _training_keys(members: IntArray, seeds: Seeds) -> list[bytes]:
-    """Return what the training tape of each member depends on.
+def _training_rows(members: IntArray, seeds: Seeds) -> IntArray:
+    """Return what the training tape of each member depends on, a row each.
 
-    As int64: width, and per slot blueprint, blend, isolated, frozen of the seed, -1 if none runs.
+    Width, and per slot blueprint, blend, isolated, frozen of the seed, -1 if none runs.
     """
     count, slots = seeds.blueprint[members].shape
     rows = np.empty((count, 1 + 4 * slots), dtype=np.int64)
@@ -133,7 +164,7 @@ def _training_keys(members: IntArray, seeds: Seeds) -> list[bytes]:
     for i, array in enumerate(fields):
         packed[..., i] = array[members]
     packed[seeds.beta[members] <= 0] = -1
-    return _cut(rows, range(count + 1))
+    return rows
 
 
 def _training_tape(layout: Layout, key: bytes, size: int) -> Tape:
@@ -143,7 +174,7 @@ def _training_tape(layout: Layout, key: bytes, size: int) -> Tape:
 
 
 def _evaluation_keys(
-    members: IntArray, seeds: Seeds, row_start: IntArray, labels: IntArray
+    width: IntArray, blueprint: IntArray, blend: IntArray, row_start: IntArray, labels: IntArray
 ) -> list[bytes]:
     """Return what the evaluation tape of each member depends on.
 
@@ -151,13 +182,8 @@ def _evaluation_keys(
     networks, else -1; per network and slot a label of its blend weight.
     """
     is_used = np.maximum.reduceat(labels, row_start[:-1]) > 0
-    heads = np.column_stack(
-        [
-            seeds.width[members],
-            np.where(is_used, seeds.blueprint[members], -1),
-            np.where(is_used, seeds.blend[members], -1),
-        ]
-    ).astype(np.int64)
+    seeds = [np.where(is_used, array, -1) for array in (blueprint, blend)]
+    heads = np.column_stack([width, *seeds]).astype(np.int64)
     own = _cut(labels, row_start.tolist())
     return [a + b for a, b in zip(_cut(heads, range(len(heads) + 1)), own, strict=True)]
 
@@ -181,6 +207,19 @@ def _cut(rows: IntArray, starts: Sequence[int]) -> list[bytes]:
     """Return the bytes of the rows from each start to the next."""
     everything, width = rows.tobytes(), rows.itemsize * rows.shape[1]
     return [everything[a * width : b * width] for a, b in itertools.pairwise(starts)]
+
+
+def _deal(tape: IntArray, cost: IntArray, threads: int) -> tuple[IntArray, ...]:
+    """Deal members out by falling cost, there and back again, so that threads end together.
+
+    Members of one composition follow each other.
+    """
+    count = len(tape)
+    threads = min(threads, count)
+    falling = np.lexsort((tape, -cost))
+    turn = np.arange(count) % (2 * threads)
+    dealt = np.minimum(turn, 2 * threads - 1 - turn)
+    return tuple(falling[dealt == n] for n in range(threads))
 
 
 class _Rows:
