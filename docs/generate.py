@@ -48,6 +48,7 @@ def measured() -> dict[Path, dict[str, str]]:
             "arms": results.headline(learning),
             "growth": results.growth_pays(results.read("headroom-instances")),
             "policy": results.policy_table(learning),
+            "ablations": results.ablation_table(results.read("ablations")),
             "search": results.search_table(learning),
             "schedules": results.schedule_table(results.read("headroom")),
         },
