@@ -22,6 +22,7 @@ from docs.results import read
 PEERS = {
     "vector": ("one vector environment", 1),
     "async": ("`AsyncVectorEnv`", 16),
+    "async of 2": ("`AsyncVectorEnv`, the first two members alone", 2),
     "sync": ("`SyncVectorEnv`", 1),
     "2 x vector": ("two vector environments of 8", 2),
 }
