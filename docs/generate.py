@@ -1,7 +1,9 @@
 """Writes docs/environment.md and the generated parts of the pages beside it.
 
-python docs/generate.py            write the pages
-python docs/generate.py --check    exit 1 if a page is not what the code says
+    python docs/generate.py            write the pages
+    python docs/generate.py --check    exit 1 if a page is not what the code says
+
+Each page's parts come from a module of this folder.
 """
 
 from __future__ import annotations
