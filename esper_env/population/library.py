@@ -105,7 +105,7 @@ class Library:
             list_keys: Tells it apart by member.
             build: Makes the tape of a key.
         """
-        if self._last.get(name, (b"",))[0] == state:
+        if name in self._last and self._last[name][0] == state:
             return self._last[name][1]
         if len(self._numbers) >= MAX_TAPES:
             self._clear()
