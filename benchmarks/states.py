@@ -1,7 +1,8 @@
 """Environments whose slots are in a stated mode, for the benchmarks of speed.
 
 Modes: "empty" has no seed; "mix" has a seed of a random blueprint and style in every slot, in
-random stages; "mix + leave-one-out" measures contributions as well.
+random stages, each blueprint and style as often as the others, so that any number of members is the
+same work per member; "mix + leave-one-out" measures contributions as well.
 """
 
 from __future__ import annotations
@@ -48,9 +49,8 @@ def grow(envs: EsperVectorEnv, mode: str, seed: int) -> list[IntArray]:
     taken: list[IntArray] = []
     rng = np.random.default_rng(seed)
     for slot in envs.heads[1].options:
-        actions = np.stack(
-            [rng.integers(len(head.options), size=num_envs) for head in envs.heads], axis=1
-        )
+        drawn = [rng.permutation(np.arange(num_envs) % len(head.options)) for head in envs.heads]
+        actions = np.stack(drawn, axis=1)
         actions[:, :2] = Op.GERMINATE, slot
         actions[:, 6:] = 0
         envs.step(actions)

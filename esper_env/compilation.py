@@ -11,16 +11,17 @@ import sys
 from collections import namedtuple
 from collections.abc import Callable, Set
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
-from numba.extending import register_jitable
+from numba.extending import intrinsic, register_jitable
 
 from esper_env import config
+from esper_env.config import IntArray
 
 Plain = TypeVar("Plain", bound=Callable[..., Any])
 
-_sources = {Path(config.__file__)}
+_sources = {Path(config.__file__), Path(__file__)}
 """Files of all that is compiled, and of the enumerations it holds as constants."""
 
 _record_names: set[str] = set()
@@ -54,6 +55,22 @@ def shared(function: Plain) -> Plain:
     _sources.add(Path(function.__code__.co_filename))
     plain: Plain = register_jitable(forceinline=True)(function)
     return plain
+
+
+def _count_up(context: Any, counter: Any, by: Any) -> Any:
+    del context, by
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        return builder.atomic_rmw("add", array.data, arguments[1], "seq_cst")
+
+    return numba.types.int64(counter, numba.types.int64), generate
+
+
+count_up = cast(Callable[[IntArray, int], int], intrinsic(_count_up))
+"""Return the first number of an array, and add to it, as one operation among all threads.
+
+For compiled code. What a thread wrote before it counted, others see when they have counted."""
 
 
 def record_type(name: str, module: str, source: type) -> Any:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +16,7 @@ import torch
 
 from esper_env import streams
 from esper_env.population.blueprints import CNN_BLUEPRINTS, Blueprint
+from esper_env.population.compiled import _pool
 from esper_env.population.hosts import Host
 from esper_env.population.kernels import tanh_of
 from esper_env.population.layers import Conv, Layer, Norm, Relu
@@ -82,6 +88,25 @@ def test_the_number_of_threads_changes_nothing() -> None:
         results.append(np.stack([step[0] for step in steps]))
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_thread_that_does_not_come_holds_nobody_up() -> None:
+    """The only helper is busy elsewhere until after the step, which gives the usual results."""
+    torch.set_num_threads(1)
+    alone, together = make(4), make(4)
+    wait = np.zeros((4, 8), dtype=np.int64)
+    alone.reset(seed=0)
+    expected = alone.step(wait)[0]
+    torch.set_num_threads(2)
+    together.reset(seed=0)
+    is_over = threading.Event()
+    late = _pool(1, os.getpid()).submit(is_over.wait, 60)
+    observation = together.step(wait)[0]
+    assert not late.done()
+    is_over.set()
+    assert late.result()
+    np.testing.assert_array_equal(observation, expected)
 
 
 def make_population(
@@ -172,3 +197,29 @@ def test_a_nan_weight_shows_in_the_loss() -> None:
     loss = population.evaluate(np.arange(2), seeds.alpha, seeds, images).loss
     assert np.isnan(loss[0])
     assert np.isfinite(loss[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux does")
+def test_snapshots_wake_no_thread_that_training_would_wait_for() -> None:
+    """Torch copies large matrices by threads of its own, which stay awake for milliseconds."""
+    code = """
+import os, numpy as np, torch
+torch.set_num_threads(1)
+from esper_env.population.storage import Storage
+from esper_env.population.blueprints import CNN_BLUEPRINTS
+from esper_env.population.layout import Layout
+from tests.test_population import TINY
+storage = Storage(Layout([TINY], CNN_BLUEPRINTS), 5000, torch.device("cpu"))
+torch.set_num_threads(2)
+before = len(os.listdir("/proc/self/task"))
+for members in (np.arange(5000), np.arange(4000)):
+    storage.parameters.numpy()[:] += 1
+    storage.save(members)
+    storage.parameters.numpy()[:] += 1
+    storage.restore(members)
+assert len(os.listdir("/proc/self/task")) == before
+assert (storage.parameters[:4000] == 2).all() and (storage.parameters[4000:] == 3).all()
+storage.snapshots["parameters"].copy_(storage.parameters)
+assert len(os.listdir("/proc/self/task")) > before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

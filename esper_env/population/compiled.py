@@ -28,7 +28,7 @@ from esper_env.population.interpreter import (
     load_chunks,
     run_members,
 )
-from esper_env.population.library import Library
+from esper_env.population.library import Assignment, Library
 from esper_env.population.optimizer import SGDSettings
 from esper_env.population.report import Evaluation, TrainReport
 from esper_env.population.slots import Seeds
@@ -84,8 +84,8 @@ class CompiledEngine:
         """Train members for some batches; see `Population.train`."""
         batches, size, m = draw.indices.shape
         library = self._library
-        tape = library.training(members, seeds, size)
-        squares = library.squares.rows[tape]
+        work = library.training(members, seeds, size)
+        squares = library.squares.rows[work.tape]
         is_trained = squares == 0
         rates = np.empty((m, 1 + self._layout.host.num_slots), dtype=np.float32)
         rates[:, 0], rates[:, 1:] = host_rate, seed_rate[:, None]
@@ -112,7 +112,7 @@ class CompiledEngine:
             labels=_by_member(draw.labels),
         )
         results = Results(np.zeros(m), np.zeros(m), squares, np.zeros(m, dtype=bool))
-        self._run(tape, networks, pictures, results, is_training=True)
+        self._run(work, networks, pictures, results, is_training=True)
         norms = np.sqrt(results.squares / batches)
         norms[np.isnan(norms) & is_trained] = np.inf
         return TrainReport(results.losses / batches, norms, results.is_finite)
@@ -132,7 +132,7 @@ class CompiledEngine:
         size = labels.shape[2]
         labelled = np.empty(weights.shape, dtype=np.int64)
         _label_weights(weights, row_start, labelled)
-        tape = self._library.evaluation(own, seeds, row_start, labelled, size)
+        work = self._library.evaluation(own, seeds, row_start, labelled, size)
         nothing = _NO_NUMBERS[:, None]
         networks = Networks(
             own, weights.astype(np.float32), row_start, nothing, nothing, self._settings
@@ -150,7 +150,7 @@ class CompiledEngine:
         )
         no_squares = self._library.squares.rows[:0]
         results = Results(np.zeros(rows), np.zeros(rows), no_squares, np.zeros(0, dtype=bool))
-        self._run(tape, networks, pictures, results, is_training=False)
+        self._run(work, networks, pictures, results, is_training=False)
         accuracy, loss = np.empty(rows), np.empty(rows)
         accuracy[order], loss[order] = results.hits, results.losses
         return Evaluation(accuracy=accuracy / len(images), loss=loss / len(images))
@@ -178,7 +178,7 @@ class CompiledEngine:
 
     def _run(
         self,
-        tape: IntArray,
+        work: Assignment,
         networks: Networks,
         pictures: Pictures,
         results: Results,
@@ -187,32 +187,32 @@ class CompiledEngine:
     ) -> None:
         """Run all members, in as many threads as torch may use; this thread is one of them.
 
-        `tape` is the tape of each in the library.
+        A thread that comes too late, as its core was busy, finds nothing left to do, and nobody
+        waits for it.
         """
         storage, library = self._storage, self._library
-        arena = int(library.arena.rows[tape].max())
-        shares = library.shares(tape, torch.get_num_threads())
-        tapes = library.tapes_of(tape)
+        arena = int(library.arena.rows[work.tape].max())
+        taken, finished = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+        tapes = library.tapes_of(work.tape)
         matrices = Matrices(
             storage.parameters.numpy(), storage.momentum.numpy(), storage.buffers.numpy()
         )
         sizes = (arena, arena, self._layout.num_parameters)
+        common = tapes, matrices, networks, pictures, results, is_training
         calls = []
-        for n, share in enumerate(shares):
+        for n in range(min(torch.get_num_threads(), len(work.order))):
             arenas = [
                 self._arena(n, i, size if is_training or i == 0 else 0)
                 for i, size in enumerate(sizes)
             ]
-            calls.append(
-                (share, *arenas, tapes, matrices, networks, pictures, results, is_training)
-            )
+            calls.append((work.order, taken, finished, *arenas, *common))
         others = []
         if len(calls) > 1:
             pool = _pool(len(calls) - 1, os.getpid())
             others = [pool.submit(run_members, *call) for call in calls[1:]]
-        run_members(*calls[0])
-        for future in others:
-            future.result()
+        if not run_members(*calls[0]):
+            for future in others:
+                future.result()
 
     def _arena(self, thread: int, index: int, size: int) -> npt.NDArray[np.float32]:
         """Return a thread's array of at least this size."""

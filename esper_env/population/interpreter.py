@@ -14,12 +14,17 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from esper_env.compilation import count_up
 from esper_env.population import kernels as k
 from esper_env.population.kernels import kernel, network_entry_point
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+
+LOOKS = 20_000
+"""How often a thread that finds nothing left to do looks whether the others are done: some 0.2 ms,
+which to sleep and be woken would take too."""
 
 
 class Kind(IntEnum):
@@ -132,6 +137,8 @@ class Results(NamedTuple):
 @network_entry_point
 def run_members(
     order: IntArray,
+    taken: IntArray,
+    finished: IntArray,
     a: FloatArray,
     d: FloatArray,
     g: FloatArray,
@@ -141,11 +148,16 @@ def run_members(
     pictures: Pictures,
     results: Results,
     is_training: bool,
-) -> None:
-    """Train some members on their batches, or evaluate all their networks.
+) -> bool:
+    """Train members on their batches, or evaluate all their networks.
+
+    Threads that share the work call this with the same arrays, but arenas of their own; each takes
+    the next member whenever it is done with one.
 
     Args:
-        order: Positions of the members in the arrays with a row per member.
+        order: Positions of the members in the arrays with a row per member, in order of work.
+        taken: How many of them some thread has begun with. (1,).
+        finished: How many of them are done. (1,).
         a: Arena.
         d: Gradient of the arena; not touched in an evaluation.
         g: Gradient of a member's parameters; likewise.
@@ -155,10 +167,17 @@ def run_members(
         pictures: What they are shown.
         results: Where measurements go.
         is_training: Whether to train.
+
+    Returns:
+        Whether all members are done; if not, other threads are still busy with the last ones.
     """
     last = -1
     batch = pictures.labels.shape[2]
-    for m in order:
+    while True:
+        turn = count_up(taken, 1)
+        if turn >= len(order):
+            break
+        m = order[turn]
         t = tapes.tape[m]
         if t != last:
             k.fill(k.run(a, 0, tapes.arena[t]), np.float32(0))
@@ -210,6 +229,11 @@ def run_members(
             for i in where:
                 total += p[i]
             results.is_finite[m] = math.isfinite(total) and math.isfinite(k.total_of(b))
+        count_up(finished, 1)
+    looks = 0
+    while count_up(finished, 0) < len(order) and looks < LOOKS:
+        looks += 1
+    return looks < LOOKS
 
 
 @network_entry_point

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,17 @@ from esper_env.population.layout import Layout
 from esper_env.population.slots import Seeds
 from esper_env.population.tape import SeedState, Tape, TapeBuilder
 
-MAX_TAPES, MAX_SHARES = 4096, 8
-"""Compositions of members that are remembered, some 20 MB, and ways to share members out."""
+MAX_TAPES = 4096
+"""Compositions of members that are remembered, some 20 MB."""
+
+
+class Assignment(NamedTuple):
+    """The tapes of some members."""
+
+    tape: IntArray
+    """Number of each member's tape. (m,)."""
+    order: IntArray
+    """Positions of the members by falling cost, those of one composition together. (m,)."""
 
 
 class Library:
@@ -36,8 +45,7 @@ class Library:
     def _clear(self) -> None:
         modules = 1 + self._layout.host.num_slots
         self._numbers: dict[tuple[tuple[str, int], bytes], int] = {}
-        self._last: dict[tuple[str, int], tuple[bytes, IntArray]] = {}
-        self._shares: dict[tuple[int, bytes], tuple[IntArray, ...]] = {}
+        self._last: dict[tuple[str, int], tuple[bytes, Assignment]] = {}
         self._ops = _Rows((len(FIELDS),), np.int64)
         self._columns = _Rows((), np.int32)
         self._ends, self._module, self._tensor = (_Rows((), np.int64) for _ in range(3))
@@ -51,8 +59,8 @@ class Library:
         self.squares = _Rows((modules - 1, self._layout.max_seed_tensors), np.float64)
         """Per tape, 0 for each tensor of a seed that it trains, else NaN."""
 
-    def training(self, members: IntArray, seeds: Seeds, size: int) -> IntArray:
-        """Return the number of each member's tape for training batches of some size. (m,)."""
+    def training(self, members: IntArray, seeds: Seeds, size: int) -> Assignment:
+        """Return the members' tapes for training batches of some size."""
         rows = _training_rows(members, seeds)
         return self._find(
             ("train", size),
@@ -63,8 +71,8 @@ class Library:
 
     def evaluation(
         self, members: IntArray, seeds: Seeds, row_start: IntArray, labels: IntArray, size: int
-    ) -> IntArray:
-        """Return the number of each member's tape for evaluations of some images side by side.
+    ) -> Assignment:
+        """Return the members' tapes for evaluations of some images side by side.
 
         Args:
             members: Positions. (m,).
@@ -81,22 +89,13 @@ class Library:
             lambda key: _evaluation_tape(self._layout, key, size),
         )
 
-    def shares(self, tape: IntArray, threads: int) -> tuple[IntArray, ...]:
-        """Return the positions of the members that each thread should serve, in order."""
-        key = threads, tape.tobytes()
-        if key not in self._shares:
-            if len(self._shares) >= MAX_SHARES:
-                self._shares.clear()
-            self._shares[key] = _deal(tape, self._cost.rows[tape], threads)
-        return self._shares[key]
-
     def _find(
         self,
         name: tuple[str, int],
         state: bytes,
         list_keys: Callable[[], list[bytes]],
         build: Callable[[bytes], Tape],
-    ) -> IntArray:
+    ) -> Assignment:
         """Look compositions up, after building the tapes that are missing.
 
         Args:
@@ -114,9 +113,10 @@ class Library:
             if (name, key) not in known:
                 self._add(build(key))
                 known[name, key] = len(known)
-        numbers = np.array([known[name, key] for key in keys])
-        self._last[name] = state, numbers
-        return numbers
+        tape = np.array([known[name, key] for key in keys])
+        found = Assignment(tape, np.lexsort((tape, -self._cost.rows[tape])))
+        self._last[name] = state, found
+        return found
 
     def _add(self, tape: Tape) -> None:
         parts = (self._ops, tape.ops), (self._columns, tape.index), (self._ends, tape.ends)
@@ -207,19 +207,6 @@ def _cut(rows: IntArray, starts: Sequence[int]) -> list[bytes]:
     """Return the bytes of the rows from each start to the next."""
     everything, width = rows.tobytes(), rows.itemsize * rows.shape[1]
     return [everything[a * width : b * width] for a, b in itertools.pairwise(starts)]
-
-
-def _deal(tape: IntArray, cost: IntArray, threads: int) -> tuple[IntArray, ...]:
-    """Deal members out by falling cost, there and back again, so that threads end together.
-
-    Members of one composition follow each other.
-    """
-    count = len(tape)
-    threads = min(threads, count)
-    falling = np.lexsort((tape, -cost))
-    turn = np.arange(count) % (2 * threads)
-    dealt = np.minimum(turn, 2 * threads - 1 - turn)
-    return tuple(falling[dealt == n] for n in range(threads))
 
 
 class _Rows:

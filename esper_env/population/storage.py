@@ -39,19 +39,13 @@ class Storage:
 
     def save(self, members: IntArray) -> None:
         """Copy rows into the snapshot."""
-        if len(members) == len(self.parameters):  # The usual case: one copy instead of two.
-            for name, matrix in self.matrices.items():
-                self.snapshots[name].copy_(matrix)
-            return
-        rows = torch.from_numpy(members).to(self.device)
         for name, matrix in self.matrices.items():
-            self.snapshots[name].index_copy_(0, rows, matrix.index_select(0, rows))
+            _copy_rows(self.snapshots[name], matrix, members)
 
     def restore(self, members: IntArray) -> None:
         """Copy rows back from the snapshot."""
-        rows = torch.from_numpy(members).to(self.device)
         for name, matrix in self.matrices.items():
-            matrix.index_copy_(0, rows, self.snapshots[name].index_select(0, rows))
+            _copy_rows(matrix, self.snapshots[name], members)
 
     def total(self, members: IntArray) -> torch.Tensor:
         """Return the sum of all weights and statistics: finite only if each is. (m,) float32."""
@@ -85,3 +79,18 @@ class Storage:
             matrix[rows, at] = torch.from_numpy(values).to(self.device)
             if matrix is self.parameters:
                 self.momentum[rows, columns] = 0
+
+
+def _copy_rows(target: torch.Tensor, source: torch.Tensor, members: IntArray) -> None:
+    """Copy rows of a matrix to the same rows of another."""
+    if target.device.type == "cpu":
+        # By NumPy: torch would share the copying out to its own threads, which then stay awake for
+        # a moment and keep those that train from starting.
+        into, rows = target.numpy(), source.numpy()
+        if len(members) == len(into):
+            into[...] = rows
+        else:
+            into[members] = rows[members]
+        return
+    where = torch.from_numpy(members).to(target.device)
+    target.index_copy_(0, where, source.index_select(0, where))
