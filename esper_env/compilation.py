@@ -28,9 +28,10 @@ _record_names: set[str] = set()
 
 
 def inlined(function: Callable[..., Any], fastmath: Set[str] = frozenset()) -> Callable[..., Any]:
-    """Compile into whatever calls it.
+    """Compile into whatever calls it; nothing is kept on disk.
 
-    Nothing but entry points is called at run time: two callers would each have their own optimised
+    Numba would not notice there that something compiled into this function has changed. Nothing but
+    entry points is called at run time: two callers would each have their own optimised
     copy, and which one a process links would decide the last bits.
 
     Args:
@@ -40,12 +41,7 @@ def inlined(function: Callable[..., Any], fastmath: Set[str] = frozenset()) -> C
     """
     _sources.add(Path(function.__code__.co_filename))
     compiled: Callable[..., Any] = numba.njit(
-        function,
-        nogil=True,
-        cache=True,
-        error_model="numpy",
-        fastmath=set(fastmath),
-        forceinline=True,
+        function, nogil=True, error_model="numpy", fastmath=set(fastmath), forceinline=True
     )
     return compiled
 
@@ -108,7 +104,7 @@ def entry_point(
 def announce(function: Callable[..., Any]) -> None:
     """Say that a first call will take long, if an entry point has not been compiled yet."""
     if not _compiled_files(Path(function.stats.cache_path), function):  # type: ignore[attr-defined]
-        print("esper_env: compiling for this processor, once; about 25 s", file=sys.stderr)
+        print("esper_env: compiling for this processor, once; about 30 s", file=sys.stderr)
 
 
 def _forget_outdated(folder: Path, function: Any) -> None:

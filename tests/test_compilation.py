@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +49,35 @@ def test_compiled_code_older_than_a_source_is_forgotten(
         os.utime(file, (time, time))
     compilation._forget_outdated(tmp_path, numbers_of.py_func)  # type: ignore[attr-defined]
     assert [file.exists() for file in (old, new, other)] == [False, True, True]
+
+
+def test_a_change_far_below_an_entry_point_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The changed function is inlined into another one, whose file stays as it is."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(compilation, "_sources", set())
+    head = "from esper_env.compilation import entry_point, inlined\n"
+    results = []
+    for number in (1, 2):
+        texts = {
+            "far_below": f"@inlined\ndef constant():\n    return {number}\n",
+            "between": "from far_below import constant\n"
+            "@inlined\ndef passed_on():\n    return constant()\n",
+            "above": "from between import passed_on\n"
+            "@entry_point\ndef asked():\n    return passed_on()\n",
+        }
+        for name, text in texts.items():
+            sys.modules.pop(name, None)
+            if not (tmp_path / f"{name}.py").exists() or name == "far_below":
+                (tmp_path / f"{name}.py").write_text(head + text)
+        age = time.time() - 20 + 10 * number
+        os.utime(tmp_path / "far_below.py", (age, age))
+        importlib.invalidate_caches()
+        results.append(importlib.import_module("above").asked())
+    for name in texts:
+        del sys.modules[name]
+    assert results == [1, 2]
 
 
 @dataclass

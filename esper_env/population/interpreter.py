@@ -282,8 +282,7 @@ def _forward(
                 o[WEIGHT_2], o[STRIDE_2], o[BIAS_2],
             )  # fmt: skip
         elif kind == Kind.TANH:
-            region = k.run(a, src, cin * (size + 2) * (size + 2) * batch)
-            k.tanh_of(region, region)
+            k.tanh_forward(a, src, cin, size, batch)
         elif kind == Kind.GATE:
             k.gate_forward(a, p, src, cin, size, batch, o[AUX], o[WEIGHT], o[BIAS])
         elif kind == Kind.MIX:

@@ -71,6 +71,43 @@ def add_taps(
 
 
 @kernel
+def add_taps_to_two(
+    out: FloatArray,
+    other: FloatArray,
+    a: FloatArray,
+    at: int,
+    row: int,
+    batch: int,
+    w: FloatArray,
+    v: FloatArray,
+    flip: bool,
+) -> None:
+    """Do the same for two outputs of one input, which is read once; `v` is the kernel of `other`.
+
+    The processor reads little more than half as much per multiplication.
+    """
+    n = len(out)
+    above, below = at - row, at + row
+    x0, x1, x2 = run(a, above - batch, n), run(a, above, n), run(a, above + batch, n)
+    x3, x4, x5 = run(a, at - batch, n), run(a, at, n), run(a, at + batch, n)
+    x6, x7, x8 = run(a, below - batch, n), run(a, below, n), run(a, below + batch, n)
+    w0, w1, w2, w3, w4, w5, w6, w7, w8 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8]
+    v0, v1, v2, v3, v4, v5, v6, v7, v8 = v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]
+    if flip:
+        w0, w1, w2, w3, w5, w6, w7, w8 = w8, w7, w6, w5, w3, w2, w1, w0
+        v0, v1, v2, v3, v5, v6, v7, v8 = v8, v7, v6, v5, v3, v2, v1, v0
+    for i in range(n):
+        out[i] += (
+            w0 * x0[i] + w1 * x1[i] + w2 * x2[i] + w3 * x3[i] + w4 * x4[i]
+            + w5 * x5[i] + w6 * x6[i] + w7 * x7[i] + w8 * x8[i]
+        )  # fmt: skip
+        other[i] += (
+            v0 * x0[i] + v1 * x1[i] + v2 * x2[i] + v3 * x3[i] + v4 * x4[i]
+            + v5 * x5[i] + v6 * x6[i] + v7 * x7[i] + v8 * x8[i]
+        )  # fmt: skip
+
+
+@kernel
 def fill(out: FloatArray, value: np.float32) -> None:
     """Write the same number everywhere. A loop compiles sooner than an assignment to a slice."""
     for i in range(len(out)):
@@ -129,17 +166,27 @@ def conv_forward(
     n, row = size * batch, (size + 2) * batch
     group_in, group_out = cin // groups, cout // groups
     for y in range(size):
-        for co in range(cout):
+        co = 0
+        while co < cout:
+            pairs = width == 3 and (co + 1) % group_out != 0
             out = run(a, first_row(dst, co, size, batch) + y * row, n)
+            other = run(a, first_row(dst, co + pairs, size, batch) + y * row, n)
             fill(out, p[bias + co] if bias >= 0 else np.float32(0))
+            if pairs:
+                fill(other, p[bias + co + 1] if bias >= 0 else np.float32(0))
             for c in range(group_in):
                 ci = co // group_out * group_in + c
                 at = first_row(src, ci, size, batch) + y * row
                 w = weight + co * stride + c * width * width
                 if width == 1:
                     add_scaled(out, run(a, at, n), p[w])
+                elif pairs:
+                    add_taps_to_two(
+                        out, other, a, at, row, batch, run(p, w, 9), run(p, w + stride, 9), False
+                    )
                 else:
                     add_taps(out, a, at, row, batch, run(p, w, 9), False)
+            co += 1 + pairs
 
 
 @kernel
@@ -185,10 +232,14 @@ def conv_backward(
     if mode == NO_GRADIENT:
         return
     for y in range(size):
-        for ci in range(cin):
+        ci = 0
+        while ci < cin:
+            pairs = width == 3 and (ci + 1) % group_in != 0
             out = run(d, first_row(src, ci, size, batch) + y * row, n)
+            other = run(d, first_row(src, ci + pairs, size, batch) + y * row, n)
             if mode == ASSIGN:
                 fill(out, np.float32(0))
+                fill(other, np.float32(0))
             group = ci // group_in
             for c in range(group_out):
                 co = group * group_out + c
@@ -196,8 +247,13 @@ def conv_backward(
                 w = weight + co * stride + (ci - group * group_in) * width * width
                 if width == 1:
                     add_scaled(out, run(d, at, n), p[w])
+                elif pairs:
+                    add_taps_to_two(
+                        out, other, d, at, row, batch, run(p, w, 9), run(p, w + 9, 9), True
+                    )
                 else:
                     add_taps(out, d, at, row, batch, run(p, w, 9), True)
+            ci += 1 + pairs
 
 
 @kernel
@@ -601,6 +657,16 @@ def tanh_of(out: FloatArray, x: FloatArray) -> None:
         low = low * s + np.float32(2.26843463243900e-03)
         low = low * s + np.float32(4.89352518554385e-03)
         out[i] = v * top / low
+
+
+@kernel
+def tanh_forward(a: FloatArray, src: int, channels: int, size: int, batch: int) -> None:
+    """Replace features by their tanh."""
+    row = (size + 2) * batch
+    for c in range(channels):
+        for y in range(size):
+            x = run(a, first_row(src, c, size, batch) + y * row, size * batch)
+            tanh_of(x, x)
 
 
 @kernel
