@@ -44,9 +44,9 @@ def test_compiled_code_older_than_a_source_is_forgotten(
         tmp_path / f"{module}.other-1.nbi",
     )
     now = source.stat().st_mtime
-    for file, time in ((old, now - 1), (new, now + 1), (other, now - 1)):
+    for file, age in ((old, now - 1), (new, now + 1), (other, now - 1)):
         file.touch()
-        os.utime(file, (time, time))
+        os.utime(file, (age, age))
     compilation._forget_outdated(tmp_path, numbers_of.py_func)  # type: ignore[attr-defined]
     assert [file.exists() for file in (old, new, other)] == [False, True, True]
 
