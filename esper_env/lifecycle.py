@@ -61,8 +61,8 @@ class SlotArrays:
 
     def clear(self, where: BoolArray | tuple[IntArray, ...]) -> None:
         """Return slots to their defaults: a (num_envs, num_slots) mask, or members and slots."""
-        for f in dataclasses.fields(self):
-            getattr(self, f.name)[where] = _DEFAULTS.get(f.name, 0)
+        for name, array in vars(self).items():
+            array[where] = _DEFAULTS.get(name, 0)
 
 
 @dataclass
@@ -169,11 +169,13 @@ def ease(curve: IntArray, t: FloatArray) -> FloatArray:
     sigmoid (s(k(t - 1/2)) - s(-k/2)) / (s(k/2) - s(-k/2)) with k = 6, 12, 24.
     """
     result = t.copy()
-    result = np.where(curve == Curve.COSINE, (1 - np.cos(np.pi * t)) / 2, result)
+    here = curve == Curve.COSINE.value
+    result[here] = (1 - np.cos(np.pi * t[here])) / 2
     for member, k in ((Curve.SIGMOID_6, 6.0), (Curve.SIGMOID_12, 12.0), (Curve.SIGMOID_24, 24.0)):
-        low, high = _sigmoid(-k / 2), _sigmoid(k / 2)
-        sigmoid = (_sigmoid(k * (t - 0.5)) - low) / (high - low)
-        result = np.where(curve == member, sigmoid, result)
+        here = curve == member.value
+        if here.any():
+            low, high = _sigmoid(-k / 2), _sigmoid(k / 2)
+            result[here] = (_sigmoid(k * (t[here] - 0.5)) - low) / (high - low)
     return result
 
 
@@ -211,8 +213,10 @@ def can_germinate(
 
 def used_parameters(state: LifecycleState, seed_parameters: IntArray) -> IntArray:
     """Return what the live seeds take from the parameter budget. (num_envs,) int64."""
-    table = np.broadcast_to(seed_parameters, (*state.stage.shape, seed_parameters.shape[-1]))
-    each = np.take_along_axis(table, np.maximum(state.blueprint, 0)[..., None], axis=2)[..., 0]
+    members, slots = state.stage.shape
+    table = np.broadcast_to(seed_parameters, (members, slots, seed_parameters.shape[-1]))
+    at = np.arange(members)[:, None], np.arange(slots), np.maximum(state.blueprint, 0)
+    each = table[at]
     total: IntArray = np.where(state.is_live, each, 0).sum(axis=1)
     return total
 
@@ -420,7 +424,9 @@ def _advance(state: LifecycleState, at: tuple[IntArray, ...]) -> None:
         (Stage.TRAINING, Stage.BLENDING),
         (Stage.BLENDING, Stage.HOLDING),
     ):
-        here = tuple(index[stage == source] for index in at)
+        here = tuple(index[stage == source.value] for index in at)
+        if not len(here[0]):
+            continue
         _move(state, here, target)
         if target == Stage.BLENDING:
             _retarget(state, here, state.first_target[here], state.tempo[here])
@@ -430,6 +436,8 @@ def _retarget(
     state: LifecycleState, at: tuple[IntArray, ...], target: FloatArray, length: IntArray
 ) -> None:
     """Start a ramp from HOLD; a ramp of length 0 lands at once."""
+    if not len(at[0]):
+        return
     assert (state.mode[at] == HOLD).all()
     is_immediate = length == 0
     direction = np.where(target > state.alpha[at], UP, DOWN)
@@ -456,6 +464,8 @@ def _remove(
 
 def _move(state: LifecycleState, at: tuple[IntArray, ...], target: Stage) -> None:
     """Change stages, refusing what the table does not list."""
+    if not len(at[0]):
+        return
     source = state.stage[at]
     is_legal = _IS_LEGAL[source, target]
     if not is_legal.all():

@@ -106,11 +106,12 @@ class Population:
         key: streams.KeyArray,
     ) -> None:
         """Build seeds: initial weights, gate, no momentum. All arrays are (m,)."""
-        kinds = np.stack([slots, blueprints, widths], axis=1)
-        for kind in np.unique(kinds, axis=0):
-            here = (kinds == kind).all(axis=1)
-            start = self.layout.seed_start(*kind.tolist())
-            self.storage.initialise(members[here], key[here], *start)
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for i, kind in enumerate(np.stack([slots, blueprints, widths], axis=1).tolist()):
+            alike.setdefault(tuple(kind), []).append(i)
+        for (slot, blueprint, width), own in alike.items():
+            start = self.layout.seed_start(slot, blueprint, width)
+            self.storage.initialise(members[own], key[own], *start)
 
     def train(
         self,

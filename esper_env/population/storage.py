@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from esper_env import streams
-from esper_env.config import IntArray
+from esper_env.compilation import entry_point
+from esper_env.config import FloatArray, IntArray
 from esper_env.population.layout import Layout, Start
+from esper_env.streams import number_at
 
 
 class Storage:
@@ -69,16 +72,16 @@ class Storage:
             parameters: Columns of the parameter matrix and how they begin.
             buffers: Likewise of the buffer matrix.
         """
-        rows = torch.from_numpy(members).to(self.device)[:, None]
-        for matrix, start in ((self.parameters, parameters), (self.buffers, buffers)):
-            noise = 2 * streams.uniform(key, len(start.index)) - 1
-            values = (start.value + start.bound * noise).astype(np.float32)
-            columns = torch.from_numpy(start.columns).to(self.device)
-            matrix[rows, columns] = 0
-            at = torch.from_numpy(start.index).to(self.device)
-            matrix[rows, at] = torch.from_numpy(values).to(self.device)
-            if matrix is self.parameters:
-                self.momentum[rows, columns] = 0
+        where = torch.from_numpy(members).to(self.device)
+        is_here = self.device.type == "cpu"
+        at = members if is_here else np.arange(len(members))
+        none = parameters.index[:0], parameters.value[:0], parameters.bound[:0]
+        starts = parameters, Start(parameters.columns, *none), buffers
+        for matrix, start in zip(self.matrices.values(), starts, strict=True):
+            rows = matrix if is_here else matrix[where].cpu()
+            _begin(rows.numpy(), at, key, start.columns, start.index, start.value, start.bound)
+            if not is_here:
+                matrix[where] = rows.to(self.device)
 
 
 def _copy_rows(target: torch.Tensor, source: torch.Tensor, members: IntArray) -> None:
@@ -94,3 +97,23 @@ def _copy_rows(target: torch.Tensor, source: torch.Tensor, members: IntArray) ->
         return
     where = torch.from_numpy(members).to(target.device)
     target.index_copy_(0, where, source.index_select(0, where))
+
+
+@entry_point
+def _begin(
+    matrix: npt.NDArray[np.float32],
+    members: IntArray,
+    key: streams.KeyArray,
+    columns: IntArray,
+    index: IntArray,
+    value: FloatArray,
+    bound: FloatArray,
+) -> None:
+    """Write start values into some rows; see `Start`."""
+    for i in range(len(members)):
+        row = matrix[members[i]]
+        for column in columns:
+            row[column] = 0
+        for k in range(len(index)):
+            noise = 2 * number_at(key[i], np.uint64(k)) - 1
+            row[index[k]] = np.float32(value[k] + bound[k] * noise)
