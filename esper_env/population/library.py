@@ -61,11 +61,12 @@ class Library:
 
     def training(self, members: IntArray, seeds: Seeds, size: int) -> Assignment:
         """Return the members' tapes for training batches of some size."""
-        rows = _training_rows(members, seeds)
+        kinds = members, seeds.width, seeds.blueprint, seeds.blend
+        states = seeds.is_isolated, seeds.is_frozen, seeds.beta > 0
         return self._find(
             ("train", size),
-            rows.tobytes(),
-            lambda: _cut(rows, range(len(rows) + 1)),
+            b"".join(array.tobytes() for array in (*kinds, *states)),
+            lambda: _cut(_training_rows(members, seeds), range(len(members) + 1)),
             lambda key: _training_tape(self._layout, key, size),
         )
 
