@@ -1,8 +1,8 @@
 """Environments whose slots are in a stated mode, for the benchmarks of speed.
 
 Modes: "empty" has no seed; "mix" has a seed of a random blueprint and style in every slot, in
-random stages, each blueprint and style as often as the others, so that any number of members is the
-same work per member; "mix + leave-one-out" measures contributions as well.
+random stages, each blueprint and style about as often as the others, so that large numbers of
+members are the same work per member; "mix + leave-one-out" measures contributions as well.
 """
 
 from __future__ import annotations

@@ -34,16 +34,19 @@ def pages() -> dict[Path, str]:
 def measured() -> dict[Path, dict[str, str]]:
     """Return the tables of measurements by page and block."""
     learning, throughput = results.read("learning-digits"), results.read("throughput")
+    peers, cifar = results.read("throughput-peers"), results.read("throughput-cifar10")
+    agent = results.read("agent")
     return {
         ROOT / "README.md": {
             "results": results.headline(learning, is_short=True),
             "speed": speed.short_throughput(throughput),
         },
         ROOT / "docs/speed.md": {
+            "aims": speed.aims(throughput, peers, cifar, agent),
             "throughput": speed.throughput(throughput),
-            "cifar": speed.throughput(results.read("throughput-cifar10")),
-            "agent": speed.agent(results.read("agent")),
-            "peers": speed.peers(results.read("throughput-peers")),
+            "cifar": speed.throughput(cifar),
+            "agent": speed.agent(agent),
+            "peers": speed.peers(peers),
             "profile": speed.profile(results.read("profile")),
         },
         ROOT / "docs/results.md": {

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from benchmarks.step_profile import HEAD, PHASES, cells
 from docs.page import ROOT, table
 from docs.results import read
 
+TIMES, SHARE = "{:.1f}×", "{:.0%}"
 PEERS = {
     "vector": ("one vector environment", 1),
     "async": ("`AsyncVectorEnv`", 16),
@@ -59,6 +61,50 @@ def throughput(result: dict[str, Any]) -> str:
         f"{machine(result)}; medians of {len(result['rows'][0]['step_milliseconds'])} rounds:\n\n"
         + table(head, rows)
     )
+
+
+def aims(
+    throughput: dict[str, Any],
+    peers: dict[str, Any],
+    cifar: dict[str, Any],
+    agent: dict[str, Any],
+) -> str:
+    """Return what was asked for, and whether the medians reach it."""
+    found = {(row["num_envs"], row["mode"]): row for row in throughput["rows"]}
+    training = next(row for row in cifar["rows"] if row["mode"] == "training")
+    rows: list[list[str]] = []
+
+    def add(aim: str, limit: float, measured: float, form: str, *, is_least: bool = True) -> None:
+        is_reached = measured >= limit if is_least else measured <= limit
+        rows.append([aim, form.format(limit), form.format(measured), "yes" if is_reached else "no"])
+
+    for count, mode, least in ((16, "empty", 6), (16, "mix", 4), (64, "empty", 10), (64, "mix", 5)):
+        add(
+            f"digits, {count} members, {mode}: loop",
+            least,
+            found[count, mode]["ratio_median"],
+            TIMES,
+        )
+    for row in peers["rows"]:
+        aim = f"digits, {row['num_envs']} members, {row['mode']}: `AsyncVectorEnv`"
+        add(aim, 4, row["sides"]["async"]["ratio_median"], TIMES)
+    aim = f"CIFAR-10's shape, {training['num_envs']} members, training: loop"
+    add(aim, 1.5, training["ratio_median"], TIMES)
+    counts = sorted({row["num_envs"] for row in throughput["rows"]})
+    costs = (("empty", "env step", "env_steps_per_second"), ("mix", "FLOP", "share_of_matrix_rate"))
+    for mode, unit, rate in costs:
+        rates = [found[count, mode][rate] for count in counts]
+        growth = max(few / many for few, many in itertools.pairwise(rates))
+        aim = f"digits, {mode}: time per {unit}, from one number of members to the next"
+        add(aim, 1.0, growth, "at most {:.2f}×", is_least=False)
+    for mode in MODES:
+        outside = found[16, mode]["share_outside_training_and_evaluation"]
+        add(f"digits, 16 members, {mode}: outside", 0.05, outside, SHARE, is_least=False)
+    for row in agent["rows"]:
+        share = row["inference_share"]["median"] + row["update_share"]["median"]
+        add(f"agent, {row['num_envs']} members", 0.1, share, SHARE, is_least=False)
+    rows.append(["CIFAR-10's shape on a GPU, 64 members: a stream per host", "20.0×", "", "no GPU"])
+    return table(["what", "asked", "measured", "reached"], rows)
 
 
 def draw(throughput: dict[str, Any], profile: dict[str, Any], path: Path) -> None:

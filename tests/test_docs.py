@@ -15,7 +15,8 @@ from typing import Any
 import gymnasium as gym
 import pytest
 
-from docs import environment, findings, generate, refusals, source
+from benchmarks.states import MODES
+from docs import environment, findings, generate, refusals, source, speed
 from docs.page import COMMAND, ROOT
 from esper_env import EnvConfig, EsperEnv, Stage
 from esper_env.lifecycle import TRANSITIONS
@@ -232,3 +233,40 @@ def anchors(markdown: str) -> set[str]:
     """Return the anchors that GitHub gives to headings."""
     titles = re.findall(r"^#+ (.*)$", markdown, re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+# ------------------------------------------------------------------ measurements
+
+
+def test_an_aim_is_reached_only_if_every_figure_is_on_its_side() -> None:
+    """Made-up results: 64 members with seeds are slower than 16, and an agent takes too long."""
+    rows = [
+        {
+            "num_envs": count,
+            "mode": mode,
+            "ratio_median": 12.0,
+            "env_steps_per_second": 10.0 * count,
+            "share_of_matrix_rate": 0.1 if (count, mode) == (64, "mix") else 0.2,
+            "share_outside_training_and_evaluation": 0.05,
+        }
+        for count in (16, 64)
+        for mode in MODES
+    ]
+    sides = [
+        {"num_envs": 16, "mode": mode, "sides": {"async": {"ratio_median": ratio}}}
+        for mode, ratio in (("empty", 4.0), ("mix", 3.9))
+    ]
+    shares = [
+        {"num_envs": count, "inference_share": {"median": 0.04}, "update_share": {"median": share}}
+        for count, share in ((16, 0.07), (64, 0.05))
+    ]
+    training = {"num_envs": 8, "mode": "training", "ratio_median": 1.4}
+    text = speed.aims({"rows": rows}, {"rows": sides}, {"rows": [training]}, {"rows": shares})
+    missed = [line.split("|")[1].strip() for line in text.splitlines() if line.endswith("| no |")]
+    assert missed == [
+        "digits, 16 members, mix: `AsyncVectorEnv`",
+        "CIFAR-10's shape, 8 members, training: loop",
+        "digits, mix: time per FLOP, from one number of members to the next",
+        "agent, 16 members",
+    ]
+    assert text.count("| yes |") == 10
