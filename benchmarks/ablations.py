@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no group baseline": {"group_size": 1},
     "entropy weight falls to 0": {"anneal_entropy": True},
     "twice the value weight": {"vf_coef": 1.0},
+    "half the width": {"hidden_size": 64},
 }
 """Changes of `ppo_lstm.Args` by variant; total_timesteps is a factor. `SAMPLED` has the agents of
 the default, which then draw their actions as they did in training."""
