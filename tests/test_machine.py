@@ -193,7 +193,7 @@ def check_ownership(sim: Simulation, members: IntArray, before: dict[str, torch.
     layout, engine = population.layout, population._compiled
     assert engine is not None
     known = len(engine._library._numbers)
-    numbers = engine._library.training(members, sim.seeds, sim.config.batch_size)
+    numbers = engine._library.training(members, sim.seeds, sim.config.batch_size).tape
     assert len(engine._library._numbers) == known, "these are the tapes that were run"
     tapes = engine._library.tapes_of(numbers)
     shape = (sim.population.num_members, layout.num_parameters)
