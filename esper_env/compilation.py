@@ -31,8 +31,8 @@ def inlined(function: Callable[..., Any], fastmath: Set[str] = frozenset()) -> C
     """Compile into whatever calls it; nothing is kept on disk.
 
     Numba would not notice there that something compiled into this function has changed. Nothing but
-    entry points is called at run time: two callers would each have their own optimised
-    copy, and which one a process links would decide the last bits.
+    entry points is called at run time: two callers would each have their own optimised copy, and
+    which one a process links would decide the last bits.
 
     Args:
         function: Loops over arrays and numbers.

@@ -16,6 +16,7 @@ from esper_env.population.images import Draw, ImageSet
 from esper_env.population.optimizer import SGDSettings
 from esper_env.population.population import Population
 from esper_env.population.slots import Seeds
+from esper_env.population.storage import _begin, _begin_elsewhere
 from esper_env.tasks import TASKS
 
 NAMES = [blueprint.name for blueprint in CNN_BLUEPRINTS]
@@ -336,6 +337,20 @@ def test_momentum_lives_from_germination_to_removal() -> None:
             )
         rows.append(population.storage.parameters[0].clone())
     assert torch.equal(rows[0], rows[1])
+
+
+def test_start_values_are_the_same_on_another_device() -> None:
+    """The way to a GPU, taken on the CPU: only the columns concerned are written."""
+    population = make_population(4)
+    start, _ = population.layout.seed_start(1, 2, 0)
+    members, key = np.array([3, 1]), streams.make_key(np.arange(2))
+    here, there = torch.full((2, 4, population.layout.num_parameters), 7.0)
+    _begin(here, members, key, start)
+    _begin_elsewhere(there, members, key, start)
+    assert torch.equal(here, there)
+    is_old = here == 7
+    assert is_old[[0, 2]].all()
+    assert (~is_old[3]).nonzero()[:, 0].tolist() == sorted(start.columns.tolist())
 
 
 def test_germination_clears_the_momentum_of_a_former_seed() -> None:

@@ -72,16 +72,11 @@ class Storage:
             parameters: Columns of the parameter matrix and how they begin.
             buffers: Likewise of the buffer matrix.
         """
-        where = torch.from_numpy(members).to(self.device)
-        is_here = self.device.type == "cpu"
-        at = members if is_here else np.arange(len(members))
         none = parameters.index[:0], parameters.value[:0], parameters.bound[:0]
         starts = parameters, Start(parameters.columns, *none), buffers
+        write = _begin if self.device.type == "cpu" else _begin_elsewhere
         for matrix, start in zip(self.matrices.values(), starts, strict=True):
-            rows = matrix if is_here else matrix[where].cpu()
-            _begin(rows.numpy(), at, key, start.columns, start.index, start.value, start.bound)
-            if not is_here:
-                matrix[where] = rows.to(self.device)
+            write(matrix, members, key, start)
 
 
 def _copy_rows(target: torch.Tensor, source: torch.Tensor, members: IntArray) -> None:
@@ -99,8 +94,25 @@ def _copy_rows(target: torch.Tensor, source: torch.Tensor, members: IntArray) ->
     target.index_copy_(0, where, source.index_select(0, where))
 
 
+def _begin(matrix: torch.Tensor, members: IntArray, key: streams.KeyArray, start: Start) -> None:
+    """Write start values into rows of a matrix in the host's memory."""
+    columns = start.columns, start.index
+    _write_start(matrix.numpy(), members, key, *columns, start.value, start.bound)
+
+
+def _begin_elsewhere(
+    matrix: torch.Tensor, members: IntArray, key: streams.KeyArray, start: Start
+) -> None:
+    """Do the same on any device, without waiting for it."""
+    fresh = torch.zeros(len(members), matrix.shape[1])
+    _begin(fresh, np.arange(len(members)), key, start)
+    columns = torch.from_numpy(start.columns)
+    rows = torch.from_numpy(members).to(matrix.device)[:, None]
+    matrix[rows, columns.to(matrix.device)] = fresh[:, columns].to(matrix.device)
+
+
 @entry_point
-def _begin(
+def _write_start(
     matrix: npt.NDArray[np.float32],
     members: IntArray,
     key: streams.KeyArray,
@@ -109,7 +121,6 @@ def _begin(
     value: FloatArray,
     bound: FloatArray,
 ) -> None:
-    """Write start values into some rows; see `Start`."""
     for i in range(len(members)):
         row = matrix[members[i]]
         for column in columns:
