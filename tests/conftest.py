@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from esper_env.population.compiled import CompiledEngine
 from esper_env.population.slots import Seeds
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Let a test change how many threads torch may use."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["compiled", "torch"])
