@@ -425,8 +425,6 @@ def _advance(state: LifecycleState, at: tuple[IntArray, ...]) -> None:
         (Stage.BLENDING, Stage.HOLDING),
     ):
         here = tuple(index[stage == source.value] for index in at)
-        if not len(here[0]):
-            continue
         _move(state, here, target)
         if target == Stage.BLENDING:
             _retarget(state, here, state.first_target[here], state.tempo[here])

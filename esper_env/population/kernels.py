@@ -51,18 +51,32 @@ def first_row(offset: int, channel: int, size: int, batch: int) -> int:
 
 
 @kernel
+def neighbours(a: FloatArray, at: int, row: int, batch: int, n: int) -> tuple[FloatArray, ...]:
+    """Return the nine runs that the taps of a 3x3 kernel see, in their order."""
+    above, below = at - row, at + row
+    return (
+        run(a, above - batch, n), run(a, above, n), run(a, above + batch, n),
+        run(a, at - batch, n), run(a, at, n), run(a, at + batch, n),
+        run(a, below - batch, n), run(a, below, n), run(a, below + batch, n),
+    )  # fmt: skip
+
+
+@kernel
+def nine_of(w: FloatArray, flip: bool) -> tuple[np.float32, ...]:
+    """Return the taps of a 3x3 kernel, turned if asked for."""
+    if flip:
+        return w[8], w[7], w[6], w[5], w[4], w[3], w[2], w[1], w[0]
+    return w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8]
+
+
+@kernel
 def add_taps(
     out: FloatArray, a: FloatArray, at: int, row: int, batch: int, w: FloatArray, flip: bool
 ) -> None:
     """Add the 3x3 correlation of a row with its neighbours to `out`; `flip` turns the kernel."""
     n = len(out)
-    above, below = at - row, at + row
-    x0, x1, x2 = run(a, above - batch, n), run(a, above, n), run(a, above + batch, n)
-    x3, x4, x5 = run(a, at - batch, n), run(a, at, n), run(a, at + batch, n)
-    x6, x7, x8 = run(a, below - batch, n), run(a, below, n), run(a, below + batch, n)
-    w0, w1, w2, w3, w4, w5, w6, w7, w8 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8]
-    if flip:
-        w0, w1, w2, w3, w5, w6, w7, w8 = w8, w7, w6, w5, w3, w2, w1, w0
+    x0, x1, x2, x3, x4, x5, x6, x7, x8 = neighbours(a, at, row, batch, n)
+    w0, w1, w2, w3, w4, w5, w6, w7, w8 = nine_of(w, flip)
     for i in range(n):
         out[i] += (
             w0 * x0[i] + w1 * x1[i] + w2 * x2[i] + w3 * x3[i] + w4 * x4[i]
@@ -87,15 +101,9 @@ def add_taps_to_two(
     The processor reads little more than half as much per multiplication.
     """
     n = len(out)
-    above, below = at - row, at + row
-    x0, x1, x2 = run(a, above - batch, n), run(a, above, n), run(a, above + batch, n)
-    x3, x4, x5 = run(a, at - batch, n), run(a, at, n), run(a, at + batch, n)
-    x6, x7, x8 = run(a, below - batch, n), run(a, below, n), run(a, below + batch, n)
-    w0, w1, w2, w3, w4, w5, w6, w7, w8 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8]
-    v0, v1, v2, v3, v4, v5, v6, v7, v8 = v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]
-    if flip:
-        w0, w1, w2, w3, w5, w6, w7, w8 = w8, w7, w6, w5, w3, w2, w1, w0
-        v0, v1, v2, v3, v5, v6, v7, v8 = v8, v7, v6, v5, v3, v2, v1, v0
+    x0, x1, x2, x3, x4, x5, x6, x7, x8 = neighbours(a, at, row, batch, n)
+    w0, w1, w2, w3, w4, w5, w6, w7, w8 = nine_of(w, flip)
+    v0, v1, v2, v3, v4, v5, v6, v7, v8 = nine_of(v, flip)
     for i in range(n):
         out[i] += (
             w0 * x0[i] + w1 * x1[i] + w2 * x2[i] + w3 * x3[i] + w4 * x4[i]
@@ -264,12 +272,8 @@ def _tap_gradients(
     n, row = size * batch, (size + 2) * batch
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = s8 = np.float32(0)
     for y in range(size):
-        here = at + y * row
-        above, below = here - row, here + row
         v = run(d, first + y * row, n)
-        x0, x1, x2 = run(a, above - batch, n), run(a, above, n), run(a, above + batch, n)
-        x3, x4, x5 = run(a, here - batch, n), run(a, here, n), run(a, here + batch, n)
-        x6, x7, x8 = run(a, below - batch, n), run(a, below, n), run(a, below + batch, n)
+        x0, x1, x2, x3, x4, x5, x6, x7, x8 = neighbours(a, at + y * row, row, batch, n)
         for i in range(n):
             s0 += v[i] * x0[i]
             s1 += v[i] * x1[i]

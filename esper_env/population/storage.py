@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -42,13 +44,27 @@ class Storage:
 
     def save(self, members: IntArray) -> None:
         """Copy rows into the snapshot."""
-        for name, matrix in self.matrices.items():
-            _copy_rows(self.snapshots[name], matrix, members)
+        self._copy(self.matrices, self.snapshots, members)
 
     def restore(self, members: IntArray) -> None:
         """Copy rows back from the snapshot."""
-        for name, matrix in self.matrices.items():
-            _copy_rows(matrix, self.snapshots[name], members)
+        self._copy(self.snapshots, self.matrices, members)
+
+    def _copy(
+        self, source: dict[str, torch.Tensor], target: dict[str, torch.Tensor], members: IntArray
+    ) -> None:
+        """Copy rows of all three matrices."""
+        is_here = self.device.type == "cpu"
+        rows: Any = slice(None)  # Of all members, the usual case: one copy instead of two.
+        if len(members) < len(self.parameters):
+            rows = members if is_here else torch.from_numpy(members).to(self.device)
+        for name, matrix in source.items():
+            if is_here:
+                # By NumPy: torch would share the copying out to its own threads, which then stay
+                # awake for a moment and keep those that train from starting.
+                target[name].numpy()[rows] = matrix.numpy()[rows]
+            else:
+                target[name][rows] = matrix[rows]
 
     def total(self, members: IntArray) -> torch.Tensor:
         """Return the sum of all weights and statistics: finite only if each is. (m,) float32."""
@@ -77,21 +93,6 @@ class Storage:
         write = _begin if self.device.type == "cpu" else _begin_elsewhere
         for matrix, start in zip(self.matrices.values(), starts, strict=True):
             write(matrix, members, key, start)
-
-
-def _copy_rows(target: torch.Tensor, source: torch.Tensor, members: IntArray) -> None:
-    """Copy rows of a matrix to the same rows of another."""
-    if target.device.type == "cpu":
-        # By NumPy: torch would share the copying out to its own threads, which then stay awake for
-        # a moment and keep those that train from starting.
-        into, rows = target.numpy(), source.numpy()
-        if len(members) == len(into):
-            into[...] = rows
-        else:
-            into[members] = rows[members]
-        return
-    where = torch.from_numpy(members).to(target.device)
-    target.index_copy_(0, where, source.index_select(0, where))
 
 
 def _begin(matrix: torch.Tensor, members: IntArray, key: streams.KeyArray, start: Start) -> None:
