@@ -19,14 +19,13 @@ import torch
 import tyro
 
 from benchmarks import write_result
-from esper_env import streams
 from esper_env.config import Blend
 from esper_env.population.blueprints import CNN_BLUEPRINTS
 from esper_env.population.hosts import Host
 from esper_env.population.images import ImageSet
-from esper_env.population.optimizer import SGDSettings
+from esper_env.population.interface import Seeds, SGDSettings
 from esper_env.population.population import Population
-from esper_env.population.slots import Seeds
+from esper_env.rng import make_key
 
 CASES = {
     "digits-shaped, 4-8-8": (
@@ -62,11 +61,11 @@ def measure(host: Host, num_images: int, args: Args) -> dict[str, Any]:
     population = Population(
         [host], CNN_BLUEPRINTS, m, SGDSettings(), torch.device("cpu"), 128, None
     )
-    population.reset(members, 0 * members, streams.make_key(members))
+    population.reset(members, 0 * members, make_key(members))
     shape = (m, host.num_slots)
     blueprint = rng.integers(0, len(CNN_BLUEPRINTS), shape)
     for slot in range(host.num_slots):
-        key = streams.make_key(members, slot)
+        key = make_key(members, slot)
         population.germinate(members, 0 * members, 0 * members + slot, blueprint[:, slot], key)
     seeds = Seeds(
         blueprint=blueprint,

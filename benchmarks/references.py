@@ -20,8 +20,9 @@ from benchmarks.protocol import Episodes
 from esper_agent.baselines import parse_plan
 from esper_agent.evaluate import FIGURES, MAX_ENVS, figures_of
 from esper_agent.ppo_lstm import make_envs
-from esper_env import EnvConfig, Stage, streams
+from esper_env import EnvConfig, Stage
 from esper_env.config import IntArray
+from esper_env.rng import make_key
 
 
 def train_grown_size(episodes: Episodes, env_id: str, config: EnvConfig) -> Episodes:
@@ -70,7 +71,7 @@ def _begin(envs: Any, seeds: list[int], instance: list[int], growth: list[str]) 
             member, at = np.array([i]), np.array([slot])
             blueprint = np.array([names.index(name)])
             width = sim.instances.width[sim.instance[member]]
-            key = streams.make_key(sim._episode_key[member], slot)
+            key = make_key(sim._episode_key[member], slot)
             sim.population.germinate(member, width, at, blueprint, key)
             sim.state.stage[i, slot] = Stage.FOSSILIZED
             sim.state.blueprint[i, slot] = blueprint[0]

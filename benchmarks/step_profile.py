@@ -25,7 +25,8 @@ import tyro
 from benchmarks import calls_per_round, use_synthetic_cifar10, write_result
 from benchmarks.states import grow, make_envs, settings_of
 from benchmarks.work import Work, evaluation_work, measure_limits, training_work
-from esper_env import EsperVectorEnv, vector_env
+from esper_env import EsperVectorEnv
+from esper_env.envs import vector_env
 
 PHASES = ("batches", "training", "evaluation", "lifecycle", "observation", "reward", "rest")
 """Drawing batches; `Population.train` and `evaluate`; the simulation around them, and masks;

@@ -39,7 +39,7 @@ from benchmarks.states import MODES, grow, make_envs, settings_of
 from benchmarks.step_profile import count_work, measured_phases
 from benchmarks.work import measure_limits
 from esper_env import EsperVectorEnv, Stage
-from esper_env.attribution import plan_coalitions
+from esper_env.growth.contributions import plan_coalitions
 
 SLICE = 500
 """Images that the loop evaluates at once."""
@@ -192,7 +192,7 @@ def measure(args: Args, num_envs: int, mode: str, limits: dict[str, float]) -> d
         "training_samples_per_second": float(samples / np.median(times[:, 0])),
         "state_bytes_per_member": sum(
             part[0].nbytes
-            for part in (*sim.member_arrays().values(), *sim.member_tensors().values())
+            for part in (*sim.member_arrays().values(), *sim.population.member_tensors().values())
         ),
         "ratio_median": float(np.median(ratios)),
         "ratio_min": float(ratios.min()),

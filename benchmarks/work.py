@@ -19,9 +19,9 @@ import torch
 from benchmarks import seconds_per_call
 from esper_env.config import FloatArray, IntArray
 from esper_env.population.images import Draw, ImageSet
+from esper_env.population.interface import Seeds
 from esper_env.population.layers import Conv, Layer, Relu
 from esper_env.population.population import Population
-from esper_env.population.slots import Seeds
 
 FLOAT_BYTES = 4
 

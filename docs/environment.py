@@ -24,16 +24,15 @@ from docs.source import (
     signature,
 )
 from esper_env import EnvConfig, EsperEnv, EsperVectorEnv, Op, Stage
-from esper_env.actions import HEAD_NAMES, RELEVANT_HEADS
 from esper_env.config import STYLES
-from esper_env.lifecycle import TRANSITIONS
-from esper_env.observation import episode_features, slot_features
+from esper_env.envs.registration import ENVIRONMENTS
+from esper_env.growth.action_space import HEAD_NAMES, RELEVANT_HEADS
+from esper_env.growth.lifecycle import TRANSITIONS
+from esper_env.growth.observation import episode_features, slot_features
+from esper_env.growth.reward import PRESETS, TERMS
 from esper_env.population.blueprints import CNN_BLUEPRINTS, Blueprint
 from esper_env.population.layers import Conv, Layer, Norm, Relu, SqueezeExcite
 from esper_env.population.layout import gate_specs
-from esper_env.registration import ENVIRONMENTS
-from esper_env.rewards.presets import PRESETS
-from esper_env.rewards.terms import TERMS
 from esper_env.tasks import TASKS
 from esper_env.tasks.instances import SET_SIZES, InstanceRanges
 

@@ -3,20 +3,20 @@
 Importing this package registers the ids of `registration.ENVIRONMENTS`.
 """
 
-from esper_env.actions import ActionHead
-from esper_env.checks import check_vector_env
 from esper_env.config import EnvConfig, Op, Stage
-from esper_env.env import EsperEnv
-from esper_env.population.blueprints import register_blueprint
-from esper_env.population.hosts import register_host
-from esper_env.registration import register_environments
-from esper_env.vector_env import EsperVectorEnv
-from esper_env.wrappers import (
+from esper_env.envs.registration import register_environments
+from esper_env.envs.single_env import EsperEnv
+from esper_env.envs.vector_env import EsperVectorEnv
+from esper_env.envs.wrappers import (
     JointAction,
     JointActionVector,
     MaskInObservation,
     MaskInObservationVector,
 )
+from esper_env.growth.action_space import ActionHead
+from esper_env.population.blueprints import register_blueprint
+from esper_env.population.hosts import register_host
+from esper_env.testing.vector_env_checker import check_vector_env
 
 register_environments()
 

@@ -107,7 +107,7 @@ class EnvConfig:
     gamma: float = 0.995
     """Discount factor of potential-based shaping; an agent must use the same."""
     reward: str = "gain"
-    """Reward preset; a name of `esper_env.rewards.presets.PRESETS`."""
+    """Reward preset; a name of `esper_env.growth.reward.PRESETS`."""
     reward_weights: Mapping[str, float] = field(default_factory=dict)
     """Weights of reward terms that replace those of the preset, for example {"pbrs": 0.1}."""
     rent_weight: float = 0.02

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from esper_env.population.compiled import CompiledEngine
-from esper_env.population.slots import Seeds
+from esper_env.population.interface import Seeds
+from esper_env.population.numba_engine.engine import CompiledEngine
 
 
 @pytest.fixture

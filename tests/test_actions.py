@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from esper_env import lifecycle
-from esper_env.actions import HEAD_NAMES, RELEVANT_HEADS, ActionSpace
 from esper_env.config import BoolArray, Curve, EnvConfig, Op, Stage
-from esper_env.lifecycle import HOLD, LifecycleState, Measurements
+from esper_env.growth import lifecycle
+from esper_env.growth.action_space import HEAD_NAMES, RELEVANT_HEADS, ActionSpace
+from esper_env.growth.lifecycle import HOLD, LifecycleState, Measurements
 from tests.test_lifecycle import BLUEPRINTS, HOST_PARAMETERS, SEED_PARAMETERS, walk
 
 OPTIONS: dict[str, tuple[Any, ...]] = {

@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from esper_env.attribution import (
+from esper_env.config import EnvConfig, FloatArray, Stage
+from esper_env.growth.contributions import (
     Coalitions,
     plan_coalitions,
     record_contributions,
     shapley_values,
 )
-from esper_env.config import EnvConfig, FloatArray, Stage
-from esper_env.lifecycle import LifecycleState, Measurements
+from esper_env.growth.lifecycle import LifecycleState, Measurements
 from tests.test_lifecycle import walk
 
 D, T, B, H, F = Stage.DORMANT, Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED

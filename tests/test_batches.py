@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from esper_env import streams
-from esper_env.batches import draw_batches
 from esper_env.population.images import PADDING
-from esper_env.streams import Stream
+from esper_env.rng import Stream, make_key, uniform, uniform_at
 from esper_env.tasks.instances import InstanceRanges, make_instances
+from esper_env.tasks.sampling import draw_batches
 
 BATCHES, SIZE, CLASSES = 3, 5, 10
 
@@ -21,7 +20,7 @@ def test_a_draw_is_that_of_the_streams(name: str, augments: bool) -> None:
     instances = make_instances(name, InstanceRanges(), 0.05)
     labels, m = rng.integers(CLASSES, size=97), 6
     instance, steps = rng.integers(len(instances), size=m), rng.integers(60, size=m)
-    key = streams.make_key(np.arange(m))
+    key = make_key(np.arange(m))
     draw = draw_batches(
         key,
         steps,
@@ -35,11 +34,11 @@ def test_a_draw_is_that_of_the_streams(name: str, augments: bool) -> None:
     )
     count = np.rint(instances.train_fraction[instance] * 97)[:, None]
     first = np.floor(instances.train_start[instance] * 97)[:, None]
-    u = streams.uniform(streams.make_key(key, Stream.DATA, steps), BATCHES * SIZE)
+    u = uniform(make_key(key, Stream.DATA, steps), BATCHES * SIZE)
     index = ((np.floor(u * count) + first) % 97).astype(np.int64)
-    noise_key, noise = streams.make_key(key, Stream.NOISE), instances.label_noise[instance]
-    is_wrong = streams.uniform_at(noise_key, 2 * index) < noise[:, None]
-    other = np.floor(streams.uniform_at(noise_key, 2 * index + 1) * (CLASSES - 1)).astype(int)
+    noise_key, noise = make_key(key, Stream.NOISE), instances.label_noise[instance]
+    is_wrong = uniform_at(noise_key, 2 * index) < noise[:, None]
+    other = np.floor(uniform_at(noise_key, 2 * index + 1) * (CLASSES - 1)).astype(int)
     shown = np.where(is_wrong, (labels[index] + 1 + other) % CLASSES, labels[index])
     assert is_wrong.any() == (name == "train")
 
@@ -52,7 +51,7 @@ def test_a_draw_is_that_of_the_streams(name: str, augments: bool) -> None:
         assert draw.shifts is None
         assert draw.flips is None
         return
-    v = streams.uniform(streams.make_key(key, Stream.AUGMENT, steps), 3 * BATCHES * SIZE)
+    v = uniform(make_key(key, Stream.AUGMENT, steps), 3 * BATCHES * SIZE)
     rows, columns, mirror = np.split(v, 3, axis=1)
     reach = 2 * PADDING + 1
     shifts = [by_batch(np.floor(part * reach).astype(int) - PADDING) for part in (rows, columns)]

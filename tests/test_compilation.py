@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esper_env import compilation
-from esper_env.streams import make_key, mix, number_at, uniform
+from esper_env import jit
+from esper_env.rng import make_key, mix, number_at, uniform
 
 
-@compilation.entry_point
+@jit.entry_point
 def numbers_of(keys: np.ndarray, count: int) -> np.ndarray:  # type: ignore[type-arg]
     result = np.empty((len(keys), count))
     for i in range(len(keys)):
@@ -37,7 +37,7 @@ def test_compiled_code_older_than_a_source_is_forgotten(
     """Numba looks at the file of the entry point alone; here another file has changed."""
     source, module = tmp_path / "inlined.py", Path(__file__).stem
     source.touch()
-    monkeypatch.setattr(compilation, "_sources", {source})
+    monkeypatch.setattr(jit, "_sources", {source})
     old, new, other = (
         tmp_path / f"{module}.numbers_of-1.old.nbi",
         tmp_path / f"{module}.numbers_of-1.new.nbc",
@@ -47,7 +47,7 @@ def test_compiled_code_older_than_a_source_is_forgotten(
     for file, age in ((old, now - 1), (new, now + 1), (other, now - 1)):
         file.touch()
         os.utime(file, (age, age))
-    compilation._forget_outdated(tmp_path, numbers_of.py_func)  # type: ignore[attr-defined]
+    jit._forget_outdated(tmp_path, numbers_of.py_func)  # type: ignore[attr-defined]
     assert [file.exists() for file in (old, new, other)] == [False, True, True]
 
 
@@ -56,8 +56,8 @@ def test_a_change_far_below_an_entry_point_is_compiled(
 ) -> None:
     """The changed function is inlined into another one, whose file stays as it is."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(compilation, "_sources", set())
-    head = "from esper_env.compilation import entry_point, inlined\n"
+    monkeypatch.setattr(jit, "_sources", set())
+    head = "from esper_env.jit import entry_point, inlined\n"
     results = []
     for number in (1, 2):
         texts = {
@@ -87,8 +87,8 @@ class Pair:
 
 
 def test_records_have_the_fields_of_their_dataclass_and_names_of_their_own() -> None:
-    record = compilation.record_type("PairRecord", __name__, Pair)
+    record = jit.record_type("PairRecord", __name__, Pair)
     assert record(*vars(Pair(1, 2)).values()) == (1, 2)
     assert record._fields == ("first", "second")
     with pytest.raises(AssertionError, match="PairRecord"):
-        compilation.record_type("PairRecord", __name__, Pair)
+        jit.record_type("PairRecord", __name__, Pair)

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from esper_env import streams
 from esper_env.population.blueprints import CNN_BLUEPRINTS, Blueprint
-from esper_env.population.compiled import _pool
 from esper_env.population.hosts import Host
-from esper_env.population.kernels import tanh_of
+from esper_env.population.interface import SGDSettings
 from esper_env.population.layers import Conv, Layer, Norm, Relu
-from esper_env.population.optimizer import SGDSettings
+from esper_env.population.numba_engine.engine import _pool
+from esper_env.population.numba_engine.kernels import tanh_of
 from esper_env.population.population import Population
+from esper_env.rng import make_key
 from tests.test_env import make, make_single
 from tests.test_population import (
     BATCH_SIZE,
@@ -109,7 +109,7 @@ def make_population(
         [host], blueprints, members, SGDSettings(), torch.device("cpu"), BATCH_SIZE, None
     )
     own = np.arange(members)
-    population.reset(own, 0 * own, streams.make_key(own))
+    population.reset(own, 0 * own, make_key(own))
     return population
 
 

@@ -19,10 +19,10 @@ from benchmarks.states import MODES
 from docs import environment, findings, generate, refusals, source, speed
 from docs.page import COMMAND, ROOT
 from esper_env import EnvConfig, EsperEnv, Stage
-from esper_env.lifecycle import TRANSITIONS
+from esper_env.envs.registration import ENVIRONMENTS
+from esper_env.growth.lifecycle import TRANSITIONS
+from esper_env.growth.reward import TERMS
 from esper_env.population.blueprints import CNN_BLUEPRINTS, registered_blueprints
-from esper_env.registration import ENVIRONMENTS
-from esper_env.rewards.terms import TERMS
 from tests.test_env import INFO_KEYS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -120,7 +120,7 @@ def test_constructing_reads_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("the constructor read data")
 
-    monkeypatch.setattr("esper_env.simulation.load_splits", fail)
+    monkeypatch.setattr("esper_env.growth.simulation.load_splits", fail)
     envs = make()
     assert envs.single_observation_space.shape == (len(envs.observation_names),)
     with pytest.raises(AssertionError, match="read data"):

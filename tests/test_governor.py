@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from esper_env import EnvConfig, EsperVectorEnv, Op, Stage
-from esper_env.governor import GovernorState, judge
+from esper_env.growth.rollback import GovernorState, judge
 from tests.test_env import CONV_LIGHT, FULL_ALPHA, action, make
 
 GUESS = float(np.log(10))
@@ -214,6 +214,6 @@ def test_a_state_saved_after_a_rollback_continues_bitwise() -> None:
     other = make(2, episode_steps=40)
     other.set_state(state)
     play(other, 10)
-    for name, tensor in envs._sim.member_tensors().items():
-        assert torch.equal(tensor, other._sim.member_tensors()[name])
+    for name, tensor in envs._sim.population.member_tensors().items():
+        assert torch.equal(tensor, other._sim.population.member_tensors()[name])
     np.testing.assert_array_equal(envs._observe(), other._observe())

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from esper_env.config import EnvConfig
+from esper_env.growth.simulation import Simulation
 from esper_env.population.blueprints import CNN_BLUEPRINTS
 from esper_env.population.images import PADDING, Draw, ImageSet, shifted
-from esper_env.simulation import Simulation
 
 
 def make_set(count: int = 30, size: int = 6, channels: int = 3) -> ImageSet:

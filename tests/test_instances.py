@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from benchmarks.plain import PlainNetwork
-from esper_env import streams
 from esper_env.config import Blend, EnvConfig, Op
+from esper_env.growth.simulation import Simulation
 from esper_env.population.blueprints import CNN_BLUEPRINTS
 from esper_env.population.hosts import Host
-from esper_env.population.optimizer import SGDSettings
+from esper_env.population.interface import SGDSettings
 from esper_env.population.population import Population
-from esper_env.simulation import Simulation
+from esper_env.rng import make_key
 from esper_env.tasks import TASKS
 from esper_env.tasks.instances import SET_SIZES, InstanceRanges, make_instances
 from tests.test_env import make, make_single
@@ -45,7 +45,7 @@ def make_mixed_population() -> Population:
         HOSTS, CNN_BLUEPRINTS, 3, SGDSettings(), torch.device("cpu"), BATCH_SIZE, None
     )
     members = np.arange(3)
-    population.reset(members, members, streams.make_key(members))
+    population.reset(members, members, make_key(members))
     return population
 
 
@@ -85,7 +85,7 @@ def test_narrow_members_equal_narrow_networks(index: int, blend: Blend, stage: s
     for slot in range(2):
         seeds.blueprint[:, slot], seeds.blend[:, slot] = index, blend
         place = np.full(3, slot), np.full(3, index)
-        population.germinate(members, members, *place, streams.make_key(members, 77 + slot))
+        population.germinate(members, members, *place, make_key(members, 77 + slot))
         for member in range(3):
             set_stage(seeds, member, slot, stage)
     networks = [narrow_copy(population, seeds, i) for i in range(3)]
@@ -123,7 +123,7 @@ def test_narrow_members_are_evaluated_like_narrow_networks(blend: Blend) -> None
     index = NAMES.index("conv_heavy")
     seeds.blueprint[:, 0], seeds.blend[:, 0] = index, blend
     where = np.zeros(3, dtype=np.int64), np.full(3, index)
-    population.germinate(members, members, *where, streams.make_key(members, 77))
+    population.germinate(members, members, *where, make_key(members, 77))
     for member in range(3):
         set_stage(seeds, member, 0, "holding")
     indices = draw(np.random.default_rng(0), images, 3)

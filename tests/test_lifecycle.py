@@ -22,10 +22,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper_env import lifecycle
-from esper_env.actions import ActionSpace
 from esper_env.config import BoolArray, Curve, EnvConfig, Op, Stage
-from esper_env.lifecycle import DOWN, HOLD, UP, LifecycleState, Measurements, Request
+from esper_env.growth import lifecycle
+from esper_env.growth.action_space import ActionSpace
+from esper_env.growth.lifecycle import DOWN, HOLD, UP, LifecycleState, Measurements, Request
 
 LISTED = {
     (Stage.DORMANT, Stage.GERMINATED),

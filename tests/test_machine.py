@@ -30,15 +30,16 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from esper_env import EsperEnv, EsperVectorEnv, Op, Stage, lifecycle
+from esper_env import EsperEnv, EsperVectorEnv, Op, Stage
 from esper_env.config import STYLES, Blend, BoolArray, IntArray
-from esper_env.observation import CHANGE_SCALE
-from esper_env.population import library
-from esper_env.population.compiled import _pool
+from esper_env.growth import lifecycle
+from esper_env.growth.observation import CHANGE_SCALE
+from esper_env.growth.simulation import Simulation, load_splits
 from esper_env.population.images import ImageSet
 from esper_env.population.layout import Layout
+from esper_env.population.numba_engine import program_cache as library
+from esper_env.population.numba_engine.engine import _pool
 from esper_env.population.population import Population
-from esper_env.simulation import Simulation, load_splits
 from esper_env.tasks import Splits
 from esper_env.tasks.instances import SET_SIZES
 from tests.test_env import (
@@ -316,7 +317,9 @@ def member_bytes(
     """Return everything that one member's future depends on, by name, to compare bit by bit."""
     sim = envs._sim
     arrays = {k: a[member].tobytes() for k, a in sim.member_arrays().items() if k not in ignore}
-    return arrays | {k: t[member].numpy().tobytes() for k, t in sim.member_tensors().items()}
+    return arrays | {
+        k: t[member].numpy().tobytes() for k, t in sim.population.member_tensors().items()
+    }
 
 
 # Of the last call rather than of the episode, and so reset by any reset.
@@ -733,7 +736,7 @@ def few_images(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         splits = load_splits(*args)
         return dataclasses.replace(splits, validation=cut(splits.validation), test=cut(splits.test))
 
-    monkeypatch.setattr("esper_env.simulation.load_splits", load_few)
+    monkeypatch.setattr("esper_env.growth.simulation.load_splits", load_few)
     return
 
 

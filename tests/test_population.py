@@ -8,15 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.plain import PlainNetwork, train_batch
-from esper_env import streams
 from esper_env.config import Blend
 from esper_env.population.blueprints import CNN_BLUEPRINTS
 from esper_env.population.hosts import Host
 from esper_env.population.images import Draw, ImageSet
-from esper_env.population.optimizer import SGDSettings
+from esper_env.population.interface import Seeds, SGDSettings
 from esper_env.population.population import Population
-from esper_env.population.slots import Seeds
 from esper_env.population.storage import _begin, _begin_elsewhere
+from esper_env.rng import make_key
 from esper_env.tasks import TASKS
 
 NAMES = [blueprint.name for blueprint in CNN_BLUEPRINTS]
@@ -60,7 +59,7 @@ def make_population(num_members: int, chunk_size: int | None = None, host: Host 
         chunk_size,
     )
     members = np.arange(num_members)
-    population.reset(members, 0 * members, streams.make_key(members))
+    population.reset(members, 0 * members, make_key(members))
     return population
 
 
@@ -81,7 +80,7 @@ def plant(population: Population, seeds: Seeds, member: int, slot: int, index: i
     """Germinate one seed."""
     seeds.blueprint[member, slot] = index
     one = np.array([member])
-    key = streams.make_key(one, 77 + slot)
+    key = make_key(one, 77 + slot)
     population.germinate(one, 0 * one, np.array([slot]), np.array([index]), key)
 
 
@@ -343,7 +342,7 @@ def test_start_values_are_the_same_on_another_device() -> None:
     """The way to a GPU, taken on the CPU: only the columns concerned are written."""
     population = make_population(4)
     start, _ = population.layout.seed_start(1, 2, 0)
-    members, key = np.array([3, 1]), streams.make_key(np.arange(2))
+    members, key = np.array([3, 1]), make_key(np.arange(2))
     here, there = torch.full((2, 4, population.layout.num_parameters), 7.0)
     _begin(here, members, key, start)
     _begin_elsewhere(there, members, key, start)

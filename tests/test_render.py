@@ -17,8 +17,8 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 from esper_env import EsperVectorEnv, Op, Stage
-from esper_env.render import HEIGHT, WIDTH, describe, draw
-from esper_env.trace import Trace
+from esper_env.envs.history import Trace
+from esper_env.envs.render import HEIGHT, WIDTH, describe, draw
 from tests.test_env import CONV_LIGHT, FULL_ALPHA, ID, SMALL, action, make, make_single
 from tests.test_governor import poison
 from tests.test_state import play
@@ -94,7 +94,7 @@ def test_the_picture_changes_with_the_lifecycle() -> None:
 
 
 def test_the_same_trace_gives_the_same_picture_whoever_was_drawn_before() -> None:
-    from esper_env import render
+    from esper_env.envs import render
 
     trace = fabricate()
     first, other = show(trace), show(trace, 1)

@@ -11,9 +11,18 @@ import numpy as np
 import pytest
 
 from esper_env.config import BoolArray, EnvConfig, FloatArray, Op, Stage
-from esper_env.rewards.potential import STAGE_POTENTIAL, STAGE_PROGRESS, potential
-from esper_env.rewards.presets import PRESETS, compute_reward, resolve_weights
-from esper_env.rewards.terms import TERMS, Standing, Transition, score
+from esper_env.growth.reward import (
+    PRESETS,
+    STAGE_POTENTIAL,
+    STAGE_PROGRESS,
+    TERMS,
+    Standing,
+    Transition,
+    compute_reward,
+    potential,
+    resolve_weights,
+    score,
+)
 from tests.test_lifecycle import walk
 
 EXACT = 1e-12

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from esper_env import streams
-from esper_env.population.slots import GatherMembers, Group, Mix, MixResiduals
+from esper_env.population.torch_engine.mixing import GatherMembers, Group, Mix, MixResiduals
+from esper_env.rng import make_key, uniform
 
 B, H, W, M, C = 2, 2, 2, 5, 3
 
@@ -72,13 +72,13 @@ def test_a_training_seed_is_invisible_forward_and_fully_visible_backward() -> No
 
 def test_streams_are_uniform_independent_and_stateless() -> None:
     """A number depends on key and counter alone; moments of 200,000 draws within 5 sigma."""
-    keys = streams.make_key(np.arange(4), 7)
-    draws = streams.uniform(keys, 50_000)
-    np.testing.assert_array_equal(streams.uniform(keys[2:3], 100), draws[2:3, :100])
+    keys = make_key(np.arange(4), 7)
+    draws = uniform(keys, 50_000)
+    np.testing.assert_array_equal(uniform(keys[2:3], 100), draws[2:3, :100])
     assert len(set(keys.tolist())) == 4
     assert ((draws >= 0) & (draws < 1)).all()
     # Standard error of a mean of uniforms: 1 / sqrt(12 n).
     assert abs(draws.mean() - 0.5) < 5 / np.sqrt(12 * draws.size)
     correlation = np.corrcoef(draws)
     assert np.abs(correlation - np.eye(4)).max() < 5 / np.sqrt(50_000)
-    assert not np.array_equal(streams.make_key(np.arange(4), 7, 1), streams.make_key(keys, 2))
+    assert not np.array_equal(make_key(np.arange(4), 7, 1), make_key(keys, 2))

@@ -11,51 +11,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CONFIG = {"config", "streams", "compilation"}
-ALLOWED: dict[str, set[str]] = {
-    "config": set(),
-    "compilation": {"config"},
-    "streams": {"compilation"},
-    "lifecycle": CONFIG,
-    "records": CONFIG | {"lifecycle"},
-    "actions": CONFIG | {"lifecycle", "records"},
-    "attribution": CONFIG | {"lifecycle", "records"},
-    "gradients": CONFIG | {"lifecycle", "records"},
-    "observation": CONFIG | {"lifecycle", "records"},
-    "governor": CONFIG,
-    "trace": CONFIG,
-    "render": {"config", "trace"},
-    "rewards": CONFIG,
-    "population": CONFIG,
-    "tasks": CONFIG | {"population"},
-    "batches": CONFIG | {"population", "tasks"},
-    "simulation": CONFIG
-    | {"governor", "lifecycle", "attribution", "observation", "rewards", "population", "tasks"}
-    | {"batches", "gradients"},
-    "vector_env": CONFIG
-    | {"actions", "observation", "render", "rewards", "population", "tasks", "simulation"}
-    | {"info", "reset_arguments", "trace"},
-    "info": CONFIG | {"simulation"},
-    "reset_arguments": CONFIG,
-    "env": CONFIG | {"actions", "info", "render", "vector_env"},
-    "wrappers": CONFIG | {"actions", "env", "vector_env"},
-    "sb3": {"info", "vector_env"},
-    "inspection": set(),
-    "checks": {"inspection"},
-    "registration": set(),
-    "__init__": CONFIG
-    | {"actions", "checks", "env", "population", "registration", "vector_env", "wrappers"},
+ROWS = {
+    "base": set(),
+    "population": {"base"},
+    "tasks": {"base", "population"},
+    "growth": {"base", "population", "tasks"},
+    "envs": {"base", "population", "tasks", "growth"},
+    "testing": set(),
 }
-"""Design 14: config <- the parts <- vector_env (with its simulation) <- env."""
-WITHOUT_TORCH = {"config", "streams", "lifecycle", "actions", "attribution", "observation"} | {
-    "compilation",
-    "gradients",
-    "records",
-    "rewards",
-    "render",
-    "trace",
-}
-WITHOUT_GYMNASIUM = WITHOUT_TORCH | {"population", "tasks", "batches", "simulation"}
+"""The folders that each folder may import; "base" is `config`, `rng` and `jit`."""
+BASE = {"config", "rng", "jit"}
+ENTRY = {"__init__", "sb3"}
+"""Modules that only re-export names."""
+ALLOWED_LIBRARIES = {"gymnasium": {"envs", "testing"}, "torch": {"population", "tasks", "envs"}}
+"""The only folders that may import these libraries."""
 
 
 def imports_of(path: Path) -> set[str]:
@@ -70,23 +39,26 @@ def imports_of(path: Path) -> set[str]:
     return names
 
 
-def part_of(path: Path) -> str:
-    """Return the top-level module or subpackage of `esper_env` that a file belongs to."""
-    return path.relative_to(ROOT / "esper_env").parts[0].removesuffix(".py")
+def row_of(name: str) -> str:
+    """Return the row of the table that a dotted name below `esper_env` belongs to."""
+    part = name.split(".")[1]
+    return "base" if part in BASE else part
 
 
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "esper_env").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
 )
-def test_environment_files_import_only_what_their_layer_may(path: Path) -> None:
-    own = part_of(path)
+def test_environment_files_import_only_what_their_row_may(path: Path) -> None:
+    own = row_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
     imports = imports_of(path)
-    parts = {name.split(".")[1] for name in imports if name.startswith("esper_env.")}
-    assert parts - {own} <= ALLOWED[own]
     assert not any(name.split(".")[0] in ("esper_agent", "benchmarks") for name in imports)
-    roots = {name.split(".")[0] for name in imports}
-    assert own not in WITHOUT_TORCH or not roots & {"torch", "torchvision"}
-    assert own not in WITHOUT_GYMNASIUM or "gymnasium" not in roots
+    if own in ENTRY:
+        return
+    rows = {row_of(name) for name in imports if name.startswith("esper_env.")}
+    assert rows - {own} <= ROWS[own]
+    roots = {name.split(".")[0].replace("torchvision", "torch") for name in imports}
+    for library, allowed in ALLOWED_LIBRARIES.items():
+        assert library not in roots or own in allowed, library
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "esper_agent").rglob("*.py")), ids=lambda p: p.name)

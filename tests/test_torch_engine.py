@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.plain import PlainNetwork
-from esper_env import streams
 from esper_env.config import Blend
 from esper_env.population.blueprints import CNN_BLUEPRINTS, Blueprint
+from esper_env.population.interface import Seeds, SGDSettings
 from esper_env.population.layers import Conv, Layer, Relu
-from esper_env.population.optimizer import SGDSettings
 from esper_env.population.population import Population
-from esper_env.population.slots import Seeds
+from esper_env.rng import make_key
 from tests.test_population import (
     BATCH_SIZE,
     RATE,
@@ -138,7 +137,7 @@ def make_precise(num_members: int, precision: str, blueprints: Any = CNN_BLUEPRI
         precision,
     )
     members = np.arange(num_members)
-    population.reset(members, 0 * members, streams.make_key(members))
+    population.reset(members, 0 * members, make_key(members))
     return population
 
 

@@ -6,11 +6,10 @@ It draws each head by itself from its marginal mask; what is illegal together co
 import argparse
 
 import gymnasium as gym
+from esper_env.sb3 import Sb3VecEnv
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.utils import get_action_masks
 from stable_baselines3.common.vec_env import VecMonitor
-
-from esper_env.sb3 import Sb3VecEnv
 
 # Fewer options are learned sooner: these heads get one each; op, slot and blueprint stay open.
 HEADS = {"style": "LINEAR_ADD", "tempo": 3, "alpha_target": 1.0}

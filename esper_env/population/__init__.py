@@ -1,1 +1,1 @@
-"""The population engine: many small growing networks trained as one tensor program."""
+"""The networks that are trained: hosts, seed modules, their storage and the two engines."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from esper_env.population.check_layers import Candidate, check_layers
 from esper_env.population.layers import Conv, Layer, Norm, Relu, SqueezeExcite
-from esper_env.population.trial import Candidate, check_layers
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
+from esper_env.population.check_layers import Candidate, check_layers
 from esper_env.population.layers import Conv, Layer, Norm, Relu, TensorSpec
-from esper_env.population.trial import Candidate, check_layers
 
 
 @dataclass(frozen=True, kw_only=True)

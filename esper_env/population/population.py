@@ -11,18 +11,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from esper_env import streams
 from esper_env.config import BoolArray, FloatArray, IntArray
 from esper_env.population.blueprints import Blueprint
-from esper_env.population.compiled import CompiledEngine
 from esper_env.population.hosts import Host
 from esper_env.population.images import Draw, ImageSet
+from esper_env.population.interface import Evaluation, Seeds, SGDSettings, TrainReport
 from esper_env.population.layout import Layout
-from esper_env.population.optimizer import SGDSettings
-from esper_env.population.report import Evaluation, TrainReport
-from esper_env.population.slots import Seeds
+from esper_env.population.numba_engine.engine import CompiledEngine
 from esper_env.population.storage import Storage
-from esper_env.population.torch_engine import TorchEngine
+from esper_env.population.torch_engine.engine import TorchEngine
+from esper_env.rng import KeyArray
 
 
 class Population:
@@ -46,7 +44,7 @@ class Population:
         blueprints: Sequence[Blueprint],
         num_members: int,
         settings: SGDSettings,
-        device: torch.device,
+        device: str | torch.device,
         batch_size: int,
         chunk_size: int | None,
         precision: str = "float32",
@@ -55,7 +53,7 @@ class Population:
         host = self.layout.host
         self.num_members = num_members
         self.settings = settings
-        self.device = device
+        self.device = device = torch.device(device)
         self.storage = Storage(self.layout, num_members, device)
         self._torch = TorchEngine(self.storage, settings, batch_size, chunk_size, precision)
         has_kernels = device.type == "cpu" and precision == "float32"
@@ -83,7 +81,12 @@ class Population:
         )
         """Multiply-adds per image of each blueprint. (widths, slots, blueprints)."""
 
-    def reset(self, members: IntArray, widths: IntArray, key: streams.KeyArray) -> None:
+    def member_tensors(self) -> dict[str, torch.Tensor]:
+        """Return every tensor that has one row per member, by name. No copies."""
+        saved = {f"snapshot.{name}": tensor for name, tensor in self.storage.snapshots.items()}
+        return self.storage.matrices | saved
+
+    def reset(self, members: IntArray, widths: IntArray, key: KeyArray) -> None:
         """Give members fresh hosts and empty slots.
 
         Args:
@@ -103,7 +106,7 @@ class Population:
         widths: IntArray,
         slots: IntArray,
         blueprints: IntArray,
-        key: streams.KeyArray,
+        key: KeyArray,
     ) -> None:
         """Build seeds: initial weights, gate, no momentum. All arrays are (m,)."""
         alike: dict[tuple[int, ...], list[int]] = {}

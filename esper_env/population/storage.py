@@ -8,11 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from esper_env import streams
-from esper_env.compilation import entry_point
 from esper_env.config import FloatArray, IntArray
+from esper_env.jit import entry_point
 from esper_env.population.layout import Layout, Start
-from esper_env.streams import number_at
+from esper_env.rng import KeyArray, number_at
 
 
 class Storage:
@@ -78,7 +77,7 @@ class Storage:
             matrix[rows] = 0
 
     def initialise(
-        self, members: IntArray, key: streams.KeyArray, parameters: Start, buffers: Start
+        self, members: IntArray, key: KeyArray, parameters: Start, buffers: Start
     ) -> None:
         """Write start values and clear the momentum of the same columns.
 
@@ -95,15 +94,13 @@ class Storage:
             write(matrix, members, key, start)
 
 
-def _begin(matrix: torch.Tensor, members: IntArray, key: streams.KeyArray, start: Start) -> None:
+def _begin(matrix: torch.Tensor, members: IntArray, key: KeyArray, start: Start) -> None:
     """Write start values into rows of a matrix in the host's memory."""
     columns = start.columns, start.index
     _write_start(matrix.numpy(), members, key, *columns, start.value, start.bound)
 
 
-def _begin_elsewhere(
-    matrix: torch.Tensor, members: IntArray, key: streams.KeyArray, start: Start
-) -> None:
+def _begin_elsewhere(matrix: torch.Tensor, members: IntArray, key: KeyArray, start: Start) -> None:
     """Do the same on any device, without waiting for it."""
     fresh = torch.zeros(len(members), matrix.shape[1])
     _begin(fresh, np.arange(len(members)), key, start)
@@ -116,7 +113,7 @@ def _begin_elsewhere(
 def _write_start(
     matrix: npt.NDArray[np.float32],
     members: IntArray,
-    key: streams.KeyArray,
+    key: KeyArray,
     columns: IntArray,
     index: IntArray,
     value: FloatArray,

@@ -6,7 +6,7 @@ from esper_env.config import EnvConfig
 from esper_env.population.hosts import Host, registered_hosts
 from esper_env.tasks import cifar10
 from esper_env.tasks.digits import DIGITS
-from esper_env.tasks.task import Splits, Task
+from esper_env.tasks.task import Splits, Task, load_splits
 
 TASKS: dict[str, Task] = {
     "digits": DIGITS,
@@ -16,7 +16,7 @@ TASKS: dict[str, Task] = {
 }
 """Tasks by the name that `EnvConfig.task` takes."""
 
-__all__ = ["TASKS", "Splits", "Task", "resolve_host"]
+__all__ = ["TASKS", "Splits", "Task", "load_splits", "resolve_host"]
 
 
 def resolve_host(config: EnvConfig) -> Host:

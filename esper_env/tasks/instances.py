@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from esper_env import streams
 from esper_env.config import FloatArray, IntArray
+from esper_env.rng import make_key, uniform
 
 SET_SIZES = {"default": 1, "train": 100, "test": 20}
 """Instances in each set."""
@@ -72,8 +72,8 @@ def make_instances(name: str, ranges: InstanceRanges, learning_rate: float) -> I
             width=np.zeros(1, dtype=np.int64),
             widths=(1.0,),
         )
-    key = streams.make_key(_SET_KEYS[name], np.arange(SET_SIZES[name]))
-    u = streams.uniform(key, 5).T
+    key = make_key(_SET_KEYS[name], np.arange(SET_SIZES[name]))
+    u = uniform(key, 5).T
     return Instances(
         learning_rate=_log_uniform(u[0], ranges.learning_rate),
         train_fraction=_log_uniform(u[1], ranges.train_fraction),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from esper_env.population.hosts import Host
 from esper_env.population.images import ImageSet
@@ -35,3 +38,15 @@ class Task:
     """Fields of `EnvConfig` that have another default for this task."""
     ranges: InstanceRanges = field(default_factory=InstanceRanges)
     """Where the instances are drawn from."""
+
+
+@functools.cache
+def load_splits(load: Callable[[str | None], Splits], data_dir: str | None, device: str) -> Splits:
+    """Read a task's data once per process and device."""
+    splits = load(data_dir)
+    target = torch.device(device)
+    return Splits(
+        train=splits.train.to(target),
+        validation=splits.validation.to(target),
+        test=splits.test.to(target),
+    )

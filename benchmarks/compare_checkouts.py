@@ -1,0 +1,379 @@
+"""Compare two checkouts of this repository: the same results byte for byte, and their speed.
+
+Each checkout runs in a process of its own, so both must run with the packages installed here. Only
+public names are used, and those that both checkouts have.
+
+    python benchmarks/compare_checkouts.py --old ../old-checkout
+    python benchmarks/compare_checkouts.py --old ../old-checkout --speed --first-step \
+        --out benchmarks/results/checkouts.json
+
+The comparison steps 16 members of mixed instances through every scenario of `SCENARIOS` with
+random legal and some illegal actions, and compares digests of observations, rewards, masks, info,
+weights and snapshots after every step. It prints "equal", or the first difference of each scenario.
+
+`--speed` steps both checkouts in turn and prints the ratio of env steps per second, new to old.
+`--first-step` times the import and first reset and step of each with an empty compilation cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+UNSTABLE = {"learning_rate_decay": "none", "divergence_sigma": 0.0, "divergence_factor": 1.02}
+"""Settings under which members are rolled back every few steps."""
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "leave-one-out": {"attribution": "leave_one_out"},
+    "Shapley values": {"attribution": "full", "reward_weights": {"pbrs": 0.1}},
+    "no attribution": {"attribution": "none", "horizon": "terminal", "reward": "sparse"},
+    "rollbacks": {**UNSTABLE, "max_rollbacks": 4, "host_learning_rate": 0.4},
+    "every option": {
+        "automatic_training": False,
+        "automatic_holding": False,
+        "automatic_blending": True,
+        "strict_fossilize": True,
+        "isolated_stages": ["TRAINING"],
+        "max_seeds": 1,
+    },
+    "torch engine": {"host": "subclassed", "attribution": "leave_one_out"},
+    "torch engine, rollbacks": {"host": "subclassed", "host_learning_rate": 0.4, **UNSTABLE},
+    "both engines": {"blueprints": True, "attribution": "full"},
+    "bfloat16": {"precision": "bfloat16", "batches_per_step": 2},
+}
+"""Settings by name; "subclassed" and "blueprints" have layers without kernels (see `_register`)."""
+SPEED = [(count, mode) for count in (16, 64) for mode in ("empty", "mix")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Compare an older checkout with this one."""
+
+    old: Path
+    """Checkout to compare with."""
+    new: Path = Path(__file__).resolve().parent.parent
+    """Checkout that is compared; by default the one of this script."""
+    steps: int = 300
+    """Env steps of each scenario."""
+    num_envs: int = 16
+    """Members."""
+    scenarios: tuple[str, ...] = tuple(SCENARIOS)
+    """Which scenarios."""
+    speed: bool = False
+    """Whether to time both."""
+    rounds: int = 15
+    """Timed rounds of each side."""
+    threads: int = 2
+    """Torch threads."""
+    first_step: bool = False
+    """Whether to time the first step with an empty compilation cache."""
+    out: Path | None = None
+    """Where to write the result as JSON."""
+
+
+# ---------------------------------------------------------------------------------- the worker
+
+
+def record(settings: dict[str, Any], num_envs: int, steps: int) -> Iterator[dict[str, str]]:
+    """Yield the digests after a reset and after every step."""
+    import gymnasium as gym
+
+    import esper_env  # noqa: F401
+
+    settings = dict(settings)
+    if settings.pop("blueprints", False):
+        _register(blueprint=True)
+    if settings.get("host") == "subclassed":
+        _register(blueprint=False)
+    common = {"instances": "train", "autoreset_mode": "SameStep", "episode_steps": 40}
+    common["max_episode_steps"] = 40
+    envs = gym.make_vec("Esper-Digits-v0", num_envs=num_envs, **{**common, **settings}).unwrapped
+    rng = np.random.default_rng(0)
+    observation, info = envs.reset(seed=list(range(num_envs)))
+    rewards = np.zeros(num_envs)
+    num_rollbacks = 0
+    for step in range(steps + 1):
+        num_rollbacks += int(info["rolled_back"].sum())
+        state = envs.get_state()
+        yield {
+            "observation": _digest(observation),
+            "reward": _digest(rewards),
+            "mask": _digest([envs.action_masks(), *envs.conditional_masks().values()]),
+            "info": _digest(info),
+            **{n: _digest(state["tensors"][n]) for n in sorted(state["tensors"])},
+            "rollbacks": str(num_rollbacks),
+        }
+        actions = envs.sample_valid_actions(rng)
+        if step % 7 == 3:  # Illegal for some: each head is drawn by itself.
+            for h, head in enumerate(envs.heads):
+                actions[::3, h] = rng.integers(len(head.options), size=len(actions[::3]))
+        if step % 50 == 20:
+            envs.fork([0, 1], [num_envs - 1, num_envs - 2])
+        if step % 50 == 40:
+            envs.set_state(state)
+        observation, rewards, *_, info = envs.step(actions)
+        if "final_info" in info:
+            num_rollbacks += int(info["final_info"]["rolled_back"].sum())
+    envs.close()
+
+
+def _register(*, blueprint: bool) -> None:
+    """Register a blueprint, or a host, whose layers have no kernels, so PyTorch runs them."""
+    from esper_env import register_blueprint, register_host
+    from esper_env.population.layers import Conv, Norm, Relu
+
+    class OtherConv(Conv):
+        pass
+
+    if blueprint:
+        register_blueprint(
+            "without_kernels", lambda c: [Norm(c), Relu(), OtherConv(c, c, 3, bias=True, zero=True)]
+        )
+    else:
+        register_host("subclassed", (4, 8), lambda a, b: [OtherConv(a, b, 3), Norm(b), Relu()])
+
+
+def _digest(value: Any) -> str:
+    """Return a hash of nested arrays and numbers, their names, dtypes and shapes."""
+    digest = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, dict):
+            for name in sorted(part):
+                digest.update(name.encode())
+                add(part[name])
+        elif isinstance(part, (list, tuple)) or getattr(part, "dtype", "") == "object":
+            for item in part:
+                add(item)
+        elif part is not None:
+            array = np.asarray(part)
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(array.tobytes())
+
+    add(value)
+    return digest.hexdigest()[:16]
+
+
+def _work(threads: int) -> None:
+    """Answer requests, a line of JSON each, until the input ends."""
+    import torch
+
+    torch.set_num_threads(threads)
+    timed: dict[tuple[int, str], Any] = {}
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # Whatever else is printed goes to stderr.
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer: Any = None
+        if request["what"] == "record":
+            answer = list(record(request["settings"], request["num_envs"], request["steps"]))
+        elif request["what"] == "time":
+            key = request["num_envs"], request["mode"]
+            if key not in timed:
+                timed[key] = _timed_environment(*key)
+            envs, wait = timed[key]
+            began = time.perf_counter()
+            for _ in range(request["steps"]):
+                envs.step(wait)
+            answer = time.perf_counter() - began
+        print(json.dumps(answer), file=out, flush=True)
+
+
+def _timed_environment(num_envs: int, mode: str) -> tuple[Any, Any]:
+    """Return an environment whose slots are in the mode's state, and the action that waits."""
+    from benchmarks.states import grow, make_envs, settings_of
+
+    envs = make_envs("Esper-Digits-v0", num_envs, **settings_of(mode))
+    grow(envs, mode, 0)
+    wait = np.zeros((num_envs, len(envs.heads)), dtype=np.int64)
+    for _ in range(20):
+        envs.step(wait)
+    return envs, wait
+
+
+# ---------------------------------------------------------------------------------- the comparison
+
+
+class Worker:
+    """A process that runs one checkout.
+
+    Args:
+        checkout: Its root.
+        cache: Folder of its compiled code.
+        threads: Torch threads.
+    """
+
+    def __init__(self, checkout: Path, cache: Path, threads: int) -> None:
+        script = Path(__file__).resolve()
+        environment = {**os.environ, "PYTHONPATH": str(checkout), "NUMBA_CACHE_DIR": str(cache)}
+        code = (
+            "import importlib.util as u, sys\n"
+            f"s = u.spec_from_file_location('compare_checkouts', {str(script)!r})\n"
+            "m = u.module_from_spec(s); sys.modules[s.name] = m; s.loader.exec_module(m)\n"
+            "import esper_env\n"
+            f"assert esper_env.__file__.startswith({str(checkout)!r}), esper_env.__file__\n"
+            f"m._work({threads})\n"
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=checkout,
+        )
+
+    def send(self, **request: Any) -> None:
+        """Send a request."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+
+    def receive(self) -> Any:
+        """Wait for the answer."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the worker ended with code {self._process.wait()}; see above")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def make_workers(args: Args, cache: Path) -> tuple[Worker, Worker]:
+    """Start a process for the old and one for the new checkout."""
+    old = Worker(args.old.resolve(), cache / "old", args.threads)
+    return old, Worker(args.new.resolve(), cache / "new", args.threads)
+
+
+def compare(args: Args, cache: Path) -> dict[str, Any]:
+    """Compare all scenarios and print a line for each."""
+    results = {}
+    for name in args.scenarios:
+        request = {"settings": SCENARIOS[name], "num_envs": args.num_envs, "steps": args.steps}
+        workers = make_workers(args, cache)  # New ones, as what was registered stays.
+        for worker in workers:
+            worker.send(what="record", **request)
+        before, after = (worker.receive() for worker in workers)
+        for worker in workers:
+            worker.close()
+        difference = _first_difference(before, after)
+        rollbacks = int(before[-1]["rollbacks"])
+        if "rollbacks" in name and not rollbacks:
+            raise RuntimeError(f"{name}: expected rollbacks, got none; the scenario shows nothing")
+        results[name] = {"difference": difference, "rollbacks": rollbacks}
+        print(f"{name}: {difference or 'equal'} ({rollbacks} rollbacks)", flush=True)
+    return results
+
+
+def _first_difference(before: list[dict[str, str]], after: list[dict[str, str]]) -> str | None:
+    for step, (a, b) in enumerate(zip(before, after, strict=True)):
+        differing = sorted(n for n in a.keys() | b.keys() if a.get(n) != b.get(n))
+        if differing:
+            return f"step {step}: {', '.join(differing)} differ"
+    return None
+
+
+def measure_speed(args: Args, cache: Path) -> list[dict[str, Any]]:
+    """Time both checkouts in turn; return the rows of the result."""
+    rows = []
+    old, new = make_workers(args, cache)
+    for num_envs, mode in SPEED:
+        request = {"what": "time", "num_envs": num_envs, "mode": mode}
+        seconds = [_timed(worker, 20, request) for worker in (old, new)]
+        steps = max(5, int(20 * 0.4 / min(seconds)))
+        pairs = []
+        for i in range(args.rounds):
+            both = {}
+            for worker in (old, new) if i % 2 else (new, old):
+                both[worker is new] = _timed(worker, steps, request)
+            pairs.append((both[False], both[True]))
+        ratios = np.array([a / b for a, b in pairs])
+        rate = num_envs * steps / np.median(np.array(pairs), axis=0)
+        row = {
+            "num_envs": num_envs,
+            "mode": mode,
+            "old_env_steps_per_second": float(rate[0]),
+            "new_env_steps_per_second": float(rate[1]),
+            "ratio_median": float(np.median(ratios)),
+            "ratio_min": float(ratios.min()),
+            "ratio_max": float(ratios.max()),
+        }
+        rows.append(row)
+        print(
+            f"{num_envs} members, {mode}: {rate[1]:.0f} env steps/s, before {rate[0]:.0f}; ratio "
+            f"{row['ratio_median']:.3f} ({row['ratio_min']:.3f} .. {row['ratio_max']:.3f})",
+            flush=True,
+        )
+    for worker in (old, new):
+        worker.close()
+    return rows
+
+
+def _timed(worker: Worker, steps: int, request: dict[str, Any]) -> float:
+    worker.send(steps=steps, **request)
+    seconds: float = worker.receive()
+    return seconds
+
+
+def measure_first_step(args: Args, repeats: int = 3) -> dict[str, list[float]]:
+    """Time import, reset and two steps with an empty cache, both checkouts in turn [seconds]."""
+    times: dict[str, list[float]] = {"old": [], "new": []}
+    for _ in range(repeats):
+        for side, checkout in (("old", args.old), ("new", args.new)):
+            with tempfile.TemporaryDirectory() as cache:
+                began = time.perf_counter()
+                worker = Worker(checkout.resolve(), Path(cache), args.threads)
+                worker.send(
+                    what="record",
+                    settings=SCENARIOS["leave-one-out"],
+                    num_envs=args.num_envs,
+                    steps=2,
+                )
+                worker.receive()
+                times[side].append(time.perf_counter() - began)
+                worker.close()
+    print(f"first step: {np.median(times['new']):.1f} s, before {np.median(times['old']):.1f} s")
+    return times
+
+
+def main(args: Args) -> int:
+    """Compare, print and save; return 1 if any scenario differs."""
+    unknown = [name for name in args.scenarios if name not in SCENARIOS]
+    if unknown:
+        raise ValueError(f"scenarios: expected names among {sorted(SCENARIOS)}, got {unknown}")
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if args.scenarios:
+            result["scenarios"] = compare(args, Path(folder))
+        if args.speed:
+            result["speed"] = measure_speed(args, Path(folder))
+    if args.first_step:
+        result["first_step_seconds"] = measure_first_step(args)
+    from benchmarks import write_result
+
+    write_result(args.out, args, **result)
+    differing = [name for name, row in result.get("scenarios", {}).items() if row["difference"]]
+    if args.scenarios:
+        print(f"different: {', '.join(differing)}" if differing else "equal")
+    return 1 if differing else 0
+
+
+if __name__ == "__main__":
+    import tyro
+
+    raise SystemExit(main(tyro.cli(Args)))

@@ -1,0 +1,1 @@
+"""Gymnasium's side: the environments, wrappers, info, rendering and registration."""

@@ -1,0 +1,24 @@
+"""Environment ids."""
+
+import gymnasium as gym
+
+ENVIRONMENTS = {
+    "Esper-Digits-v0": ("digits", 60),
+    "Esper-CIFAR10-v0": ("cifar10", 150),
+    "Esper-CIFAR10-Impaired-v0": ("cifar10_impaired", 150),
+    "Esper-CIFAR10-Deep-v0": ("cifar10_deep", 150),
+}
+"""Task and episode length [env steps] of each id."""
+
+
+def register_environments() -> None:
+    """Register every id with single and vector entry points; repeated calls change nothing."""
+    for name, (task, episode_steps) in ENVIRONMENTS.items():
+        if name not in gym.registry:
+            gym.register(
+                id=name,
+                entry_point="esper_env.envs.single_env:EsperEnv",
+                vector_entry_point="esper_env.envs.vector_env:EsperVectorEnv",
+                max_episode_steps=episode_steps,
+                kwargs={"task": task},
+            )

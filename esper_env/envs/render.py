@@ -1,0 +1,344 @@
+"""The course of an episode, as a picture and as text: what the render modes show.
+
+`draw` and `describe` show the `Trace` of one member. They change nothing outside: no pyplot, no
+rcParams, no random numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from esper_env.config import Op, Stage
+from esper_env.envs.history import Trace
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+HEIGHT, WIDTH = 600, 960
+"""Size of every picture [pixels]."""
+DPI = 150
+"""So a picture is 6.4 x 4 inches, the width of a text column, with fonts of 6 to 7.5 points."""
+RENDER_MODES = ("rgb_array", "ansi")
+"""What `render_mode` may be, besides None."""
+RENDER_FPS = 10
+"""Frames per second of a video [env steps]."""
+
+STAGE_COLORS = {
+    Stage.DORMANT: "#f0f0f0",
+    Stage.GERMINATED: "#f0e442",
+    Stage.TRAINING: "#56b4e9",
+    Stage.BLENDING: "#e69f00",
+    Stage.HOLDING: "#cc79a7",
+    Stage.FOSSILIZED: "#009e73",
+    Stage.EMBARGOED: "#a6a6a6",
+}
+"""Safe for colour-blind readers. Source: Okabe and Ito (2008), with greys for empty slots."""
+STAGE_LETTERS = ".gtbhFx"
+"""One character per stage, in the order of `Stage`."""
+ROLLBACK_LETTER = "!"
+OP_MARKERS = {Op.GERMINATE: ("^", 5.0), Op.PRUNE: ("X", 5.2), Op.FOSSILIZE: ("D", 4.0)}
+"""Shape and size [points]; the other ops show in the colours and in alpha."""
+
+_LIVE_COLOR, _COMMITTED_COLOR, _ROLLBACK_COLOR = "#000000", "#0072b2", "#d55e00"
+_SIZE_COLOR, _FONT = "#707070", "DejaVu Sans"
+_LEFT, _RIGHT = 0.075, 0.935
+_PANELS = {"lanes": (0.5, 0.35), "accuracy": (0.295, 0.15), "score": (0.085, 0.15)}
+"""Bottom and height of each panel; like `_LEFT` and `_RIGHT`, shares of the picture's size."""
+_KEYS = {"live": 0.687, "committed": 0.809}
+"""Where the names of the curves begin, above each panel."""
+_NAME_ROWS = 17
+"""Height of the strip above a lane's bar where names stand [pixels]."""
+_LANE_CHARACTERS = 108
+"""Characters of a name that a whole lane has room for."""
+_TINT = 0.38
+"""Strength of a stage's colour above the level of alpha."""
+
+
+class Frame(NamedTuple):
+    """What the axes of a picture depend on."""
+
+    num_slots: int
+    last_step: int
+    score_floor: float
+    """Lower end of the score's axis [accuracy]."""
+    size_top: int
+    """Upper end of the size's axis [doublings of the host]."""
+
+    @property
+    def bar_rows(self) -> int:
+        """Height of a lane's bar, below the strip where names stand [pixels]."""
+        return max(1, int(HEIGHT * _PANELS["lanes"][1]) // self.num_slots - _NAME_ROWS)
+
+    @property
+    def bar_top(self) -> float:
+        """Where the bar begins below the top of the lane [lanes]."""
+        return _NAME_ROWS / (_NAME_ROWS + self.bar_rows)
+
+
+def draw(
+    trace: Trace,
+    member: int,
+    *,
+    blueprints: Sequence[str],
+    host_parameters: int,
+    instance: str | None = None,
+) -> npt.NDArray[np.uint8]:
+    """Draw the episode of one member so far: slots, accuracy and score over env steps.
+
+    The same trace gives the same picture bitwise. Axes are those of the whole episode; the lower
+    end of the score and the upper end of the size only ever widen.
+
+    Args:
+        trace: What was recorded; the member has at least one row.
+        member: Whose episode to show.
+        blueprints: Names in the order of the registry.
+        host_parameters: Of the host without seeds.
+        instance: What to call the instance, if there is more than one.
+
+    Returns:
+        (HEIGHT, WIDTH, 3) uint8.
+    """
+    course, last_step = trace.course(member), trace.stage.shape[1] - 1
+    lowest = float(min(course.score.min(), course.committed_score.min(), 0))
+    doublings = np.log2(1 + course.parameters / host_parameters)
+    frame = Frame(
+        num_slots=trace.stage.shape[2],
+        last_step=last_step,
+        score_floor=float(np.floor(lowest * 4)) / 4,
+        size_top=max(1, int(np.ceil(doublings.max()))),
+    )
+    figure, panels = _blank_figure(frame)
+    figure.figimage(_background(frame), zorder=-1)
+    for axes in panels.values():
+        axes.set_axis_off()
+        for step in np.nonzero(course.rolled_back)[0].tolist():
+            axes.axvline(step, color=_ROLLBACK_COLOR, linewidth=1, linestyle=":")
+    _draw_lanes(panels["lanes"], course, blueprints, frame)
+    share = frame.score_floor + doublings / frame.size_top * (1 - frame.score_floor)
+    steps = np.arange(len(share))
+    panels["score"].fill_between(
+        steps, share, frame.score_floor, step="mid", color="black", alpha=0.13, linewidth=0
+    )
+    for name, live, committed in (
+        ("accuracy", course.accuracy, course.committed_accuracy),
+        ("score", course.score, course.committed_score),
+    ):
+        # Unclipped, because the limit 1 would halve a line that runs along it.
+        style: dict[str, Any] = {"linewidth": 1.1, "clip_on": False}
+        panels[name].plot(steps, live, color=_LIVE_COLOR, **style)
+        panels[name].plot(steps, committed, "--", color=_COMMITTED_COLOR, **style)
+        panels[name].plot(steps[-1], live[-1], "o", markersize=2.5, color=_LIVE_COLOR, **style)
+        _write(figure, _KEYS["live"], _above(name), f"live {live[-1]:.3f}")
+        _write(figure, _KEYS["committed"], _above(name), f"committed {committed[-1]:.3f}")
+    title = f"env step {len(steps) - 1} of {last_step}:  {_op_text(course)}"
+    _write(figure, _LEFT, 0.965, title, size=7.5, weight="bold")
+    sizes = f"{host_parameters:,} host + {course.parameters[-1]:,} grown parameters"
+    sizes += "" if instance is None else f"  |  instance {instance}"
+    _write(figure, _RIGHT, 0.965, sizes, size=7, ha="right")
+    return _rasterize(figure)
+
+
+def describe(
+    trace: Trace,
+    member: int,
+    *,
+    blueprints: Sequence[str],
+    host_parameters: int,
+    instance: str | None = None,
+) -> str:
+    """Describe the episode of one member so far in a line for the whole and one per slot.
+
+    A lane has one character per env step (`STAGE_LETTERS`, ! for a rollback) and blanks for those
+    to come, so that every description of an episode is laid out alike.
+
+    Args:
+        trace: What was recorded; the member has at least one row.
+        member: Whose episode to show.
+        blueprints: Names in the order of the registry.
+        host_parameters: Of the host without seeds.
+        instance: What to call the instance, if there is more than one.
+
+    Returns:
+        Lines separated by newlines, without one at the end.
+    """
+    course, last_step = trace.course(member), trace.stage.shape[1] - 1
+    step, width = len(course.op) - 1, len(str(last_step))
+    lines = [
+        f"env step {step:{width}}/{last_step}"
+        f"  accuracy {course.accuracy[-1]:.3f} (committed {course.committed_accuracy[-1]:.3f})"
+        f"  score {course.score[-1]:.3f} (committed {course.committed_score[-1]:.3f})"
+        f"  parameters {host_parameters} + {course.parameters[-1]}"
+        f"  {_op_text(course)}" + ("" if instance is None else f"  instance {instance}")
+    ]
+    letters = np.array(list(STAGE_LETTERS))[course.stage]
+    letters[course.rolled_back] = ROLLBACK_LETTER
+    for slot in range(course.stage.shape[1]):
+        lane = "".join(letters[:, slot]).ljust(last_step + 1)
+        index = course.blueprint[-1, slot]
+        name = blueprints[index] if index >= 0 else "-"
+        stage = Stage(course.stage[-1, slot]).name
+        lines.append(f"slot {slot} |{lane}| {stage:10} {course.alpha[-1, slot]:.2f} {name}")
+    return "\n".join(lines)
+
+
+def _draw_lanes(axes: Axes, course: Trace, blueprints: Sequence[str], frame: Frame) -> None:
+    """One lane per slot: a strip for names; a bar with the stages as colours, pale above alpha."""
+    end, bar_rows = len(course.stage), frame.bar_rows
+    colors = np.array([_rgb(color) for color in STAGE_COLORS.values()])
+    is_tinted = ~np.isin(list(STAGE_COLORS), (Stage.DORMANT, Stage.EMBARGOED))
+    tints = np.where(is_tinted[:, None], _tint(colors), colors)
+    level = (np.arange(bar_rows, 0, -1) - 0.5) / bar_rows
+    stage, alpha = course.stage.T[:, None], course.alpha.T[:, None]
+    is_below = (alpha > level[:, None])[..., None]
+    lanes = np.ones((frame.num_slots, _NAME_ROWS + bar_rows, end, 3))
+    lanes[:, _NAME_ROWS:] = np.where(is_below, colors[stage], tints[stage])
+    axes.imshow(
+        lanes.reshape(-1, end, 3),
+        extent=(-0.5, end - 0.5, frame.num_slots, 0),
+        aspect="auto",
+        interpolation="nearest",
+    )
+    middle = (1 + frame.bar_top) / 2
+    for op, (marker, size) in OP_MARKERS.items():
+        steps = np.nonzero(course.op == op)[0]
+        axes.plot(
+            steps, course.op_slot[steps] + middle, marker, color="black", markersize=size,
+            markeredgecolor="white", markeredgewidth=0.5,
+        )  # fmt: skip
+    width = frame.last_step + 1
+    for slot in range(frame.num_slots):
+        births = np.nonzero((course.op == Op.GERMINATE) & (course.op_slot == slot))[0].tolist()
+        # The last name may run into the margin of the picture.
+        for birth, following in zip(births, [*births, 1.06 * width][1:], strict=True):
+            room = int((following - birth) / width * _LANE_CHARACTERS)
+            index = course.blueprint[birth, slot]
+            if index >= 0 and room >= 4:
+                name = blueprints[index]
+                name = name if len(name) <= room else name[: room - 1] + "."
+                axes.text(birth - 0.5, slot + 0.75 * frame.bar_top, name, size=6, family=_FONT)
+
+
+@functools.lru_cache(maxsize=64)
+def _background(frame: Frame) -> npt.NDArray[np.uint8]:
+    """Draw all that is the same in every picture with these axes, which takes longest."""
+    from matplotlib.lines import Line2D
+
+    figure, panels = _blank_figure(frame)
+    for name, axes in panels.items():
+        axes.spines[["top", "right"]].set_visible(False)
+        _style_ticks(axes, "black")
+        axes.tick_params(axis="x", labelbottom=name == "score")
+        if name == "lanes":
+            continue
+        axes.set_yticks((0, 0.5, 1))
+        axes.grid(axis="y", color="#cccccc", linewidth=0.5)
+        axes.set_ylabel(name, size=7, family=_FONT)
+        for key, line, color in (("live", "-", _LIVE_COLOR), ("committed", "--", _COMMITTED_COLOR)):
+            ends = np.array([-0.038, -0.008]) + _KEYS[key]
+            figure.add_artist(Line2D(ends, [_above(name)] * 2, ls=line, lw=1.1, color=color))
+    lanes, score = panels["lanes"], panels["score"]
+    slots = np.arange(frame.num_slots)
+    lanes.set_yticks(slots + (1 + frame.bar_top) / 2, [f"slot {slot}" for slot in slots])
+    lanes.tick_params(axis="y", length=0)
+    lanes.spines["left"].set_visible(False)
+    score.set_xlabel("env step", size=7, family=_FONT, labelpad=1)
+    size = score.twinx()
+    size.set_ylim(0, frame.size_top)
+    stride = -(-frame.size_top // 4)
+    ticks = range(0, frame.size_top + 1, stride)
+    size.set_yticks(ticks, [f"{2**tick}\u00d7" for tick in ticks])
+    size.set_ylabel("size / host", size=7, family=_FONT, color=_SIZE_COLOR, labelpad=2)
+    size.spines[["top", "left", "bottom"]].set_visible(False)
+    _style_ticks(size, _SIZE_COLOR)
+    _draw_legend(figure)
+    return _rasterize(figure)
+
+
+def _draw_legend(figure: Figure) -> None:
+    """Stages in one row, ops and the rest in the next, between title and lanes."""
+    from matplotlib.legend_handler import HandlerTuple
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    def patch(color: Any) -> Patch:
+        return Patch(facecolor=color, edgecolor="#777777", linewidth=0.4)
+
+    marks: list[Any] = [
+        Line2D([], [], lw=0, marker=marker, ms=size, color="black", markeredgecolor="white")
+        for marker, size in OP_MARKERS.values()
+    ]
+    marks.append(Line2D([], [], color=_ROLLBACK_COLOR, lw=1, ls=":"))
+    blending = _rgb(STAGE_COLORS[Stage.BLENDING])
+    marks.append((patch(blending), patch(_tint(blending))))
+    events = [*(op.name.lower() for op in OP_MARKERS), "rollback", "below and above alpha"]
+    stages = [stage.name.lower() for stage in STAGE_COLORS]
+    for handles, labels, top in (
+        ([patch(color) for color in STAGE_COLORS.values()], stages, 0.935),
+        (marks, events, 0.895),
+    ):
+        figure.legend(
+            handles, labels, loc="upper left", bbox_to_anchor=(_LEFT, top), ncols=len(handles),
+            frameon=False, borderaxespad=0, borderpad=0, handlelength=1.4, handletextpad=0.5,
+            columnspacing=1.3, prop={"family": _FONT, "size": 6.5},
+            handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
+        )  # fmt: skip
+
+
+def _blank_figure(frame: Frame) -> tuple[Figure, dict[str, Axes]]:
+    """Return a figure outside pyplot, and its panels with their limits set."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((WIDTH / DPI, HEIGHT / DPI), dpi=DPI, facecolor="white")
+    panels = {
+        name: figure.add_axes((_LEFT, bottom, _RIGHT - _LEFT, height), facecolor="none")
+        for name, (bottom, height) in _PANELS.items()
+    }
+    limits = ((frame.num_slots, 0), (0, 1), (frame.score_floor, 1))
+    for axes, (low, high) in zip(panels.values(), limits, strict=True):
+        axes.set(xlim=(-0.5, frame.last_step + 0.5), ylim=(low, high))
+    return figure, panels
+
+
+def _rasterize(figure: Figure) -> npt.NDArray[np.uint8]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    picture = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    return picture[..., :3].copy()
+
+
+def _style_ticks(axes: Axes, color: str) -> None:
+    axes.tick_params(labelsize=6.5, labelfontfamily=_FONT, length=2, pad=2, width=0.6, colors=color)
+    for spine in axes.spines.values():
+        spine.set(linewidth=0.6, color=color)
+
+
+def _write(figure: Figure, x: float, y: float, text: str, size: float = 6.5, **style: Any) -> None:
+    figure.text(x, y, text, size=size, family=_FONT, va="center", **style)
+
+
+def _above(panel: str) -> float:
+    """Height of the line of text above a panel, as a share of the picture."""
+    return sum(_PANELS[panel]) + 0.022
+
+
+def _op_text(course: Trace) -> str:
+    """Name what the last step began with, its slot, and a rollback."""
+    op, slot = Op(course.op[-1]), course.op_slot[-1]
+    text = op.name if op == Op.WAIT else f"{op.name} slot {slot}"
+    return text + (", rolled back" if course.rolled_back[-1] else "")
+
+
+def _rgb(color: str) -> npt.NDArray[np.float64]:
+    return np.frombuffer(bytes.fromhex(color[1:]), dtype=np.uint8) / 255
+
+
+def _tint(color: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return 1 - _TINT * (1 - color)

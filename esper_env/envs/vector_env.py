@@ -1,0 +1,492 @@
+"""The vector environment: all members train as one tensor program."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray
+from esper_env.envs.history import Trace
+from esper_env.envs.info import build_info, masked_info
+from esper_env.envs.render import RENDER_FPS, RENDER_MODES, describe, draw
+from esper_env.envs.reset_options import ResetRequest, check_reset
+from esper_env.growth.action_space import ActionHead, ActionSpace
+from esper_env.growth.observation import ObservationBuilder
+from esper_env.growth.reward import compute_reward, resolve_weights
+from esper_env.growth.simulation import Simulation
+from esper_env.population.blueprints import registered_blueprints
+from esper_env.tasks import TASKS, resolve_host
+from esper_env.tasks.instances import SET_SIZES
+
+_IMPORTING_PROCESS = os.getpid()
+
+
+class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[Any]]):
+    """`num_envs` hosts being trained, each with an agent that may grow it.
+
+    A step is one decision per member followed by `batches_per_step` training batches of every
+    host. Every member has the same validation images and a fixed amount of work per step.
+
+    Args:
+        num_envs: Number of members.
+        device: Where all tensors live, e.g. "cpu" or "cuda".
+        autoreset_mode: Gymnasium's `AutoresetMode` or its value; NEXT_STEP by default.
+        render_mode: What `render` returns per member: "rgb_array" a chart of its episode so far,
+            "ansi" the same as text; None for nothing.
+        max_episode_steps: Gymnasium's name for `episode_steps`, passed by `gym.make_vec`; if both
+            are given, an upper limit.
+        **config: Fields of `EnvConfig`.
+
+    Raises:
+        TypeError: If a keyword is no field of `EnvConfig`.
+        ValueError: If a value is out of range.
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        device: str = "cpu",
+        autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        render_mode: str | None = None,
+        max_episode_steps: int | None = None,
+        **config: Any,
+    ) -> None:
+        if not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
+            raise ValueError(f"num_envs: expected an integer of at least 1, got {num_envs!r}")
+        if render_mode not in (None, *RENDER_MODES):
+            raise ValueError(
+                f"render_mode: expected None or one of {RENDER_MODES}, got {render_mode!r}"
+            )
+        if max_episode_steps is not None:
+            own = config.setdefault("episode_steps", max_episode_steps)
+            if own > max_episode_steps:
+                raise ValueError(
+                    f"episode_steps: expected at most max_episode_steps={max_episode_steps}, got "
+                    f"{own}; gym.make_vec passes the limit of the id unless you name another: "
+                    f"max_episode_steps={own}"
+                )
+        task = TASKS.get(config.get("task", EnvConfig.task))
+        if task is not None:
+            config = {**task.defaults, **config}
+        self.config = EnvConfig.from_keywords(config)
+        host = resolve_host(self.config)
+        self.num_envs = int(num_envs)
+        self.device = torch.device(device)
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.metadata = {
+            "render_modes": list(RENDER_MODES),
+            "render_fps": RENDER_FPS,
+            "autoreset_mode": self.autoreset_mode,
+        }
+        self.render_mode = render_mode
+        self.gamma = self.config.gamma
+        """Discount factor of the shaping reward; an agent must use the same."""
+
+        self._blueprints = registered_blueprints()
+        names = [blueprint.name for blueprint in self._blueprints]
+        if self.config.attribution == "full" and host.num_slots > 4:
+            raise ValueError(
+                f"attribution: 'full' evaluates 2**slots networks and takes at most 4 slots, the "
+                f"host has {host.num_slots}; use 'leave_one_out'"
+            )
+        self._weights = resolve_weights(self.config)
+        self._actions = ActionSpace(host.num_slots, names, self.config.heads)
+        self._observations = ObservationBuilder(
+            host.num_slots, names, host.num_classes, self.config
+        )
+        self.heads: tuple[ActionHead, ...] = self._actions.heads
+        """The action's components and the values of their options."""
+        self.observation_names: tuple[str, ...] = self._observations.names
+        """One name per feature of the observation."""
+        shape = (len(self.observation_names),)
+        self.single_observation_space = gym.spaces.Box(-1.0, 1.0, shape, np.float32)
+        self.single_action_space = gym.spaces.MultiDiscrete(self._actions.nvec)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._simulation: Simulation | None = None
+        self._conditional: dict[str, BoolArray] = {}
+        self._conditional_before_reset: dict[str, BoolArray] = {}
+        self._trace = Trace.empty(self.num_envs, host.num_slots, self.config.episode_steps)
+        self._is_done: BoolArray = np.zeros(self.num_envs, dtype=bool)
+
+    # ------------------------------------------------------------------ Gymnasium
+
+    # A caller may be inside inference_mode, whose tensors could not be trained later.
+    @torch.inference_mode(False)
+    def reset(
+        self,
+        *,
+        seed: int | list[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        """Start new episodes.
+
+        Args:
+            seed: Member i becomes a function of seed + i alone, or of the i-th entry of a list.
+                Without one, members go on with their own streams.
+            options: "reset_mask" (num_envs,) bool starts only some members anew. "instance", an
+                index into the configured set or (num_envs,) of them, says which instance the
+                episodes that start now have; without it each member draws its own.
+
+        Returns:
+            Observations (num_envs, features) float32, and info.
+
+        Raises:
+            gymnasium.error.ResetNeeded: If the first reset leaves members out.
+            ValueError: If a seed or an option is wrong; nothing has changed then.
+        """
+        is_first = self._simulation is None
+        request = check_reset(
+            seed,
+            options,
+            num_envs=self.num_envs,
+            num_instances=self.num_instances,
+            is_first=is_first,
+        )
+        if is_first:
+            self._simulation = self._build()
+        if isinstance(seed, (int, np.integer)):
+            self._np_random, self._np_random_seed = gym.utils.seeding.np_random(int(seed))
+        self._seed(request, is_first)
+        self._begin(request.members, request.instance)
+        self._refresh_masks()
+        return self._observe(), self._info()
+
+    @torch.inference_mode(False)
+    def step(
+        self, actions: npt.NDArray[np.int64]
+    ) -> tuple[
+        npt.NDArray[np.float32],
+        npt.NDArray[np.float64],
+        npt.NDArray[np.bool_],
+        npt.NDArray[np.bool_],
+        dict[str, Any],
+    ]:
+        """Decide, train, evaluate.
+
+        Args:
+            actions: Option indices in the order of `heads`. (num_envs, 8) integers.
+
+        Returns:
+            Observations, rewards, terminations, truncations, info.
+
+        Raises:
+            gymnasium.error.ResetNeeded: Before the first `reset`, or when a finished member is
+                stepped without autoreset.
+            TypeError: If the actions are not integers.
+            ValueError: If shape or range are wrong, or an action is illegal while
+                `illegal_actions="raise"`.
+        """
+        self._require_reset()
+        actions = self._actions.check(actions, self.num_envs)
+        resetting, is_resetting = self._is_done, bool(self._is_done.any())
+        if is_resetting and self.autoreset_mode == AutoresetMode.DISABLED:
+            done = np.nonzero(resetting)[0].tolist()
+            raise gym.error.ResetNeeded(
+                f"members {done} have finished; call reset(options={{'reset_mask': mask}}) "
+                "before step, or choose another autoreset_mode"
+            )
+        active = ~resetting
+        is_legal = self._actions.is_legal(self._conditional, actions)
+        if self.config.illegal_actions == "raise" and (active & ~is_legal).any():
+            self._actions.refuse(actions, active & ~is_legal)
+        if is_resetting:
+            self._begin(np.nonzero(resetting)[0])
+        rewards, terminations, truncations, terms = self._advance(actions, is_legal, active)
+        self._refresh_masks()
+        self._conditional_before_reset = self._conditional
+        observations, info = self._observe(), self._info(terms)
+        self._is_done = terminations | truncations
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and self._is_done.any():
+            final_observations, final_info = observations, info
+            ended = self._is_done.copy()
+            self._begin(np.nonzero(ended)[0])
+            self._refresh_masks()
+            observations, info = self._observe(), self._info(terms)
+            rows = np.full(self.num_envs, None, dtype=object)
+            for i in np.nonzero(ended)[0]:
+                rows[i] = final_observations[i]
+            info["final_obs"], info["_final_obs"] = rows, ended.copy()
+            info["final_info"], info["_final_info"] = masked_info(final_info, ended), ended.copy()
+        return observations, rewards, terminations, truncations, info
+
+    def render(self) -> tuple[npt.NDArray[np.uint8] | str, ...] | None:
+        """Show every member's episode so far, by `render_mode`.
+
+        Returns:
+            One picture (600, 960, 3) uint8 or one text per member; None, with a warning, without a
+            render mode.
+
+        Raises:
+            gymnasium.error.ResetNeeded: Before the first `reset`.
+        """
+        if self.render_mode is None:
+            gym.logger.warn(
+                "render() shows nothing without a render mode; name one at the start, e.g. "
+                'gym.make_vec("Esper-Digits-v0", render_mode="rgb_array")'
+            )
+            return None
+        self._require_reset()
+        show = draw if self.render_mode == "rgb_array" else describe
+        names = [blueprint.name for blueprint in self._blueprints]
+        sim = self._sim
+        has_instances = len(sim.instances) > 1
+        return tuple(
+            show(
+                self._trace,
+                i,
+                blueprints=names,
+                host_parameters=int(sim.sizes.host[i]),
+                instance=f"{self.config.instances} {sim.instance[i]}" if has_instances else None,
+            )
+            for i in range(self.num_envs)
+        )
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Release the tensors."""
+        del kwargs
+        self._simulation = None
+
+    # ------------------------------------------------------------------ state
+
+    def get_state(self) -> dict[str, Any]:
+        """Copy everything that the coming steps depend on.
+
+        Returns:
+            A dictionary of NumPy arrays, and JSON-able settings; `set_state` takes it in this or
+            another process. Continuing from it is bitwise the same on one device and thread count.
+        """
+        self._require_reset()
+        sim = self._sim
+        return {
+            "made_with": self._made_with(),
+            "arrays": {name: array.copy() for name, array in self._member_arrays().items()},
+            "tensors": {
+                n: t.cpu().numpy().copy() for n, t in sim.population.member_tensors().items()
+            },
+            "is_done": self._is_done.copy(),
+            "np_random": copy.deepcopy(self.np_random.bit_generator.state),
+        }
+
+    @torch.inference_mode(False)
+    def set_state(self, state: dict[str, Any]) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        """Go on from a copy made by `get_state`; works before the first `reset` too.
+
+        Returns:
+            Observations and info of the restored state.
+
+        Raises:
+            ValueError: If the copy was made with another configuration, registry or number of
+                members.
+        """
+        own, other = self._made_with(), state["made_with"]
+        differing = [name for name in own if own[name] != other.get(name)]
+        if differing:
+            differences = [f"{n}={own[n]!r}, got {other.get(n)!r}" for n in differing]
+            raise ValueError(
+                f"state: expected a copy made with {'; '.join(differences)}; make the environment "
+                "with the same settings"
+            )
+        if self._simulation is None:
+            self._simulation = self._build()
+        sim = self._sim
+        for name, array in self._member_arrays().items():
+            array[...] = state["arrays"][name]
+        for name, tensor in sim.population.member_tensors().items():
+            tensor.copy_(torch.from_numpy(state["tensors"][name]))
+        self._is_done = state["is_done"].copy()
+        self.np_random.bit_generator.state = copy.deepcopy(state["np_random"])
+        return self._show_again()
+
+    @torch.inference_mode(False)
+    def fork(
+        self, source_indices: npt.ArrayLike, target_indices: npt.ArrayLike
+    ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        """Copy members over others; a copy has the same future as its source.
+
+        Args:
+            source_indices: Members to copy. (k,) integers.
+            target_indices: Distinct members to overwrite, one per source. (k,) integers.
+
+        Returns:
+            Observations and info after copying.
+
+        Raises:
+            ValueError: If the indices are out of range, repeated as targets, or differ in number.
+        """
+        self._require_reset()
+        source, target = (np.atleast_1d(np.asarray(i)) for i in (source_indices, target_indices))
+        for name, indices in (("source_indices", source), ("target_indices", target)):
+            is_integer = np.issubdtype(indices.dtype, np.integer) and indices.ndim == 1
+            if not is_integer or ((indices < 0) | (indices >= self.num_envs)).any():
+                raise ValueError(
+                    f"{name}: expected integers from 0 to {self.num_envs - 1}, got {indices!r}"
+                )
+        if len(source) != len(target) or len(set(target.tolist())) != len(target):
+            raise ValueError(
+                f"fork: expected one distinct target per source, got sources {source.tolist()} "
+                f"and targets {target.tolist()}"
+            )
+        for array in (*self._member_arrays().values(), self._is_done):
+            array[target] = array[source]
+        for tensor in self._sim.population.member_tensors().values():
+            tensor[torch.from_numpy(target)] = tensor[torch.from_numpy(source)]
+        return self._show_again()
+
+    # ------------------------------------------------------------------ masks and samples
+
+    @property
+    def num_instances(self) -> int:
+        """Number of instances in the configured set."""
+        return SET_SIZES[self.config.instances]
+
+    def action_masks(self) -> BoolArray:
+        """Return the marginal mask of the next action; True is legal.
+
+        Returns:
+            (num_envs, sum(nvec)) bool; also in `info["action_mask"]`.
+        """
+        self._require_reset()
+        return self._marginal.copy()
+
+    def conditional_masks(self) -> dict[str, BoolArray]:
+        """Return the exact mask for a policy that picks op, then slot, then the rest.
+
+        Returns:
+            "op" (num_envs, ops); "slot" (num_envs, ops, slots); every other head
+            (num_envs, ops, slots, options). All bool; True is legal. Rows below an illegal op or
+            (op, slot) are all False.
+        """
+        self._require_reset()
+        return {name: mask.copy() for name, mask in self._conditional.items()}
+
+    def final_conditional_masks(self) -> dict[str, BoolArray]:
+        """Return the masks, as `conditional_masks`, of the states that the last step led to.
+
+        Under SAME_STEP those of members that ended belong to `final_obs`; otherwise they are the
+        present ones. To be called after `step`, not after `reset`.
+        """
+        self._require_reset()
+        return {name: mask.copy() for name, mask in self._conditional_before_reset.items()}
+
+    def sample_valid_actions(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Draw legal actions: uniform over ops, then slots, then options. (num_envs, 8) int64."""
+        self._require_reset()
+        return self._actions.sample(self._conditional, rng)
+
+    # ------------------------------------------------------------------ one step
+
+    def _advance(
+        self, actions: IntArray, is_legal: BoolArray, active: BoolArray
+    ) -> tuple[FloatArray, BoolArray, BoolArray, dict[str, FloatArray]]:
+        """Step the active members and reward them; the others get 0."""
+        acts = active & is_legal
+        request = self._actions.decode(actions if acts.all() else actions * acts[:, None])
+        transition, truncated = self._sim.advance(request, is_legal, active)
+        self._record(np.nonzero(active)[0], request.slot)
+        reward, terms = compute_reward(transition, self._weights, self.config)
+        if not active.all():
+            for array in (reward, *terms.values()):
+                array[~active] = 0.0
+        return reward, transition.is_terminated.copy(), truncated, terms
+
+    def _seed(self, request: ResetRequest, is_first: bool) -> None:
+        """Give members new streams where a seed is given, or where there is none yet."""
+        for i in request.members.tolist():
+            value = request.seeds[i]
+            if value is None and is_first:
+                value = int(self.np_random.integers(2**62))
+            if value is not None:
+                self._sim.seed(i, value)
+
+    # ------------------------------------------------------------------ what is shown
+
+    def _build(self) -> Simulation:
+        if os.getpid() != _IMPORTING_PROCESS:
+            # A forked process inherits the state of torch's threads but not the threads, and
+            # would wait for them for ever.
+            torch.set_num_threads(1)
+        return Simulation(self.num_envs, str(self.device), self.config, self._blueprints)
+
+    def _begin(self, members: IntArray, instance: IntArray | None = None) -> None:
+        """Start a new episode for some members; `instance` is (m,), None draws them."""
+        self._sim.begin_episodes(members, instance)
+        self._trace.begin(members)
+        self._record(members, np.zeros(self.num_envs, dtype=np.int64))
+        self._is_done[members] = False
+
+    def _record(self, members: IntArray, op_slot: IntArray) -> None:
+        """Add the present state of some members to the trace."""
+        sim = self._sim
+        self._trace.record(
+            members,
+            stage=sim.state.stage,
+            alpha=sim.state.alpha,
+            blueprint=sim.state.blueprint,
+            accuracy=sim.progress.accuracy,
+            committed_accuracy=sim.progress.committed_accuracy,
+            score=sim.standing.score,
+            committed_score=sim.standing.committed_score,
+            parameters=sim.sizes.grown,
+            op=sim.progress.last_op,
+            op_slot=op_slot,
+            rolled_back=sim.is_rolled_back,
+        )
+
+    def _member_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return every NumPy array of the state with one row per member, by a unique name."""
+        trace = {f"trace.{name}": array for name, array in vars(self._trace).items()}
+        return self._sim.member_arrays() | trace
+
+    def _made_with(self) -> dict[str, Any]:
+        """Return what a copy of the state fits to, as JSON-able values."""
+        settings = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        names = [blueprint.name for blueprint in self._blueprints]
+        return {"num_envs": self.num_envs, "blueprints": names, **settings}
+
+    def _show_again(self) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        """Return what is to be seen after the state was written from outside."""
+        self._sim.refresh()
+        self._refresh_masks()
+        return self._observe(), self._info()
+
+    def _refresh_masks(self) -> None:
+        """Work out what is legal in the present state."""
+        sim = self._sim
+        self._conditional = self._actions.conditional_masks(
+            sim.state, sim.measured, sim.budget_table, sim.sizes.host, self.config
+        )
+        self._marginal = self._actions.marginal_mask(self._conditional)
+
+    def _observe(self) -> npt.NDArray[np.float32]:
+        sim = self._sim
+        return self._observations.build(
+            sim.progress, sim.state, sim.measured, sim.sizes, sim.conditions
+        )
+
+    def _info(self, terms: dict[str, FloatArray] | None = None) -> dict[str, Any]:
+        if terms is None:
+            terms = {name: np.zeros(self.num_envs) for name in self._weights}
+        return build_info(self._sim, self._marginal, terms)
+
+    # ------------------------------------------------------------------ checks
+
+    @property
+    def _sim(self) -> Simulation:
+        assert self._simulation is not None
+        return self._simulation
+
+    def _require_reset(self) -> None:
+        if self._simulation is None:
+            raise gym.error.ResetNeeded("call reset() before using the environment")

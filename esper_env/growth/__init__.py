@@ -1,0 +1,1 @@
+"""The decision process: slot state, lifecycle, actions and masks, observation, reward, rollback."""

@@ -1,0 +1,463 @@
+"""The factored action space, its exact masks, and the decoding of actions.
+
+`True` in a mask means legal. Two forms of the same mask are kept: the conditional one (legal ops;
+legal slots given an op; legal options of every other head given op and slot), which is exact, and
+the marginal one (an option is legal if some legal joint action contains it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from esper_env.config import STYLES, BoolArray, Curve, EnvConfig, FloatArray, IntArray, Op
+from esper_env.growth import lifecycle
+from esper_env.growth.lifecycle import LifecycleState, Measurements, Request
+from esper_env.growth.records import MeasuredRecord, StateRecord
+from esper_env.jit import entry_point, shared
+
+TEMPOS = (3, 5, 8)
+"""Lengths of the first ramp [env steps]."""
+ALPHA_TARGETS = (0.5, 0.7, 1.0)
+"""Where a ramp may end."""
+ALPHA_SPEEDS = (0, 3, 5, 8)
+"""Lengths of later ramps [env steps]; 0 acts at once."""
+
+HEAD_NAMES = (
+    "op",
+    "slot",
+    "blueprint",
+    "style",
+    "tempo",
+    "alpha_target",
+    "alpha_speed",
+    "alpha_curve",
+)
+
+RELEVANT_HEADS: dict[Op, frozenset[str]] = {
+    Op.WAIT: frozenset({"op"}),
+    Op.GERMINATE: frozenset({"op", "slot", "blueprint", "style", "tempo", "alpha_target"}),
+    Op.ADVANCE: frozenset({"op", "slot"}),
+    Op.SET_ALPHA: frozenset({"op", "slot", "style", "alpha_target", "alpha_speed", "alpha_curve"}),
+    Op.PRUNE: frozenset({"op", "slot", "alpha_speed", "alpha_curve"}),
+    Op.FOSSILIZE: frozenset({"op", "slot"}),
+}
+"""Heads that an op reads. A head that is not read has one legal option, 0."""
+
+
+@dataclass(frozen=True)
+class ActionHead:
+    """One component of the action: its name and the values its options stand for."""
+
+    name: str
+    options: tuple[Any, ...]
+
+
+class ActionSpace:
+    """The heads of one environment, with mask computation and decoding.
+
+    Args:
+        num_slots: Slots of the host.
+        blueprints: Names of the task's registry, in order.
+        heads: Restrictions, as `EnvConfig.heads`.
+
+    Raises:
+        ValueError: If a restriction names an unknown head or option, repeats one, or forbids WAIT.
+    """
+
+    def __init__(self, num_slots: int, blueprints: Sequence[str], heads: Mapping[str, Any]) -> None:
+        canonical: dict[str, tuple[Any, ...]] = {
+            "op": tuple(op.name for op in Op),
+            "slot": tuple(range(num_slots)),
+            "blueprint": tuple(blueprints),
+            "style": tuple(style.name for style in STYLES),
+            "tempo": TEMPOS,
+            "alpha_target": ALPHA_TARGETS,
+            "alpha_speed": ALPHA_SPEEDS,
+            "alpha_curve": tuple(curve.name for curve in Curve),
+        }
+        for name in heads:
+            if name not in canonical:
+                raise ValueError(f"heads: expected names among {HEAD_NAMES}, got {name!r}")
+        self.num_slots = num_slots
+        self.index: dict[str, IntArray] = {}
+        options: dict[str, tuple[Any, ...]] = {}
+        for name, values in canonical.items():
+            options[name] = _restrict(name, values, heads.get(name, values))
+            self.index[name] = np.array([values.index(value) for value in options[name]])
+        if Op.WAIT not in self.index["op"]:
+            raise ValueError("heads: expected WAIT among the options of 'op', it is always legal")
+        self.heads = tuple(ActionHead(name, options[name]) for name in HEAD_NAMES)
+        self.nvec = np.array([len(head.options) for head in self.heads])
+        ops = [Op(i) for i in self.index["op"]]
+        self.is_relevant = np.array(
+            [[name in RELEVANT_HEADS[op] for name in HEAD_NAMES] for op in ops]
+        )
+        """(ops, heads) bool."""
+        self._germinate_key: tuple[Any, ...] = ()
+        self._germinate: BoolArray
+        self._targets = np.array(ALPHA_TARGETS)[self.index["alpha_target"]]
+        self._tempos = np.array(TEMPOS)[self.index["tempo"]]
+        self._speeds = np.array(ALPHA_SPEEDS)[self.index["alpha_speed"]]
+        self._style_curves = np.array([style.curve for style in STYLES])[self.index["style"]]
+        # All heads but op and slot side by side: every option for the ops that read the head,
+        # option 0 for the others. (ops, sum of options)
+        rest = [
+            self.is_relevant[:, h, None] | (np.arange(len(head.options)) == 0)
+            for h, head in enumerate(self.heads)
+            if h >= 2
+        ]
+        self._unconditional = np.concatenate(rest, axis=1)
+        stops = np.cumsum([part.shape[1] for part in rest]).tolist()
+        self._columns = {
+            head.name: slice(stop - len(head.options), stop)
+            for head, stop in zip(self.heads[2:], stops, strict=True)
+        }
+        self._options = _Options(
+            op=self.index["op"],
+            slot=self.index["slot"],
+            blueprint=self.index["blueprint"],
+            target=self._targets,
+            speed=self._speeds,
+            first_blueprint=self._columns["blueprint"].start,
+            first_target=self._columns["alpha_target"].start,
+            first_speed=self._columns["alpha_speed"].start,
+        )
+
+    def conditional_masks(
+        self,
+        state: LifecycleState,
+        measured: Measurements,
+        seed_parameters: IntArray,
+        host_parameters: npt.ArrayLike,
+        config: EnvConfig,
+    ) -> dict[str, BoolArray]:
+        """Return the exact legal actions, conditioned on op and slot.
+
+        Args:
+            state: The slots.
+            measured: What the last step measured.
+            seed_parameters: See `lifecycle.can_germinate`.
+            host_parameters: Likewise.
+            config: Gate rules.
+
+        Returns:
+            "op" (N, O), "slot" (N, O, S), every other head (N, O, S, options), all bool. A joint
+            action is legal exactly if its op, its slot given the op, and every other option given
+            op and slot are True. Rows of an illegal op or (op, slot) are all False.
+        """
+        germinate = self._can_germinate(state, seed_parameters, host_parameters, config)
+        num_envs, (num_ops, width) = len(germinate), self._unconditional.shape
+        is_op = np.zeros((num_envs, num_ops), dtype=np.bool_)
+        is_slot = np.zeros((num_envs, num_ops, len(self.index["slot"])), dtype=np.bool_)
+        rest = np.zeros((*is_slot.shape, width), dtype=np.bool_)
+        _fill_masks(
+            is_op,
+            is_slot,
+            rest,
+            StateRecord(*vars(state).values()),
+            MeasuredRecord(*vars(measured).values()),
+            germinate,
+            _Rules(*(getattr(config, name) for name in _Rules._fields)),
+            self._options,
+            self._unconditional,
+        )
+        return {"op": is_op, "slot": is_slot} | {
+            name: rest[..., columns] for name, columns in self._columns.items()
+        }
+
+    def _can_germinate(
+        self,
+        state: LifecycleState,
+        seed_parameters: IntArray,
+        host_parameters: npt.ArrayLike,
+        config: EnvConfig,
+    ) -> BoolArray:
+        """Return gate G0, worked out anew only when a slot or a host has changed."""
+        parts = state.stage, state.blueprint, seed_parameters, np.asarray(host_parameters)
+        key = config, *(part.tobytes() for part in parts)
+        if key != self._germinate_key:
+            self._germinate_key = key
+            self._germinate = lifecycle.can_germinate(
+                state, seed_parameters, host_parameters, config
+            )
+        return self._germinate
+
+    def marginal_mask(self, conditional: dict[str, BoolArray]) -> BoolArray:
+        """Return, for every option of every head, whether some legal joint action contains it.
+
+        Every head has at least one legal option.
+
+        Returns:
+            (num_envs, sum(nvec)) bool, heads in order.
+        """
+        marginal = np.zeros((len(conditional["op"]), self.nvec.sum()), dtype=np.bool_)
+        rest = tuple([conditional[name] for name in HEAD_NAMES[2:]])
+        _project(marginal, conditional["op"], conditional["slot"], rest)
+        return marginal
+
+    def check(self, actions: Any, num_envs: int) -> IntArray:
+        """Return actions as int64 after checking type, shape and range.
+
+        Raises:
+            TypeError: If they are not integers.
+            ValueError: If shape or range are wrong.
+        """
+        array = np.asarray(actions)
+        shape = (num_envs, len(HEAD_NAMES))
+        if array.dtype.kind not in "iu":
+            raise TypeError(
+                f"actions: expected integers of shape {shape}, got dtype {array.dtype}; "
+                "pass option indices, for example from sample_valid_actions"
+            )
+        if array.shape != shape:
+            raise ValueError(
+                f"actions: expected shape {shape} (num_envs, heads), got {array.shape}; "
+                f"the heads are {', '.join(HEAD_NAMES)}"
+            )
+        outside = (array < 0) | (array >= self.nvec)
+        if outside.any():
+            member, head = (int(x) for x in np.argwhere(outside)[0])
+            raise ValueError(
+                f"actions[{member}]: head {HEAD_NAMES[head]!r} expected 0 to "
+                f"{self.nvec[head] - 1}, got {array[member, head]}"
+            )
+        return array.astype(np.int64)
+
+    def refuse(self, actions: IntArray, where: BoolArray) -> None:
+        """Raise ValueError about the first of the illegal actions in `where` (num_envs,)."""
+        member = int(np.nonzero(where)[0][0])
+        chosen = {head.name: head.options[actions[member, h]] for h, head in enumerate(self.heads)}
+        raise ValueError(
+            f"actions[{member}] is illegal in the present state: {chosen}. Choose by "
+            "conditional_masks() or sample_valid_actions(rng), or set illegal_actions='wait'"
+        )
+
+    def is_legal(self, conditional: dict[str, BoolArray], actions: IntArray) -> BoolArray:
+        """Check joint actions (num_envs, 8) against the masks. (num_envs,) bool."""
+        legal = np.empty(len(actions), dtype=np.bool_)
+        rest = tuple([conditional[name] for name in HEAD_NAMES[2:]])
+        _check_legal(legal, actions, conditional["op"], conditional["slot"], rest)
+        return legal
+
+    def sample(
+        self, conditional: dict[str, BoolArray], rng: np.random.Generator
+    ) -> npt.NDArray[np.int64]:
+        """Draw legal actions: uniform over ops, then slots, then the options of each head.
+
+        Returns:
+            (num_envs, 8) int64.
+        """
+        rows = np.arange(len(conditional["op"]))
+        op = _choose(conditional["op"], rng)
+        slot = _choose(conditional["slot"][rows, op], rng)
+        rest = [_choose(conditional[head.name][rows, op, slot], rng) for head in self.heads[2:]]
+        return np.stack([op, slot, *rest], axis=1)
+
+    def decode(self, actions: IntArray) -> Request:
+        """Translate option indices (num_envs, 8) into canonical values."""
+        op, slot, blueprint, style, tempo, target, speed, curve = actions.T
+        targets = self._targets[target]
+        return Request(
+            op=self.index["op"][op],
+            slot=self.index["slot"][slot],
+            blueprint=self.index["blueprint"][blueprint],
+            style=self.index["style"][style],
+            style_curve=self._style_curves[style],
+            tempo=self._tempos[tempo],
+            first_target=targets,
+            target=targets,
+            speed=self._speeds[speed],
+            curve=self.index["alpha_curve"][curve],
+        )
+
+
+class _Rules(NamedTuple):
+    """Fields of `EnvConfig` that gates read."""
+
+    min_training_steps: int
+    min_gradient_health: float
+    min_prune_age: int
+    measures_contributions: bool
+    strict_fossilize: bool
+    min_contribution: float
+
+
+class _Options(NamedTuple):
+    """What the options stand for, and where those of a head begin among all but op and slot."""
+
+    op: IntArray
+    slot: IntArray
+    blueprint: IntArray
+    target: FloatArray
+    speed: IntArray
+    first_blueprint: int
+    first_target: int
+    first_speed: int
+
+
+class _Slot(NamedTuple):
+    """What gates read of the state of a slot."""
+
+    stage: int
+    stage_steps: int
+    age: int
+    mode: int
+    alpha: float
+
+
+class _Measured(NamedTuple):
+    """What gates read of the measurements of a slot."""
+
+    has_gradient: bool
+    exploding: float
+    health: float
+    has_contribution: bool
+    contribution: float
+
+
+for _formula in (
+    lifecycle.is_at,
+    lifecycle.is_trial,
+    lifecycle.can_train,
+    lifecycle.can_blend,
+    lifecycle.can_hold,
+    lifecycle.can_advance,
+    lifecycle.can_set_alpha,
+    lifecycle.can_prune,
+    lifecycle.can_fossilize,
+):
+    shared(_formula)
+
+
+@entry_point
+def _fill_masks(
+    is_op: BoolArray,
+    is_slot: BoolArray,
+    rest: BoolArray,
+    state: Any,
+    measured: Any,
+    germinate: BoolArray,
+    rules: Any,
+    options: _Options,
+    unconditional: BoolArray,
+) -> None:
+    """Write `conditional_masks`, False before; `rest` has the other heads side by side."""
+    width = unconditional.shape[1]
+    for i in range(len(is_op)):
+        for k, s in enumerate(options.slot):
+            slot: Any = _Slot(
+                state.stage[i, s],
+                state.stage_steps[i, s],
+                state.age[i, s],
+                state.mode[i, s],
+                state.alpha[i, s],
+            )
+            seen: Any = _Measured(
+                measured.has_gradient[i, s],
+                measured.exploding[i, s],
+                measured.health[i, s],
+                measured.has_contribution[i, s],
+                measured.contribution[i, s],
+            )
+            for o, op in enumerate(options.op):
+                mask = rest[i, o, k]
+                is_legal: Any = False
+                if op == Op.WAIT:
+                    is_legal = k == 0  # WAIT reads no slot, so its slot is option 0.
+                elif op == Op.GERMINATE:
+                    is_legal = True
+                elif op == Op.ADVANCE:
+                    is_legal = lifecycle.can_advance(slot, seen, rules)
+                elif op == Op.SET_ALPHA:
+                    is_legal = lifecycle.can_set_alpha(slot)
+                elif op == Op.PRUNE:
+                    is_legal = lifecycle.can_prune(slot, rules)
+                elif op == Op.FOSSILIZE:
+                    is_legal = lifecycle.can_fossilize(slot, seen, rules)
+                if not is_legal:
+                    continue
+                for c in range(width):
+                    mask[c] = unconditional[o, c]
+                # What an option needs beyond its op's gate, and then the op needs one of them.
+                if op == Op.GERMINATE:
+                    is_legal = False
+                    for c, blueprint in enumerate(options.blueprint):
+                        mask[options.first_blueprint + c] = germinate[i, s, blueprint]
+                        is_legal = is_legal or germinate[i, s, blueprint]
+                elif op == Op.SET_ALPHA:
+                    is_legal = False
+                    for c, target in enumerate(options.target):
+                        is_other = target != state.alpha_target[i, s]
+                        mask[options.first_target + c] = is_other
+                        is_legal = is_legal or is_other
+                elif op == Op.PRUNE:
+                    is_legal = False
+                    for c, speed in enumerate(options.speed):
+                        # A seed without weight has no ramp to run.
+                        has_ramp = speed == 0 or state.alpha[i, s] > 0
+                        mask[options.first_speed + c] = has_ramp
+                        is_legal = is_legal or has_ramp
+                if is_legal:
+                    is_slot[i, o, k] = True
+                    is_op[i, o] = True
+                else:
+                    for c in range(width):
+                        mask[c] = False
+
+
+@entry_point
+def _project(
+    marginal: BoolArray, is_op: BoolArray, is_slot: BoolArray, rest: tuple[BoolArray, ...]
+) -> None:
+    """Write the marginal mask, which is False before."""
+    _, num_ops, num_slots = is_slot.shape
+    for i in range(len(marginal)):
+        for o in range(num_ops):
+            if is_op[i, o]:
+                marginal[i, o] = True
+                for k in range(num_slots):
+                    if is_slot[i, o, k]:
+                        marginal[i, num_ops + k] = True
+                        at = num_ops + num_slots
+                        for mask in rest:
+                            for c in range(mask.shape[3]):
+                                marginal[i, at + c] |= mask[i, o, k, c]
+                            at += mask.shape[3]
+
+
+@entry_point
+def _check_legal(
+    legal: BoolArray,
+    actions: IntArray,
+    op_mask: BoolArray,
+    slot_mask: BoolArray,
+    rest: tuple[BoolArray, ...],
+) -> None:
+    for i in range(len(legal)):
+        op, slot = actions[i, 0], actions[i, 1]
+        legal[i] = op_mask[i, op] and slot_mask[i, op, slot]
+        for h, mask in enumerate(rest):
+            legal[i] = legal[i] and mask[i, op, slot, actions[i, h + 2]]
+
+
+def _restrict(name: str, canonical: tuple[Any, ...], wanted: Any) -> tuple[Any, ...]:
+    values = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
+    unknown = [value for value in values if value not in canonical]
+    if unknown or not values or len(set(values)) != len(values):
+        raise ValueError(
+            f"heads[{name!r}]: expected one or several distinct options of {canonical}, "
+            f"got {wanted!r}"
+        )
+    return tuple(value for value in canonical if value in values)
+
+
+def _choose(mask: BoolArray, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Draw one True position per row, uniformly."""
+    keys = np.where(mask, rng.random(mask.shape), -1.0)
+    choice: npt.NDArray[np.int64] = keys.argmax(axis=1)
+    return choice

@@ -1,0 +1,1 @@
+"""Training and evaluation on a CPU, member by member, by compiled kernels."""

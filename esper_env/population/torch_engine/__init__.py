@@ -1,0 +1,1 @@
+"""Training and evaluation on any device, members grouped into PyTorch tensor operations."""

@@ -1,1 +1,0 @@
-"""Reward: a weighted sum of terms, each a pure function of one transition."""

@@ -1,0 +1,101 @@
+"""Which images the coming batches show to each member: drawn, relabelled, shifted and mirrored.
+
+Every member draws from streams of its own, functions of its episode and step, so what it is shown
+does not depend on the others.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from esper_env.config import BoolArray, FloatArray, IntArray
+from esper_env.jit import entry_point
+from esper_env.population.images import PADDING, Draw
+from esper_env.rng import KeyArray, Stream, child_key, mix, number_at
+from esper_env.tasks.instances import Instances
+
+
+def draw_batches(
+    episode_key: KeyArray,
+    steps: IntArray,
+    instance: IntArray,
+    instances: Instances,
+    labels: IntArray,
+    *,
+    num_classes: int,
+    batches: int,
+    batch_size: int,
+    augments: bool,
+) -> Draw:
+    """Draw what the batches of one env step show.
+
+    Args:
+        episode_key: Stream of each member's episode. (m,) uint64.
+        steps: Env steps that each has done. (m,) int64.
+        instance: Index of each one's instance. (m,) int64.
+        instances: The set; says which images are trained on and how many labels are wrong.
+        labels: Of the training split. (n,) int64.
+        num_classes: Classes of the task.
+        batches: Batches per env step.
+        batch_size: Images per batch.
+        augments: Whether images are shifted and mirrored.
+    """
+    shape = len(instance), batches, batch_size
+    changed = shape if augments else (len(instance), 0, 0)
+    index, shown = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+    shifts, flips = np.empty((*changed, 2), dtype=np.int64), np.empty(changed, dtype=np.bool_)
+    _draw(
+        episode_key, steps, instance, instances.train_fraction, instances.train_start,
+        instances.label_noise, labels, num_classes, index, shown, shifts, flips,
+    )  # fmt: skip
+    # (m, batches, size) -> (batches, size, m)
+    return Draw(
+        index.transpose(1, 2, 0),
+        shown.transpose(1, 2, 0),
+        shifts.transpose(1, 2, 0, 3) if augments else None,
+        flips.transpose(1, 2, 0) if augments else None,
+    )
+
+
+@entry_point
+def _draw(
+    episode_key: KeyArray,
+    steps: IntArray,
+    instance: IntArray,
+    train_fraction: FloatArray,
+    train_start: FloatArray,
+    label_noise: FloatArray,
+    labels: IntArray,
+    num_classes: int,
+    index: IntArray,
+    shown: IntArray,
+    shifts: IntArray,
+    flips: BoolArray,
+) -> None:
+    """Fill in indices and labels (m, batches, size), and shifts and flips unless they are empty."""
+    total = len(labels)
+    m, batches, size = index.shape
+    for i in range(m):
+        step, k, episode = np.uint64(steps[i]), instance[i], mix(episode_key[i])
+        data_key = child_key(child_key(episode, np.uint64(Stream.DATA)), step)
+        noise_key = child_key(episode, np.uint64(Stream.NOISE))
+        augment_key = child_key(child_key(episode, np.uint64(Stream.AUGMENT)), step)
+        count, first = max(np.rint(train_fraction[k] * total), 1.0), int(train_start[k] * total)
+        for b in range(batches):
+            for j in range(size):
+                position = b * size + j
+                at = (int(number_at(data_key, np.uint64(position)) * count) + first) % total
+                label = labels[at]
+                # An image keeps its wrong label for the whole episode.
+                has_noise = label_noise[k] > 0
+                if has_noise and number_at(noise_key, np.uint64(2 * at)) < label_noise[k]:
+                    other = number_at(noise_key, np.uint64(2 * at + 1)) * (num_classes - 1)
+                    label = (label + 1 + int(other)) % num_classes
+                index[i, b, j], shown[i, b, j] = at, label
+                if len(shifts[i]):
+                    for axis in range(2):
+                        place = np.uint64((axis * batches + b) * size + j)
+                        reach = number_at(augment_key, place) * (2 * PADDING + 1)
+                        shifts[i, b, j, axis] = int(reach) - PADDING
+                    place = np.uint64((2 * batches + b) * size + j)
+                    flips[i, b, j] = number_at(augment_key, place) < 0.5

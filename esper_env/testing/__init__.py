@@ -1,0 +1,1 @@
+"""Checks that a vector environment keeps the promises of Gymnasium's interface."""
