@@ -1,179 +1,85 @@
-"""A few made-up images in CIFAR-10's exact format on disk, and torchvision told to expect them.
-
-The real files are pickles of Python 2, whose strings are neither text nor bytes to Python 3:
-`pickle.load(..., encoding="bytes")` gives keys like `b"data"`, torchvision's `"latin1"` gives
-`"data"`. Python 3 cannot write such strings, so the few opcodes are put together here.
-"""
+"""Random images in CIFAR-10's exact file format, and torchvision told to expect them."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 import struct
 import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
 
 FOLDER = "cifar-10-batches-py"
 ARCHIVE = "cifar-10-python.tar.gz"
-NOWHERE = f"http://127.0.0.1:9/{ARCHIVE}"
-"""Nothing listens there: a test that downloads without saying so fails, and fast."""
-TRAIN_NAMES = tuple(f"data_batch_{i}" for i in range(1, 6))
-TEST_NAME = "test_batch"
-META_NAME = "batches.meta"
-CLASSES = (
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
-)
+URL = f"http://127.0.0.1:9/{ARCHIVE}"
+"""Nothing listens there."""
+NAMES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+BATCH_IMAGES = 20
+"""Images per file; the real files have 10,000."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cifar10Files:
-    """A folder with `cifar-10-batches-py` and its archive, and what the images are."""
+class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined, misc]
+    """Writes strings and arrays as Python 2 wrote those of CIFAR-10, which Python 3 cannot."""
 
-    source: Path
-    """Holds both the extracted folder and the archive."""
-    train_images: np.ndarray
-    """(n, 32, 32, 3) uint8, in the order of the files; all differ."""
-    train_labels: np.ndarray
-    """(n,) int64."""
-    test_images: np.ndarray
-    test_labels: np.ndarray
+    dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
 
-    @property
-    def folder(self) -> Path:
-        """The extracted data."""
-        return self.source / FOLDER
+    def save_string(self, value: str | bytes) -> None:
+        raw = value.encode() if isinstance(value, str) else value
+        self.write(pickle.BINSTRING + struct.pack("<i", len(raw)) + raw)
 
-    @property
-    def archive(self) -> Path:
-        """The compressed data."""
-        return self.source / ARCHIVE
+    dispatch[bytes] = dispatch[str] = save_string
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, np.dtype):
+            return np.dtype, ("u1", 0, 1), (3, "|", None, None, None, -1, -1, 0)
+        return NotImplemented
 
 
-def write_cifar10(
-    source: Path, *, batch_images: int = 20, test_images: int = 30, seed: int = 0
-) -> Cifar10Files:
-    """Write random images.
+def python2_pickle(content: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump(content)
+    # NumPy 2 has renamed the module.
+    return file.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
 
-    Args:
-        source: Where to put folder and archive; made if missing.
-        batch_images: Images in each of the five training files.
-        test_images: Images in the test file.
-        seed: Of the images and labels.
+
+def write_cifar10(root: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Write the folder and the archive into `root`.
+
+    Returns:
+        Images (n, 32, 32, 3) uint8, all different, and labels (n,) int64, in the order of the
+        files; the last `BATCH_IMAGES` are the test images.
     """
-    rng = np.random.default_rng(seed)
-    num_train = len(TRAIN_NAMES) * batch_images
-    images = rng.integers(256, size=(num_train + test_images, 32, 32, 3), dtype=np.uint8)
-    # Channels differ in brightness, so that mixing them up shows in the mean.
-    images //= np.array([1, 2, 4], dtype=np.uint8)
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(len(NAMES) * BATCH_IMAGES, 32, 32, 3), dtype=np.uint8)
+    images //= np.array([1, 2, 4], dtype=np.uint8)  # so that exchanged channels change the mean
     labels = rng.integers(10, size=len(images))
-    folder = source / FOLDER
-    folder.mkdir(parents=True)
-    parts = np.split(np.arange(len(images)), np.arange(1, 6) * batch_images)
-    captions = [f"training batch {i} of 5" for i in range(1, 6)] + ["testing batch 1 of 1"]
-    for name, caption, part in zip((*TRAIN_NAMES, TEST_NAME), captions, parts, strict=True):
-        _write(folder / name, _batch(caption, images[part], labels[part]))
-    meta = {
-        b"num_cases_per_batch": batch_images,
-        b"label_names": [name.encode() for name in CLASSES],
-        b"num_vis": 3072,
-    }
-    _write(folder / META_NAME, meta)
-    with tarfile.open(source / ARCHIVE, "w:gz") as archive:
-        archive.add(folder, arcname=FOLDER)
-    return Cifar10Files(
-        source=source,
-        train_images=images[:num_train],
-        train_labels=labels[:num_train],
-        test_images=images[num_train:],
-        test_labels=labels[num_train:],
-    )
+    # (n, 32, 32, 3) -> (n, 3 * 1024): all red, then all green, then all blue pixels.
+    rows = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), 3072)
+    files: dict[str, dict[str, Any]] = {"batches.meta": {"label_names": list("abcdefghij")}}
+    for i, name in enumerate(NAMES):
+        part = slice(i * BATCH_IMAGES, (i + 1) * BATCH_IMAGES)
+        files[name] = {"batch_label": name, "labels": labels[part].tolist(), "data": rows[part]}
+    (root / FOLDER).mkdir(parents=True)
+    for name, content in files.items():
+        (root / FOLDER / name).write_bytes(python2_pickle(content))
+    with tarfile.open(root / ARCHIVE, "w:gz") as archive:
+        archive.add(root / FOLDER, arcname=FOLDER)
+    return images, labels
 
 
-@contextmanager
-def torchvision_expects(source: Path, url: str = NOWHERE) -> Iterator[None]:
-    """Make torchvision take the files of `write_cifar10` for CIFAR-10; its code stays in use.
-
-    Args:
-        source: Holds folder and archive; their checksums now are the right ones.
-        url: Where the archive is downloaded from.
-    """
+def torchvision_expects(root: Path) -> AbstractContextManager[Any]:
+    """Replace torchvision's checksums of CIFAR-10 by those of the files in `root`."""
     from torchvision.datasets import CIFAR10
 
-    def expected(name: str) -> list[str]:
-        return [name, _md5(source / FOLDER / name)]
+    def md5(name: str) -> str:
+        return hashlib.md5((root / name).read_bytes(), usedforsecurity=False).hexdigest()
 
-    meta = {"filename": META_NAME, "key": "label_names", "md5": _md5(source / FOLDER / META_NAME)}
-    with mock.patch.multiple(
-        CIFAR10,
-        url=url,
-        tgz_md5=_md5(source / ARCHIVE),
-        train_list=[expected(name) for name in TRAIN_NAMES],
-        test_list=[expected(TEST_NAME)],
-        meta=meta,
-    ):
-        yield
-
-
-def _md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-
-
-def _batch(caption: str, images: np.ndarray, labels: np.ndarray) -> dict[bytes, object]:
-    """Return one file's content; a row is all red, then all green, then all blue pixels."""
-    rows = np.concatenate([images[..., c].reshape(len(images), 1024) for c in range(3)], axis=1)
-    return {
-        b"batch_label": caption.encode(),
-        b"labels": labels.tolist(),
-        b"data": rows,
-        b"filenames": [f"made_up_s_{i:06d}.png".encode() for i in range(len(images))],
-    }
-
-
-def _write(path: Path, content: dict[bytes, object]) -> None:
-    path.write_bytes(pickle.PROTO + b"\x02" + _python2_pickle(content) + pickle.STOP)
-
-
-def _python2_pickle(value: object) -> bytes:
-    """Return the opcodes that Python 2 and its NumPy wrote for a value, less the memo."""
-    match value:
-        case None:
-            return pickle.NONE
-        case bool():
-            return pickle.NEWTRUE if value else pickle.NEWFALSE
-        case int():
-            return pickle.BININT + struct.pack("<i", value)
-        case bytes():
-            return pickle.BINSTRING + struct.pack("<i", len(value)) + value
-        case tuple():
-            return pickle.MARK + _joined(value) + pickle.TUPLE
-        case list():
-            return pickle.EMPTY_LIST + pickle.MARK + _joined(value) + pickle.APPENDS
-        case dict():
-            items = [part for item in value.items() for part in item]
-            return pickle.EMPTY_DICT + pickle.MARK + _joined(items) + pickle.SETITEMS
-        case np.ndarray():
-            assert value.dtype == np.uint8
-            make = pickle.GLOBAL + b"numpy.core.multiarray\n_reconstruct\n"
-            make += pickle.MARK + pickle.GLOBAL + b"numpy\nndarray\n"
-            make += _joined([(0,), b"b"]) + pickle.TUPLE + pickle.REDUCE
-            state = pickle.MARK + _joined([1, value.shape]) + _python2_uint8()
-            state += _joined([False, value.tobytes()]) + pickle.TUPLE
-            return make + state + pickle.BUILD
-    raise AssertionError(type(value))
-
-
-def _python2_uint8() -> bytes:
-    # The flags 0 and 1 are integers, of which NumPy 2.4.0 to 2.4.4 warn.
-    make = pickle.GLOBAL + b"numpy\ndtype\n" + _python2_pickle((b"u1", 0, 1)) + pickle.REDUCE
-    return make + _python2_pickle((3, b"|", None, None, None, -1, -1, 0)) + pickle.BUILD
-
-
-def _joined(values: Sequence[object]) -> bytes:
-    return b"".join(map(_python2_pickle, values))
+    pairs = [[name, md5(f"{FOLDER}/{name}")] for name in NAMES]
+    meta = {**CIFAR10.meta, "md5": md5(f"{FOLDER}/batches.meta")}
+    changes = {"train_list": pairs[:-1], "test_list": pairs[-1:], "meta": meta}
+    return mock.patch.multiple(CIFAR10, url=URL, tgz_md5=md5(ARCHIVE), **changes)
