@@ -77,6 +77,9 @@ def test_splits_are_fixed_and_disjoint_and_keep_every_pixel_and_label(data: Data
     before = torch.get_rng_state()
     splits = cifar10.load_splits(str(data.root))
     assert torch.equal(torch.get_rng_state(), before)
+    # An intact copy may be read-only: no lock file.
+    assert {path.name for path in data.root.iterdir()} == {FOLDER, ARCHIVE}
+    assert 50_000 // cifar10.IMAGES_PER_VALIDATION_IMAGE == 2_000
     order = np.random.default_rng(0).permutation(100)
     rows = {"train": order[:96], "validation": order[96:], "test": np.arange(100, 120)}
     pixels = data.images[rows["train"]].reshape(-1, 3).astype(np.float64)
@@ -226,14 +229,16 @@ def test_a_file_with_a_wrong_checksum_is_never_unpickled(
 def test_a_process_waits_while_another_one_downloads(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second process cannot download; it starts when half of the archive is written."""
+    """The second process cannot download; it looks when half of the archive is written."""
     code = (
         "import pathlib, sys\n"
         "from esper_env.tasks import cifar10\n"
         "assert 'torchvision' not in sys.modules, 'imported before it is needed'\n"
+        "from torchvision.datasets import CIFAR10\n"
         "from tests.cifar10_files import torchvision_expects\n"
+        "check = CIFAR10._check_integrity\n"
+        "CIFAR10._check_integrity = lambda self: print(ok := check(self), flush=True) or ok\n"
         "with torchvision_expects(pathlib.Path(sys.argv[1])):\n"
-        "    print('ready', flush=True)\n"
         "    cifar10.load_splits(sys.argv[2])\n"
     )
     second = []
@@ -243,7 +248,7 @@ def test_a_process_waits_while_another_one_downloads(
             if self.tell() and not second:
                 command = [sys.executable, "-c", code, str(data.root), str(tmp_path)]
                 second.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE))
-                assert second[0].stdout.readline() == b"ready\n"  # type: ignore[union-attr]
+                assert second[0].stdout.readline() == b"False\n"  # type: ignore[union-attr]
             return super().read(len(data.archive) // 2 + 1)
 
     monkeypatch.setattr(urllib.request, "urlopen", lambda request: HalfWay(data.archive))
