@@ -1,4 +1,4 @@
-"""The vector environment: all members train as one tensor program."""
+"""The vector environment: one engine call trains all sub-environments together."""
 
 from __future__ import annotations
 
@@ -32,23 +32,24 @@ _IMPORTING_PROCESS = os.getpid()
 
 
 class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[Any]]):
-    """`num_envs` hosts being trained, each with an agent that may grow it.
+    """Vector environment of `num_envs` hosts that train and grow at the same time.
 
-    A step is one decision per member followed by `batches_per_step` training batches of every
-    host. Every member has the same validation images and a fixed amount of work per step.
+    A step takes one action per sub-environment and then trains each host on `batches_per_step`
+    batches. All sub-environments have the same validation images. The work of a step per
+    sub-environment does not depend on `num_envs`.
 
     Args:
-        num_envs: Number of members.
-        device: Where all tensors live, e.g. "cpu" or "cuda".
+        num_envs: Number of sub-environments.
+        device: Torch device of all tensors, e.g. "cpu" or "cuda".
         autoreset_mode: Gymnasium's `AutoresetMode` or its value; NEXT_STEP by default.
-        render_mode: What `render` returns per member: "rgb_array" a chart of its episode so far,
-            "ansi" the same as text; None for nothing.
-        max_episode_steps: Gymnasium's name for `episode_steps`, passed by `gym.make_vec`; if both
-            are given, an upper limit.
+        render_mode: Result of `render` for each sub-environment: "rgb_array" (a chart of the
+            current episode), "ansi" (the same as text) or None (no rendering).
+        max_episode_steps: Gymnasium's name for `episode_steps`; `gym.make_vec` passes it. If both
+            are given, it is the upper limit of `episode_steps`.
         **config: Fields of `EnvConfig`.
 
     Raises:
-        TypeError: If a keyword is no field of `EnvConfig`.
+        TypeError: If a keyword is not a field of `EnvConfig`.
         ValueError: If a value is out of range.
     """
 
@@ -91,7 +92,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         }
         self.render_mode = render_mode
         self.gamma = self.config.gamma
-        """Discount factor of the shaping reward; an agent must use the same."""
+        """Discount factor of the shaping reward; the agent must use the same value."""
 
         self._blueprints = registered_blueprints()
         names = [blueprint.name for blueprint in self._blueprints]
@@ -106,9 +107,9 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             host.num_slots, names, host.num_classes, self.config
         )
         self.heads: tuple[ActionHead, ...] = self._actions.heads
-        """The action's components and the values of their options."""
+        """Components of the action, each with the values of its options."""
         self.observation_names: tuple[str, ...] = self._observations.names
-        """One name per feature of the observation."""
+        """Name of each feature of the observation."""
         shape = (len(self.observation_names),)
         self.single_observation_space = gym.spaces.Box(-1.0, 1.0, shape, np.float32)
         self.single_action_space = gym.spaces.MultiDiscrete(self._actions.nvec)
@@ -133,18 +134,18 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         """Start new episodes.
 
         Args:
-            seed: Member i becomes a function of seed + i alone, or of the i-th entry of a list.
-                Without one, members go on with their own streams.
-            options: "reset_mask" (num_envs,) bool starts only some members anew. "instance", an
-                index into the configured set or (num_envs,) of them, says which instance the
-                episodes that start now have; without it each member draws its own.
+            seed: Random seed. Sub-environment i uses seed + i, or entry i of a list. None keeps
+                the current random streams.
+            options: "reset_mask", (num_envs,) bool, selects the sub-environments to reset.
+                "instance", one index into the configured set or (num_envs,) of them, selects the
+                instances of the new episodes. Without it each sub-environment samples one.
 
         Returns:
             Observations (num_envs, features) float32, and info.
 
         Raises:
-            gymnasium.error.ResetNeeded: If the first reset leaves members out.
-            ValueError: If a seed or an option is wrong; nothing has changed then.
+            gymnasium.error.ResetNeeded: If the first reset does not reset all sub-environments.
+            ValueError: If a seed or an option is invalid. The state is unchanged in this case.
         """
         is_first = self._simulation is None
         request = check_reset(
@@ -173,7 +174,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         npt.NDArray[np.bool_],
         dict[str, Any],
     ]:
-        """Decide, train, evaluate.
+        """Apply the actions, train all hosts, evaluate them.
 
         Args:
             actions: Option indices in the order of `heads`. (num_envs, 8) integers.
@@ -182,10 +183,10 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             Observations, rewards, terminations, truncations, info.
 
         Raises:
-            gymnasium.error.ResetNeeded: Before the first `reset`, or when a finished member is
-                stepped without autoreset.
+            gymnasium.error.ResetNeeded: Before the first `reset`, or if autoreset is disabled and
+                a sub-environment is done.
             TypeError: If the actions are not integers.
-            ValueError: If shape or range are wrong, or an action is illegal while
+            ValueError: If the shape or an index is out of range, or if an action is illegal and
                 `illegal_actions="raise"`.
         """
         self._require_reset()
@@ -222,11 +223,11 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         return observations, rewards, terminations, truncations, info
 
     def render(self) -> tuple[npt.NDArray[np.uint8] | str, ...] | None:
-        """Show every member's episode so far, by `render_mode`.
+        """Render the current episode of each sub-environment according to `render_mode`.
 
         Returns:
-            One picture (600, 960, 3) uint8 or one text per member; None, with a warning, without a
-            render mode.
+            One image, (600, 960, 3) uint8, or one text per sub-environment. Without a render mode
+            it is None, and a warning is logged.
 
         Raises:
             gymnasium.error.ResetNeeded: Before the first `reset`.
@@ -261,11 +262,12 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
     # ------------------------------------------------------------------ state
 
     def get_state(self) -> dict[str, Any]:
-        """Copy everything that the coming steps depend on.
+        """Return the full state, sufficient to resume exactly.
 
         Returns:
-            A dictionary of NumPy arrays, and JSON-able settings; `set_state` takes it in this or
-            another process. Continuing from it is bitwise the same on one device and thread count.
+            Dictionary of NumPy arrays and JSON-able settings. `set_state` accepts it in this or in
+            another process. Steps after it are bitwise the same on the same device with the same
+            number of threads.
         """
         self._require_reset()
         sim = self._sim
@@ -281,14 +283,14 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
 
     @torch.inference_mode(False)
     def set_state(self, state: dict[str, Any]) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-        """Go on from a copy made by `get_state`; works before the first `reset` too.
+        """Restore a state returned by `get_state`; no `reset` is needed before it.
 
         Returns:
             Observations and info of the restored state.
 
         Raises:
-            ValueError: If the copy was made with another configuration, registry or number of
-                members.
+            ValueError: If the state comes from an environment with another configuration, other
+                registered blueprints or another `num_envs`.
         """
         own, other = self._made_with(), state["made_with"]
         differing = [name for name in own if own[name] != other.get(name)]
@@ -313,17 +315,18 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
     def fork(
         self, source_indices: npt.ArrayLike, target_indices: npt.ArrayLike
     ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-        """Copy members over others; a copy has the same future as its source.
+        """Copy the state of some sub-environments over others, random streams included.
 
         Args:
-            source_indices: Members to copy. (k,) integers.
-            target_indices: Distinct members to overwrite, one per source. (k,) integers.
+            source_indices: Sub-environments to copy from. (k,) integers.
+            target_indices: Distinct sub-environments to overwrite, one per source. (k,) integers.
 
         Returns:
             Observations and info after copying.
 
         Raises:
-            ValueError: If the indices are out of range, repeated as targets, or differ in number.
+            ValueError: If an index is out of range, a target is repeated, or the numbers of
+                sources and targets differ.
         """
         self._require_reset()
         source, target = (np.atleast_1d(np.asarray(i)) for i in (source_indices, target_indices))
@@ -361,27 +364,27 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         return self._marginal.copy()
 
     def conditional_masks(self) -> dict[str, BoolArray]:
-        """Return the exact mask for a policy that picks op, then slot, then the rest.
+        """Return the exact mask for a policy that samples op, then slot, then the other heads.
 
         Returns:
             "op" (num_envs, ops); "slot" (num_envs, ops, slots); every other head
-            (num_envs, ops, slots, options). All bool; True is legal. Rows below an illegal op or
-            (op, slot) are all False.
+            (num_envs, ops, slots, options). All bool; True is legal. Rows of an illegal op, or of
+            an illegal slot for the op, are all False.
         """
         self._require_reset()
         return {name: mask.copy() for name, mask in self._conditional.items()}
 
     def final_conditional_masks(self) -> dict[str, BoolArray]:
-        """Return the masks, as `conditional_masks`, of the states that the last step led to.
+        """Return the `conditional_masks` of the states after the last step, before any autoreset.
 
-        Under SAME_STEP those of members that ended belong to `final_obs`; otherwise they are the
-        present ones. To be called after `step`, not after `reset`.
+        With SAME_STEP the rows of sub-environments that are done belong to `final_obs`. All other
+        rows equal those of `conditional_masks`. Call it after `step`, not after `reset`.
         """
         self._require_reset()
         return {name: mask.copy() for name, mask in self._conditional_before_reset.items()}
 
     def sample_valid_actions(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-        """Draw legal actions: uniform over ops, then slots, then options. (num_envs, 8) int64."""
+        """Sample legal actions: uniform over ops, slots, then options. (num_envs, 8) int64."""
         self._require_reset()
         return self._actions.sample(self._conditional, rng)
 
@@ -390,7 +393,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
     def _advance(
         self, actions: IntArray, is_legal: BoolArray, active: BoolArray
     ) -> tuple[FloatArray, BoolArray, BoolArray, dict[str, FloatArray]]:
-        """Step the active members and reward them; the others get 0."""
+        """Step the active members and compute their rewards; the reward of the others is 0."""
         acts = active & is_legal
         request = self._actions.decode(actions if acts.all() else actions * acts[:, None])
         transition, truncated = self._sim.advance(request, is_legal, active)
@@ -402,7 +405,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         return reward, transition.is_terminated.copy(), truncated, terms
 
     def _seed(self, request: ResetRequest, is_first: bool) -> None:
-        """Give members new streams where a seed is given, or where there is none yet."""
+        """Start the random streams of members that get a seed, or have no stream yet."""
         for i in request.members.tolist():
             value = request.seeds[i]
             if value is None and is_first:
@@ -410,24 +413,24 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             if value is not None:
                 self._sim.seed(i, value)
 
-    # ------------------------------------------------------------------ what is shown
+    # ------------------------------------------------------------------ state and its views
 
     def _build(self) -> Simulation:
         if os.getpid() != _IMPORTING_PROCESS:
-            # A forked process inherits the state of torch's threads but not the threads, and
-            # would wait for them for ever.
+            # A forked process inherits the state of torch's threads but not the threads
+            # themselves, so a parallel operation would never return.
             torch.set_num_threads(1)
         return Simulation(self.num_envs, str(self.device), self.config, self._blueprints)
 
     def _begin(self, members: IntArray, instance: IntArray | None = None) -> None:
-        """Start a new episode for some members; `instance` is (m,), None draws them."""
+        """Start new episodes of some members; `instance` is (m,), None samples the instances."""
         self._sim.begin_episodes(members, instance)
         self._trace.begin(members)
         self._record(members, np.zeros(self.num_envs, dtype=np.int64))
         self._is_done[members] = False
 
     def _record(self, members: IntArray, op_slot: IntArray) -> None:
-        """Add the present state of some members to the trace."""
+        """Append the current state of some members to the trace."""
         sim = self._sim
         self._trace.record(
             members,
@@ -450,19 +453,19 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         return self._sim.member_arrays() | trace
 
     def _made_with(self) -> dict[str, Any]:
-        """Return what a copy of the state fits to, as JSON-able values."""
+        """Return the settings that a state must share to be restored, as JSON-able values."""
         settings = json.loads(json.dumps(dataclasses.asdict(self.config)))
         names = [blueprint.name for blueprint in self._blueprints]
         return {"num_envs": self.num_envs, "blueprints": names, **settings}
 
     def _show_again(self) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-        """Return what is to be seen after the state was written from outside."""
+        """Return observations and info after the state has been overwritten."""
         self._sim.refresh()
         self._refresh_masks()
         return self._observe(), self._info()
 
     def _refresh_masks(self) -> None:
-        """Work out what is legal in the present state."""
+        """Compute the masks of the current state."""
         sim = self._sim
         self._conditional = self._actions.conditional_masks(
             sim.state, sim.measured, sim.budget_table, sim.sizes.host, self.config
