@@ -1,6 +1,6 @@
-"""Configuration of the environment and the vocabulary that several modules share.
+"""Configuration of the environment, and enumerations that several modules share.
 
-Nothing here imports torch or another module of the package.
+This module imports neither torch nor any other module of the package.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class Stage(IntEnum):
-    """Where the seed of a slot is in its life."""
+    """Stage of a slot in the life cycle of its seed."""
 
     DORMANT = 0
     GERMINATED = 1
@@ -34,7 +34,7 @@ class Stage(IntEnum):
 
 
 class Op(IntEnum):
-    """What an action does."""
+    """Operation of an action."""
 
     WAIT = 0
     GERMINATE = 1
@@ -45,7 +45,7 @@ class Op(IntEnum):
 
 
 class Blend(IntEnum):
-    """How the residual branch of a seed is mixed into the features at its slot."""
+    """Rule that mixes the residual branch of a seed into the features at its slot."""
 
     ADD = 0
     MULTIPLY = 1
@@ -53,7 +53,7 @@ class Blend(IntEnum):
 
 
 class Curve(IntEnum):
-    """Easing of an alpha ramp."""
+    """Easing curve of an alpha ramp."""
 
     LINEAR = 0
     COSINE = 1
@@ -64,7 +64,7 @@ class Curve(IntEnum):
 
 @dataclass(frozen=True)
 class Style:
-    """One option of the style head: the curve of the first ramp, and how alpha mixes."""
+    """Option of the style head: the curve of the first ramp, and the blend."""
 
     name: str
     curve: Curve
@@ -81,111 +81,111 @@ STYLES = (
 
 @dataclass(frozen=True, kw_only=True)
 class EnvConfig:
-    """Every setting of the environment; each field is a keyword of `gym.make` and `gym.make_vec`.
+    """Settings of the environment; each field is a keyword of `gym.make` and `gym.make_vec`.
 
     Raises:
-        ValueError: If a value is outside its range or two fields contradict each other.
+        ValueError: If a value is out of range or two fields contradict each other.
     """
 
     task: str = "digits"
-    """Which data and host to train; a name of `esper_env.tasks.TASKS`."""
+    """Data and host to train; a name in `esper_env.tasks.TASKS`."""
     host: str | None = None
-    """Name of a host given to `register_host`, to be trained instead of the task's own."""
+    """Name of a host added by `register_host`; None trains the host of the task."""
     data_dir: str | None = None
-    """Where data that is not part of a package lies, or is downloaded to at the first reset; None
-    is the environment variable ESPER_DATA_DIR, or else ~/.cache/esper."""
+    """Folder of downloaded data; the first reset downloads what is missing. None uses the
+    environment variable ESPER_DATA_DIR if it is set, else ~/.cache/esper."""
     instances: Literal["default", "train", "test"] = "default"
-    """Conditions of training: the task's own, or one of a set of 100 or 20 others per episode."""
+    """Set of training conditions: 1 ("default"), 100 ("train") or 20 ("test") instances."""
     episode_steps: int = 60
     """Length of an episode [env steps]."""
     batches_per_step: int = 4
-    """Training batches per env step and member."""
+    """Training batches per env step and sub-environment."""
     batch_size: int = 32
-    """Images per training batch and member."""
+    """Images per training batch and sub-environment."""
     horizon: Literal["truncate", "terminal"] = "truncate"
-    """Whether the last step of an episode is reported as `truncated` or as `terminated`."""
+    """Flag of the last step of an episode: `truncated` or `terminated`."""
     gamma: float = 0.995
-    """Discount factor of potential-based shaping; an agent must use the same."""
+    """Discount factor of potential-based shaping; the agent must use the same value."""
     reward: str = "gain"
-    """Reward preset; a name of `esper_env.growth.reward.PRESETS`."""
+    """Reward preset; a name in `esper_env.growth.reward.PRESETS`."""
     reward_weights: Mapping[str, float] = field(default_factory=dict)
-    """Weights of reward terms that replace those of the preset, for example {"pbrs": 0.1}."""
+    """Weights of reward terms that replace the weights of the preset, e.g. {"pbrs": 0.1}."""
     rent_weight: float = 0.02
     """Price of growth in the score [accuracy per doubling of the parameters]."""
     attribution: Literal["none", "leave_one_out", "full"] = "leave_one_out"
-    """How the contribution of each blended, unfossilized seed is measured every env step: not at
-    all, by leaving it out, or as its exact Shapley value over all subsets (at most 4 slots)."""
+    """Measurement of the contribution of each seed that is blended but not fossilized, in every env
+    step: none, accuracy without the seed, or exact Shapley value (at most 4 slots)."""
     illegal_actions: Literal["wait", "raise"] = "wait"
-    """Whether an illegal action becomes WAIT (and `action_valid` False) or raises ValueError."""
+    """Treatment of an illegal action: replace it by WAIT, or raise ValueError."""
     heads: Mapping[str, Any] = field(default_factory=dict)
-    """Action heads restricted to one option or a list of options, e.g. {"style": "LINEAR_ADD"}."""
+    """Restriction of action heads to one option or to a list, e.g. {"style": "LINEAR_ADD"}."""
 
     max_seeds: int | None = None
-    """Largest number of seeds alive or fossilized at once; None means one in every slot."""
+    """Maximum number of seeds at once, fossilized ones included; None allows one per slot."""
     parameter_budget: float = 16.0
-    """Largest sum of seed parameters, as a multiple of the host's parameters."""
+    """Maximum number of seed parameters [multiples of the host's parameters]."""
     min_training_steps: int = 2
-    """Time in TRAINING before a seed may blend [env steps]."""
+    """Minimum time in TRAINING before BLENDING [env steps]."""
     min_prune_age: int = 1
-    """Age from which a seed may be pruned [env steps]."""
+    """Minimum age of a seed for PRUNE [env steps]."""
     embargo_steps: int = 3
-    """Decisions during which a slot stays closed after a prune [env steps]."""
+    """Time in EMBARGOED after the seed of a slot was removed [env steps]."""
     automatic_training: bool = True
-    """Whether a germinated seed starts to train without ADVANCE."""
+    """Move a seed from GERMINATED to TRAINING without ADVANCE."""
     automatic_blending: bool = False
-    """Whether a trained seed starts to blend without ADVANCE."""
+    """Move a seed from TRAINING to BLENDING without ADVANCE."""
     automatic_holding: bool = True
-    """Whether a fully blended seed starts to hold without ADVANCE."""
+    """Move a seed from BLENDING to HOLDING without ADVANCE."""
     isolated_stages: Sequence[str] = ("TRAINING", "BLENDING")
-    """Stages in which the seed's input is detached from the host."""
+    """Stages in which the input of a seed is detached."""
     min_gradient_health: float = 0.7
-    """Gradient health from which a seed may blend, 0 to 1."""
+    """Minimum gradient health of a seed before BLENDING, 0 to 1."""
     vanishing_gradient_norm: float = 1e-6
-    """Norm of one tensor's gradient below which it counts as vanishing [clip norms]."""
+    """Gradient norm of a tensor below which the gradient is vanishing [`clip_norm`]."""
     exploding_gradient_norm: float = 1e3
-    """Norm of one tensor's gradient above which it counts as exploding [clip norms]."""
+    """Gradient norm of a tensor above which the gradient is exploding [`clip_norm`]."""
     strict_fossilize: bool = False
-    """Whether FOSSILIZE needs a contribution of at least `min_contribution`."""
+    """Allow FOSSILIZE only at a contribution of at least `min_contribution`."""
     min_contribution: float = 0.0
-    """Smallest contribution that `strict_fossilize` accepts [accuracy, 0 to 1]."""
+    """Minimum contribution with `strict_fossilize` [accuracy, 0 to 1]."""
 
     snapshot_interval: int = 5
-    """Healthy env steps between snapshots; one is also taken at each fossilization, before the
-    training of that step."""
+    """Healthy env steps between two snapshots. Each fossilization also takes one, before the
+    training of that env step."""
     panic_window: int = 8
-    """Healthy losses that collapse and divergence are judged against [env steps]."""
+    """Number of recent healthy losses to compare with a new loss [env steps]."""
     panic_patience: int = 2
-    """Env steps in succession of collapse or divergence until a rollback."""
+    """Consecutive collapsed or diverged env steps before a rollback."""
     collapse_fraction: float = 0.6
-    """Mean loss below which a return to guessing is a collapse [losses of guessing]."""
+    """Mean recent loss below which a collapse can be detected [ln(classes)]."""
     collapse_margin: float = 0.065
-    """How near to the loss of guessing a collapsed loss is [losses of guessing]."""
+    """Maximum distance of a collapsed loss below ln(classes) [ln(classes)]."""
     divergence_sigma: float = 6.0
-    """Standard deviations above the mean loss that count as divergence."""
+    """Minimum distance of a diverged loss above the mean recent loss [standard deviations]."""
     divergence_factor: float = 3.0
-    """Multiple of the mean loss that counts as divergence."""
+    """Minimum size of a diverged loss [mean recent losses]."""
     rollback_penalty: float = 0.1
-    """Subtracted from the reward of the transition in which a member is rolled back [accuracy]."""
+    """Penalty in the reward of the env step with a rollback [accuracy]."""
     max_rollbacks: int = 3
-    """Rollbacks in an episode at which it is terminated."""
+    """Number of rollbacks at which an episode terminates."""
 
     host_learning_rate: float = 0.05
-    """Learning rate of the host's SGD at the start of an episode, for the default instance."""
+    """Initial learning rate of the host, for the default instance."""
     seed_learning_rate: float = 0.05
-    """Likewise of the seeds; another instance scales both by the same factor."""
+    """Initial learning rate of the seeds; other instances scale both by the same factor."""
     learning_rate_decay: Literal["none", "linear"] = "linear"
-    """Whether both learning rates fall linearly to 0 over an episode."""
+    """Schedule of both learning rates: constant, or linear decay to 0 over an episode."""
     momentum: float = 0.9
-    """Momentum of both."""
+    """Momentum of the SGD of host and seeds."""
     host_weight_decay: float = 5e-4
-    """Weight decay of the host; seeds have none."""
+    """Weight decay of the host; seeds have no weight decay."""
     clip_norm: float = 1.0
-    """Largest gradient norm of the host and of each seed, per batch."""
+    """Maximum gradient norm of the host, and of each seed, per batch."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of convolutions and linear maps; weights, statistics and the optimiser are
-    float32. With "bfloat16" members run as one tensor program on a CPU too, more slowly."""
+    """Precision of convolutions and linear maps; weights, statistics and momentum stay float32. On
+    a CPU "bfloat16" is slower, because the compiled kernels support only "float32"."""
     chunk_size: int | None = None
-    """Members that run in one tensor program; None chooses by the size of their activations."""
+    """Sub-environments per grouped tensor operation; None derives it from their activations."""
 
     def __post_init__(self) -> None:
         """Check every field and the relations between them."""
@@ -241,25 +241,23 @@ class EnvConfig:
 
     @property
     def measures_contributions(self) -> bool:
-        """Whether the contributions of single seeds are measured."""
+        """True if the contributions of single seeds are measured."""
         return self.attribution != "none"
 
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any]) -> EnvConfig:
-        """Build a configuration from keywords, naming the closest field for an unknown one.
+        """Build a configuration from keywords.
 
         Raises:
-            TypeError: If a keyword is no field.
+            TypeError: If a keyword is not a field; the error names the closest field.
         """
         names = [f.name for f in dataclasses.fields(cls)]
         for keyword in keywords:
             if keyword not in names:
                 close = difflib.get_close_matches(keyword, names, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise TypeError(
-                    f"unknown configuration field {keyword!r}{hint} "
-                    f"Known fields: {', '.join(sorted(names))}"
-                )
+                known = f"expected one of {', '.join(sorted(names))}"
+                hint = f"did you mean {close[0]!r}?" if close else known
+                raise TypeError(f"unknown configuration field {keyword!r}; {hint}")
         return cls(**keywords)
 
 

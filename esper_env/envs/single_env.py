@@ -1,4 +1,4 @@
-"""The single environment: the vector environment of one."""
+"""The single environment: a vector environment with one sub-environment."""
 
 from __future__ import annotations
 
@@ -21,120 +21,139 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
 
     ## Description
 
-    A small convolutional network, the *host*, is trained from scratch to classify images. Behind
-    each of its blocks is a *slot*. The agent may germinate a *seed* in a slot (a small residual
-    module, built from a *blueprint*), let it learn behind the host, blend it in, and either
-    fossilize it, which keeps it for good, or prune it. Parameters cost score, so what, where and
-    when to grow is the task.
+    A small convolutional network, the *host*, is trained from scratch to classify images. A *slot*
+    follows each of its blocks. The agent can *germinate* a *seed* in a slot. A seed is a small
+    residual module; its layers are given by a *blueprint*. The seed first trains without changing
+    the output of the host. Then it is blended in: its blend weight *alpha* rises along a ramp.
+    Finally the agent can *fossilize* the seed, which keeps it permanently. It can *prune* any other
+    seed, which removes it. Every seed parameter lowers the score, so the task is to decide what to
+    grow, where and when.
 
-    One env step is one decision and the training after it. In this order, `step`
+    An env step is one decision followed by training. `step` runs these stages in order:
 
-    1. applies the action if it is legal (an illegal one counts as WAIT);
-    2. lets every slot tick: cooldowns, ramps of alpha (the blend weight of a seed), transitions
-       that need no action;
-    3. trains host and seeds on `batches_per_step` batches of `batch_size` images, by SGD whose
-       learning rates fall to 0 in the course of the episode (`learning_rate_decay`);
-    4. takes the host back to its last good snapshot if its training broke (see Episode End);
-    5. evaluates on the validation split: the *live* network, which has all seeds with their
-       alphas; the *committed* network, which has only the fossilized ones; and those that tell what
-       single seeds contribute (`attribution`).
+    1. It applies the action. An illegal action counts as WAIT.
+    2. It ticks every slot: cooldowns and alpha ramps advance by one env step, and automatic stage
+       transitions take place.
+    3. It trains host and seeds by SGD on `batches_per_step` batches of `batch_size` images. The
+       learning rates decay to 0 over the episode (`learning_rate_decay`).
+    4. It restores the last good snapshot if training diverged or collapsed (see Episode End).
+    5. It evaluates networks on the validation split: the *live* network with all seeds at their
+       current alpha, the *committed* network with only the fossilized seeds, and the networks that
+       measure the contribution of single seeds (`attribution`).
 
-    So the reward of an action contains what the training after it did. No training, reward, mask
-    or observation uses the test split.
+    The reward of an action therefore includes the effect of the training that follows it. The test
+    split is used for no training, reward, mask or observation.
 
-    With h the features at the slot, d the layers of the seed, and x the detached h while the seed
-    is isolated (`isolated_stages`), else h itself, a slot puts out
+    Let h be the features at the slot and d the layers of the seed. The input x of the seed is h. In
+    the stages of `isolated_stages` x is detached, so the seed sends no gradient to the host. The
+    output of a slot is
 
-    | stage | output |
-    |---|---|
-    | DORMANT, GERMINATED, EMBARGOED | h |
-    | TRAINING | h, but the backward pass treats the seed as if alpha were 1, so it learns |
-    | BLENDING, HOLDING, FOSSILIZED; blend ADD | h + alpha * d(x) |
-    | the same; blend MULTIPLY | h * (1 + alpha * tanh(d(x))) |
-    | the same; blend GATE | h + alpha * g(x) * d(x), with g = sigmoid(w * mean(x) + b) per image |
+    | stage | blend | output |
+    |---|---|---|
+    | DORMANT, GERMINATED, EMBARGOED | | h |
+    | TRAINING | | h; the backward pass uses alpha = 1, so the seed learns |
+    | BLENDING, HOLDING, FOSSILIZED | ADD | h + alpha * d(x) |
+    | BLENDING, HOLDING, FOSSILIZED | MULTIPLY | h * (1 + alpha * tanh(d(x))) |
+    | BLENDING, HOLDING, FOSSILIZED | GATE | h + alpha * g(x) * d(x) |
 
-    d is 0 at birth, so a new seed changes nothing until it has learned. While alpha falls, the
-    seed's parameters keep still. Fossilized seeds keep training with the host.
+    The gate is g(x) = sigmoid(w * mean(x) + b), one number per image. The layers of a new seed
+    output 0. The parameters of a seed are frozen while its alpha falls. Fossilized seeds continue
+    to train with the host.
 
-    `gym.make_vec` trains many hosts as one tensor program; this class is that program with one
-    member.
+    `gym.make_vec` returns an `EsperVectorEnv`. One engine call trains all its sub-environments. On
+    a CPU compiled kernels train them one by one. Grouped tensor operations serve a GPU, layers
+    without a kernel, and bfloat16. `EsperEnv` is a vector environment with one sub-environment.
 
     ## Action Space
 
-    `MultiDiscrete` with eight heads in the order of the table; `heads` names the options of each.
-    An op reads some of the heads; every other head has one legal option, 0.
+    `MultiDiscrete` with eight heads in the order of the table. `heads` lists the options of each.
+    Every op uses some of the heads. An unused head has one legal option, 0.
 
     - WAIT does nothing.
-    - GERMINATE puts a seed of the blueprint into an empty slot. Style, tempo and alpha_target say
-      how it will be blended: the blend, and curve, length and end of its first ramp.
-    - ADVANCE takes a seed to its next stage; from TRAINING to BLENDING it starts the first ramp.
-    - SET_ALPHA gives a blended seed the blend of the style and starts a ramp to another
-      alpha_target, alpha_speed env steps long (0 acts at once), along alpha_curve. A seed whose
-      first ramp ended below 1 needs it to get on: only at alpha 1 does it reach HOLDING.
-    - PRUNE removes a seed that is not fossilized, at once (alpha_speed 0) or by a ramp to 0.
-    - FOSSILIZE keeps a seed for good.
+    - GERMINATE creates a seed of the chosen blueprint in an empty slot. The style sets its blend
+      and the curve of its first ramp. Tempo and alpha_target set the length and the end of this
+      ramp.
+    - ADVANCE moves a seed to its next stage. From TRAINING to BLENDING it starts the first ramp.
+    - SET_ALPHA sets the blend of a seed to that of the style. It also starts a ramp to alpha_target
+      along alpha_curve over alpha_speed env steps; at speed 0 alpha changes at once. A seed enters
+      HOLDING only at alpha 1, so a seed whose first ramp ended below 1 needs this op.
+    - PRUNE removes a seed that is not fossilized. With alpha_speed 0 it does so at once, otherwise
+      at the end of a ramp to alpha 0.
+    - FOSSILIZE keeps a seed permanently.
 
-    What is legal depends on the state, and a legal action always succeeds. `True` in a mask means
-    legal. `action_masks()`, also `info["action_mask"]`, is the *marginal* mask, flat over the
-    options of all heads: an option is legal if some legal action contains it.
-    `conditional_masks()` is exact: ops; slots given the op; options of every other head given op
-    and slot. The wrapper `JointAction` turns the action into one integer with an exact mask. With
-    `illegal_actions="raise"` an illegal action raises ValueError.
+    The legal actions depend on the state. A legal action always succeeds. An illegal action raises
+    ValueError with `illegal_actions="raise"`. In every mask `True` means legal:
+
+    - The *marginal* mask is flat over the options of all heads. An option is legal if at least one
+      legal action contains it. `action_masks()` returns it, and so does `info["action_mask"]`.
+    - The *conditional* masks are exact. `conditional_masks()` returns the legal ops, the legal
+      slots of each op, and the legal options of every other head for each op and slot.
+    - The wrapper `JointAction` makes the action one integer, with an exact mask.
 
     ## Observation Space
 
-    `Box(-1, 1, (n,), float32)`: an episode block, then one block per slot; `observation_names`
-    names the features. Each has a fixed scale and is clipped to [-1, 1], so no running normaliser
-    is needed. A missing value is 0, and its validity bit is 0.
+    `Box(-1, 1, (n,), float32)`: an episode block followed by one block per slot.
+    `observation_names` lists the features. Each feature has a fixed scale and is clipped to
+    [-1, 1], so no running normalization is needed. A missing value is 0, and its validity bit is 0.
 
     ## Rewards
 
-    With the score of a network
+    The score of a network on the validation split is
 
         score = accuracy - rent_weight * log2(1 + seed parameters / host parameters)
 
-    on the validation split, the preset `gain` pays in every step the rise of the live score, and in
-    the last step of an episode also committed score minus live score: what is not fossilized is
-    not kept. A seed's parameters count from germination on. The rewards of an episode sum to the
-    committed score at its end, minus the score at its start, minus `rollback_penalty` for every
-    rollback. `reward_weights` changes the weights of the terms; `info["reward_terms"]` has each
-    one's part of the reward.
+    The *live score* is the score of the live network, the *committed score* that of the committed
+    network. The parameters of a seed count from its germination. With the preset `gain` the reward
+    of a step is the live score after it minus the live score before it. The last step of an episode
+    adds the committed score minus the live score, so seeds that are not fossilized are worth
+    nothing at the end. The episode return equals the final committed score minus the initial score,
+    minus `rollback_penalty` for each rollback. `reward_weights` changes the weights of the terms.
+    `info["reward_terms"]` contains the weighted value of each term.
 
     ## Starting State
 
-    All slots are DORMANT and the host has fresh random weights; observation and info come from its
-    evaluation before any training. `reset(seed=s)` makes this and the coming episodes a function
-    of s and the actions alone: bitwise on one device, and on a CPU whatever the number of threads
-    and the other members of a batch (layers of a third party and bfloat16 have no compiled kernel
-    and need the same of both). Global random state is neither read nor written. `reset()` starts
-    the next episode of the same stream: other weights, other batches.
+    All slots are DORMANT and the host has new random weights. The first observation and info come
+    from its evaluation before any training.
 
-    With `instances="train"` or `"test"` each episode has one of a fixed set of conditions (learning
-    rate, share of the training images, share of wrong labels, width of the host), drawn or chosen
-    by `reset(options={"instance": k})`. All but the wrong labels are observed.
+    `reset(seed=s)` makes this and all later episodes a function of s and the actions. Results are
+    bitwise reproducible on the same device. On a CPU they are also bitwise independent of the
+    number of sub-environments and threads. Third-party layers and bfloat16 are the exception: they
+    have no compiled kernel, so both numbers must be the same. `reset()` without a seed starts
+    the next episode of the same random stream, with new weights and batches. The global random
+    state is neither read nor written.
+
+    With `instances="train"` or `"test"` each episode has one *instance*. An instance fixes the
+    learning rate, the share of the training images in use, the share of wrong labels, and the width
+    of the host. It is sampled, or chosen by `reset(options={"instance": k})`. Everything but the
+    share of wrong labels is observed.
 
     ## Episode End
 
-    1. Truncation: after `episode_steps` env steps (termination with `horizon="terminal"`).
-    2. Termination: at `max_rollbacks` rollbacks. A host is rolled back when its training breaks: a
-       loss or weight is not finite, or for `panic_patience` steps in succession the loss is back at
-       that of guessing (collapse) or far above its recent mean (divergence). It gets the weights,
-       statistics and momentum of its last snapshot, its seeds are removed unless they are
-       fossilized, and `info["rolled_back"]` is True. The time that has passed is not given back.
+    1. Truncation: after `episode_steps` env steps. With `horizon="terminal"` this is a termination.
+    2. Termination: at `max_rollbacks` rollbacks.
 
-    `gym.make` also puts a `TimeLimit` of `max_episode_steps` around the environment. To lengthen
-    episodes, change both: `gym.make(id, episode_steps=90, max_episode_steps=90)`; the limit alone
-    would cut an episode off without the payment of its last step.
+    A *rollback* follows if training diverged or collapsed for `panic_patience` consecutive env
+    steps. Training has collapsed if the loss returns to that of random guessing. It has diverged if
+    the loss is far above its recent mean. A loss or weight that is not finite causes a rollback at
+    once. The rollback restores weights, batch norm statistics and momentum from the last snapshot.
+    It removes all seeds that are not fossilized. `info["rolled_back"]` is True. The step counter of
+    the episode continues.
+
+    `gym.make` also wraps the environment in a `TimeLimit` of `max_episode_steps`. To lengthen
+    episodes, set both: `gym.make(id, episode_steps=90, max_episode_steps=90)`. Do not shorten them
+    by `max_episode_steps` alone: the episode would stop before the reward of its last step.
 
     ## Information
 
-    NumPy values with the same keys after every `reset` and `step`, and two more after the last step
-    of an episode. In the vector environment each key k has a mask `_k` of the members that have it.
+    All values are NumPy values. The keys are the same after every `reset` and `step`; the last step
+    of an episode adds two. In the vector environment each key k has a mask `_k`, True for the
+    sub-environments that have the value.
 
     ## Rendering
 
-    With `render_mode="rgb_array"` a chart of the episode so far: per slot the stage, alpha and
-    blueprint over env steps, and accuracy, score and size; with `"ansi"` the same as text.
+    With `render_mode="rgb_array"` `render` returns a chart of the current episode: stage, alpha and
+    blueprint of each slot, accuracy, score, and size of the network over env steps. With `"ansi"`
+    it returns the same as text.
 
     ## Arguments
 
@@ -148,15 +167,15 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
 
     ```
 
-    `gym.make` and `gym.make_vec` take `device`, `render_mode` and every field of `EnvConfig`.
+    `gym.make` and `gym.make_vec` accept `device`, `render_mode` and every field of `EnvConfig`.
 
     ## Version History
 
     * v0: initial version.
 
     Args:
-        device: Where the tensors live, e.g. "cpu" or "cuda".
-        render_mode: None, "rgb_array" (a chart of the episode so far) or "ansi" (text).
+        device: Torch device of all tensors, e.g. "cpu" or "cuda".
+        render_mode: None, "rgb_array" (a chart of the current episode) or "ansi" (text).
         **config: Fields of `EnvConfig`.
     """
 
@@ -181,22 +200,22 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
 
     @property
     def config(self) -> EnvConfig:
-        """The configuration."""
+        """Configuration of the environment."""
         return self._env.config
 
     @property
     def gamma(self) -> float:
-        """Discount factor of the shaping reward; an agent must use the same."""
+        """Discount factor of the shaping reward; the agent must use the same value."""
         return self._env.gamma
 
     @property
     def heads(self) -> tuple[ActionHead, ...]:
-        """The action's components and the values of their options."""
+        """Components of the action, each with the values of its options."""
         return self._env.heads
 
     @property
     def observation_names(self) -> tuple[str, ...]:
-        """One name per feature of the observation."""
+        """Name of each feature of the observation."""
         return self._env.observation_names
 
     def reset(
@@ -205,9 +224,10 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
         """Start a new episode.
 
         Args:
-            seed: Makes the episode, and those that follow, a function of it alone.
-            options: "instance" k says which instance of the configured set the episode has;
-                without it one is drawn.
+            seed: Random seed of this and all later episodes. None keeps the current random
+                stream.
+            options: "instance" selects the instance of the configured set by its index. Without it
+                one is sampled.
 
         Returns:
             Observation (features,) float32, and info.
@@ -222,12 +242,19 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     def step(
         self, action: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Decide, train, evaluate. The action has shape (8,) and an integer dtype.
+        """Apply the action, train the host, evaluate it.
+
+        Args:
+            action: Option indices in the order of `heads`. (8,) integers.
+
+        Returns:
+            Observation (features,) float32, reward, terminated, truncated, info.
 
         Raises:
-            gymnasium.error.ResetNeeded: Before the first reset or after the end of an episode.
-            TypeError: If the action is not of integers.
-            ValueError: If shape or range are wrong.
+            gymnasium.error.ResetNeeded: Before the first `reset` or after the end of an episode.
+            TypeError: If the action does not consist of integers.
+            ValueError: If the shape or an index is out of range, or if the action is illegal and
+                `illegal_actions="raise"`.
         """
         array = np.asarray(action)
         if array.ndim != 1:
@@ -242,10 +269,11 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
         )
 
     def render(self) -> npt.NDArray[np.uint8] | str | None:
-        """Show the episode so far, by `render_mode`.
+        """Render the current episode according to `render_mode`.
 
         Returns:
-            A picture (600, 960, 3) uint8 or a text; None, with a warning, without a render mode.
+            An image, (600, 960, 3) uint8, or a text. Without a render mode it is None, and a
+            warning is logged.
 
         Raises:
             gymnasium.error.ResetNeeded: Before the first `reset`.
@@ -263,16 +291,16 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
         return {name: mask[0] for name, mask in self._env.conditional_masks().items()}
 
     def sample_valid_actions(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-        """Draw a legal action: uniform over ops, then slots, then options. (8,) int64."""
+        """Sample a legal action: uniform over ops, slots, then options. (8,) int64."""
         action: npt.NDArray[np.int64] = self._env.sample_valid_actions(rng)[0]
         return action
 
     def get_state(self) -> dict[str, Any]:
-        """Copy everything that the coming steps depend on; see `EsperVectorEnv.get_state`."""
+        """Return the full state, sufficient to resume exactly; see `EsperVectorEnv.get_state`."""
         return self._env.get_state()
 
     def set_state(self, state: dict[str, Any]) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-        """Go on from a copy made by `get_state` and return its observation and info."""
+        """Restore a state returned by `get_state`; return its observation and info."""
         observation, info = self._env.set_state(state)
         return observation[0], member_info(info, 0)
 
