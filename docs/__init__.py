@@ -1,1 +1,1 @@
-"""Pages about the environment, and the script that keeps them in step with the code."""
+"""Documentation pages, and the script that generates parts of them from the code."""

@@ -1,7 +1,7 @@
-"""Text of docs/environment.md: the docstring of `EsperEnv`, and tables of what it uses.
+"""Text of docs/environment.md: the docstring of `EsperEnv` and tables generated from the code.
 
-What the code cannot say of itself, the meaning of a transition or of a key of info, stands in the
-tables below, and each must cover exactly what the code has.
+The tables below explain what has no docstring, for example transitions and the keys of info. An
+error is raised if a table lacks an entry that exists in the code, or has one that does not exist.
 """
 
 from __future__ import annotations
@@ -40,48 +40,49 @@ DEFAULT_ID = "Esper-Digits-v0"
 BLUEPRINT_NAMES = [blueprint.name for blueprint in CNN_BLUEPRINTS]
 
 HEAD_MEANINGS = {
-    "op": "what is done",
-    "slot": "where: one slot per block of the host",
-    "blueprint": "what is germinated: the built-in blueprints, then registered ones",
-    "style": "curve of the first ramp, and how alpha mixes the seed in",
+    "op": "operation",
+    "slot": "slot of the operation; the host has one slot per block",
+    "blueprint": "blueprint of the new seed: the built-in ones, then registered ones",
+    "style": "curve of the first ramp, and blend",
     "tempo": "length of the first ramp [env steps]",
     "alpha_target": "alpha at the end of the ramp",
-    "alpha_speed": "length of a later ramp [env steps]; 0 acts at once",
+    "alpha_speed": "length of a later ramp [env steps]; at 0 alpha changes at once",
     "alpha_curve": "curve of a later ramp",
 }
 
 OP_RULES = {
     Op.WAIT: "always",
-    Op.GERMINATE: "the slot is DORMANT and G0 holds for the blueprint",
-    Op.ADVANCE: "G1, G2 or G3 holds",
-    Op.SET_ALPHA: "BLENDING or HOLDING, and no ramp runs; the alpha_target is not the present one",
-    Op.PRUNE: "GERMINATED to HOLDING, and no ramp runs; the seed's age is at least "
-    "`min_prune_age`; alpha_speed is 0 if alpha is 0",
-    Op.FOSSILIZE: "HOLDING, and G5 holds",
+    Op.GERMINATE: "the stage is DORMANT; G0 passes for the blueprint",
+    Op.ADVANCE: "G1, G2 or G3 passes",
+    Op.SET_ALPHA: "the stage is BLENDING or HOLDING; no ramp is running; alpha_target differs from "
+    "the current target",
+    Op.PRUNE: "the stage is GERMINATED, TRAINING, BLENDING or HOLDING; no ramp is running; the age "
+    "of the seed is at least `min_prune_age`; alpha_speed is 0 if alpha is 0",
+    Op.FOSSILIZE: "the stage is HOLDING; G5 passes",
 }
-"""When an op is legal in a slot; G0 to G5 are in `TRANSITION_RULES`."""
+"""Conditions under which an op is legal in a slot; G0 to G5 are in `TRANSITION_RULES`."""
 
 _PRUNE_AT_ONCE = "PRUNE with alpha_speed 0; rollback"
-_PRUNE_AGE = "for PRUNE: age of at least `min_prune_age`"
+_PRUNE_AGE = "PRUNE: the age of the seed is at least `min_prune_age`"
 TRANSITION_RULES: dict[tuple[Stage, Stage], tuple[str, str]] = {
     (Stage.DORMANT, Stage.GERMINATED): (
         "GERMINATE",
-        "G0: fewer than `max_seeds` seeds exist; their parameters and those of the new seed, a "
-        "gate counted for each, are at most `parameter_budget` times the host's",
+        "G0: fewer than `max_seeds` seeds exist; the parameters of all seeds and of the new one, "
+        "each counted with a gate, are at most `parameter_budget` times those of the host",
     ),
     (Stage.GERMINATED, Stage.TRAINING): (
-        "tick, in the step of GERMINATE itself; ADVANCE with `automatic_training=False`",
-        "G1: nothing more",
+        "tick of the same env step; ADVANCE with `automatic_training=False`",
+        "G1: no condition",
     ),
     (Stage.TRAINING, Stage.BLENDING): (
         "ADVANCE; also tick with `automatic_blending=True`",
-        "G2: at least `min_training_steps` env steps in TRAINING; in the last step a gradient "
-        "reached the seed, that of none of its tensors exploded, and their health was at least "
-        "`min_gradient_health`",
+        "G2: the seed has spent at least `min_training_steps` env steps in TRAINING; in the last "
+        "env step it received a gradient, no gradient of a tensor exploded, and gradient health "
+        "was at least `min_gradient_health`",
     ),
     (Stage.BLENDING, Stage.HOLDING): (
         "tick; ADVANCE with `automatic_holding=False`",
-        "G3: alpha is 1, and no ramp runs",
+        "G3: alpha is 1; no ramp is running",
     ),
     (Stage.HOLDING, Stage.BLENDING): (
         "SET_ALPHA; PRUNE with alpha_speed above 0",
@@ -89,51 +90,51 @@ TRANSITION_RULES: dict[tuple[Stage, Stage], tuple[str, str]] = {
     ),
     (Stage.HOLDING, Stage.FOSSILIZED): (
         "FOSSILIZE",
-        'G5: its contribution has been measured (nothing with `attribution="none"`); with '
-        "`strict_fossilize` it is at least `min_contribution`",
+        "G5: the contribution has been measured; with `strict_fossilize` it is at least "
+        '`min_contribution`; no condition with `attribution="none"`',
     ),
     (Stage.GERMINATED, Stage.EMBARGOED): (_PRUNE_AT_ONCE, _PRUNE_AGE),
     (Stage.TRAINING, Stage.EMBARGOED): (_PRUNE_AT_ONCE, _PRUNE_AGE),
     (Stage.BLENDING, Stage.EMBARGOED): (
-        f"{_PRUNE_AT_ONCE}; tick, when the ramp of a PRUNE ends",
-        f"{_PRUNE_AGE}, and no ramp runs",
+        f"{_PRUNE_AT_ONCE}; tick at the end of the ramp of a PRUNE",
+        f"{_PRUNE_AGE}; no ramp is running",
     ),
     (Stage.HOLDING, Stage.EMBARGOED): (_PRUNE_AT_ONCE, _PRUNE_AGE),
-    (Stage.EMBARGOED, Stage.DORMANT): ("tick", "`embargo_steps` decisions have passed"),
+    (Stage.EMBARGOED, Stage.DORMANT): ("tick", "the stage has lasted `embargo_steps` env steps"),
 }
-"""By what each transition happens, and what it needs."""
+"""Cause and condition of each transition."""
 
 INFO_MEANINGS = {
-    "action_mask": "marginal mask of the next action; True is legal",
-    "action_valid": "whether the last action was legal; True after a reset",
-    "op": "op of the last step, a value of `Op`; WAIT (0) if the action was illegal",
+    "action_mask": "marginal mask of the next action; True means legal",
+    "action_valid": "True if the last action was legal, and after a reset",
+    "op": "op of the last env step, a value of `Op`; WAIT (0) if the action was illegal",
     "accuracy": "validation accuracy of the live network, 0 to 1",
     "loss": "validation loss of the live network [nats]",
-    "committed_accuracy": "validation accuracy with only the fossilized seeds",
+    "committed_accuracy": "validation accuracy of the committed network",
     "score": "score of the live network",
-    "committed_score": "score with only the fossilized seeds",
-    "contribution": "accuracy minus accuracy without the seed (its Shapley value with "
-    '`attribution="full"`), as last measured; 0 if never',
-    "contribution_valid": "whether it has been measured",
+    "committed_score": "score of the committed network",
+    "contribution": "last measured contribution of each seed: accuracy minus accuracy without it "
+    '(its Shapley value with `attribution="full"`); 0 before the first measurement',
+    "contribution_valid": "True if the contribution has been measured",
     "stage": "values of `Stage`",
     "alpha": "blend weights, 0 to 1",
-    "blueprint": "position in the table of blueprints, -1 where there is no seed; not the head's "
-    "option if `heads` restricts it",
-    "parameters": "parameters of all seeds, gates of LINEAR_GATE included",
+    "blueprint": "row in the table of blueprints, -1 for a slot without a seed; it differs from "
+    "the option of the head if `heads` restricts the blueprints",
+    "parameters": "parameters of all seeds, including the gates of LINEAR_GATE",
     "host_parameters": "parameters of the host",
-    "flops": "floating-point operations of the episode's training so far: 6 per image and "
-    "multiply-add of host and seeds, gates left out",
-    "samples": "training images that the episode has shown so far",
-    "reward_terms": "each term's weighted part of the last reward; they sum to it",
-    "rolled_back": "whether the governor rolled the host back in the last step",
-    "instance": "index of the episode's instance in the set",
+    "flops": "floating-point operations of training in this episode: 6 per image and multiply-add "
+    "of host and seeds, without gates",
+    "samples": "training images of this episode so far",
+    "reward_terms": "weighted value of each reward term; their sum is the reward",
+    "rolled_back": "True if the last env step included a rollback",
+    "instance": "index of the instance in the configured set",
     "test_accuracy": "test accuracy of the live network; only after the last step",
-    "committed_test_accuracy": "the same with only the fossilized seeds; only after the last step",
+    "committed_test_accuracy": "test accuracy of the committed network; only after the last step",
 }
 
 
 def environment_page() -> str:
-    """Return the docstring of `EsperEnv` with tables under its headings."""
+    """Return the docstring of `EsperEnv`, with tables under its headings."""
     text, _, arguments = inspect.cleandoc(EsperEnv.__doc__ or "").partition("\nArgs:\n")
     title, *sections = re.split(r"^## (.*)\n", text, flags=re.M)
     parts = [
@@ -163,13 +164,13 @@ def section_tables(arguments: str) -> dict[str, list[str]]:
         "Action Space": [
             "### Heads and their options",
             heads_table(),
-            "A ramp of N env steps begins in the step of its action and lands exactly on its "
-            "target in the last one. With t = n / N after n of them, the share of the way that "
-            "alpha has gone is t for LINEAR, (1 - cos πt) / 2 for COSINE, and for SIGMOID_k the "
-            "logistic function of k (t - 1/2), stretched so that it runs from 0 to 1.",
-            "### Which op reads which head",
+            "A ramp of N env steps starts in the env step of its action and ends exactly at its "
+            "target. After n env steps, with t = n / N, alpha has covered this share of the "
+            "distance: t for LINEAR; (1 - cos πt) / 2 for COSINE; the logistic function of "
+            "k (t - 1/2), rescaled to run from 0 to 1, for SIGMOID_k.",
+            "### Heads of each op",
             relevance_table(),
-            "### When an op is legal",
+            "### Legal ops",
             ops_table(),
             "### Blueprints",
             *blueprint_tables(),
@@ -182,8 +183,8 @@ def section_tables(arguments: str) -> dict[str, list[str]]:
             "### Episode block",
             features_table(episode),
             "### Block of one slot",
-            "Names in the block of slot 0 begin with `slot_0.`, and so on. A registered blueprint "
-            "adds a feature to every block.",
+            "The names in the block of slot 0 begin with `slot_0.`, those of slot 1 with "
+            "`slot_1.`. Each registered blueprint adds one feature to every block.",
             features_table(slot),
         ],
         "Rewards": ["### Presets and terms", rewards_table()],
@@ -192,13 +193,13 @@ def section_tables(arguments: str) -> dict[str, list[str]]:
         "Information": [info_table()],
         "Rendering": [],
         "Arguments": [
-            "### Of `gym.make`",
+            "### Arguments of `gym.make`",
             arguments_table(arguments),
-            "### Of `gym.make_vec`",
+            "### Arguments of `gym.make_vec`",
             arguments_table(inspect.cleandoc(EsperVectorEnv.__doc__ or "").partition("Args:\n")[2]),
             "### Fields of EnvConfig",
-            "Keywords of both. [Each id](#ids) sets task, length and batches; what is given "
-            "replaces the default.",
+            "Each field is a keyword of `gym.make` and `gym.make_vec`. [Each id](#ids) has its own "
+            "`task`, `episode_steps`, `batches_per_step` and `batch_size`; a keyword overrides it.",
             config_table(),
         ],
         "Version History": [],
@@ -213,7 +214,7 @@ def ids_table() -> str:
         host = task.host
         data = first_line(task.load).removeprefix("Return ").removesuffix(".")
         if task.augments:
-            data += "; shifted and mirrored in training"
+            data += "; random shifts and mirror images in training"
         size = f"{host.image_size}×{host.image_size}×{host.in_channels}"
         channels = "-".join(str(c) for c in host.channels)
         rows.append(
@@ -239,9 +240,9 @@ def lifecycle() -> list[str]:
         for (source, target), rule in TRANSITION_RULES.items()
     ]
     return [
-        "Any other change of stage is an error. *Tick* is what an env step does without an action, "
-        "*rollback* what the governor does. G0 to G3 and G5 are the gates: masks and transitions "
-        "call the same functions.",
+        "No other transition exists. *Tick* is stage 2 of an env step and needs no action. "
+        "*Rollback* is described under [Episode End](#episode-end). G0 to G3 and G5 are gates: "
+        "conditions that the masks and the transitions test by the same functions.",
         table(("from → to", "by", "needs"), rows),
     ]
 
@@ -259,7 +260,7 @@ def heads_table() -> str:
 
 
 def relevance_table() -> str:
-    """Return which op reads which head."""
+    """Return the heads that each op uses."""
     rows = [
         (op.name, *("●" if name in relevant else "" for name in HEAD_NAMES))
         for op, relevant in RELEVANT_HEADS.items()
@@ -268,7 +269,7 @@ def relevance_table() -> str:
 
 
 def ops_table() -> str:
-    """Return when each op is legal."""
+    """Return the conditions under which each op is legal."""
     must_cover("Op", Op, OP_RULES)
     return table(("op", "legal in a slot if"), [(op.name, OP_RULES[op]) for op in Op])
 
@@ -295,10 +296,10 @@ def blueprint_tables() -> list[str]:
         for s, c in enumerate(host.channels)
     )
     return [
-        "C is the number of channels at the slot; *zero* marks the last map, which is 0 at birth. "
-        f"Sizes are those in the host of `{DEFAULT_ID}`; multiply-adds are per image. "
-        f"Style LINEAR_GATE adds C + 1 parameters: {gates}. "
-        "[Blueprints of your own](extending.md) follow these in the order of registration.",
+        "C is the number of channels at the slot. *Zero* marks the parameters that are initialized "
+        f"to 0, so that a new seed outputs 0. Sizes are given for the host of `{DEFAULT_ID}`; "
+        f"multiply-adds are per image. Style LINEAR_GATE adds C + 1 parameters: {gates}. "
+        "[Registered blueprints](extending.md) follow in the order of registration.",
         table(head, rows),
     ]
 
@@ -329,11 +330,11 @@ def _describe_layer(by_channels: Mapping[int, Layer]) -> str:
         return f"x · tanh(B · silu(A · mean(x))), affine A: C→{of('hidden')}, affine B (*zero*)"
     if isinstance(layer, Relu):
         return "relu"
-    raise ValueError(f"say in docs/environment.py how to describe {type(layer).__name__}")
+    raise ValueError(f"docs/environment.py: no description of layer {type(layer).__name__}")
 
 
 def _symbol(values: Mapping[int, int]) -> str:
-    """Write a size that is given for several C as C, a multiple or a part of it."""
+    """Return a size as a formula in C, from its values for several C."""
     ratio, least = Fraction(values[64], 64), values[1]
     assert all(v == max(least, int(ratio * c)) for c, v in values.items()), values
     factor = "" if ratio.numerator == 1 else str(ratio.numerator)
@@ -342,7 +343,7 @@ def _symbol(values: Mapping[int, int]) -> str:
 
 
 def styles_table() -> str:
-    """Return what each style means."""
+    """Return curve and blend of each style."""
     rows = [(style.name, style.curve.name, style.blend.name) for style in STYLES]
     return table(("style", "curve of the first ramp", "blend (see Description)"), rows)
 
@@ -375,7 +376,7 @@ def rewards_table() -> str:
 
 
 def instances() -> list[str]:
-    """Return the sets of instances and what they are drawn from."""
+    """Return the sets of instances and the ranges of their conditions."""
     sizes = ", ".join(f'"{name}" {size}' for name, size in SET_SIZES.items())
     default = {
         "learning_rate": "`host_learning_rate`",
@@ -397,16 +398,17 @@ def instances() -> list[str]:
             text = [f"{v:g}" for v in values]
             drawn.append(", ".join(text) if name == "widths" else f"{text[0]} to {text[1]}")
         rows.append((f"`{name}`", meaning, default[name], *drawn))
-    head = ("condition", "meaning", 'of "default"', *(", ".join(ids) for ids in columns.values()))
+    ranges_of = (", ".join(ids) for ids in columns.values())
+    head = ("condition", "meaning", 'value in "default"', *ranges_of)
     return [
-        f"Number of instances in each set: {sizes}. The sets are the same for every user; those of "
-        '"train" and "test" are drawn from different streams.',
+        f"Number of instances in each set: {sizes}. The sets are the same on every machine. "
+        '"train" and "test" are sampled from different random streams.',
         table(head, rows),
     ]
 
 
 def info_table() -> str:
-    """Return the keys of info with the types that a real vector environment returns."""
+    """Return the keys of info, with the types that a vector environment returns."""
     num_envs = 5
     with registries_as_shipped():
         envs = EsperVectorEnv(num_envs, episode_steps=1, batches_per_step=1, batch_size=2)
@@ -425,15 +427,17 @@ def info_table() -> str:
         dims = ", ".join(symbols[n] for n in shape) + ("," if len(shape) == 1 else "")
         rows.append((f"`{name}`", dtype, f"({dims})", INFO_MEANINGS[name]))
     return (
-        "N is the number of members; the single environment has no such axis. S is the number "
-        "of slots, M the number of options of all heads, sum(nvec). With autoreset mode SAME_STEP "
-        "the vector environment adds Gymnasium's `final_obs` and `final_info` when members end.\n\n"
+        "N is the number of sub-environments; the single environment has no such axis. S is the "
+        "number of slots. M is the number of options of all heads, sum(nvec). With autoreset mode "
+        "SAME_STEP the vector environment adds Gymnasium's `final_obs` and `final_info` in steps "
+        "after which sub-environments are done.\n\n"
     ) + table(("key", "dtype", "shape", "meaning"), rows)
 
 
 def arguments_table(arguments: str) -> str:
-    """Return the constructor's arguments from their section of the docstring."""
-    entries = re.findall(r"^    (\S+): (.*(?:\n {5,}.*)*)", arguments, flags=re.M)
+    """Return the arguments of a constructor from that section of its docstring."""
+    section = arguments.partition("\nRaises:\n")[0]
+    entries = re.findall(r"^    (\S+): (.*(?:\n {5,}.*)*)", section, flags=re.M)
     rows = [(f"`{name}`", " ".join(text.split())) for name, text in entries]
     return table(("argument", "meaning"), [row for row in rows if "**" not in row[0]])
 
@@ -449,7 +453,7 @@ def config_table() -> str:
 
 
 def interface() -> list[str]:
-    """Return the public names of the package and of its two environments."""
+    """Return the public names of the package and of both environments."""
     names = []
     for name in esper_env.__all__:
         thing = getattr(esper_env, name)
@@ -461,13 +465,14 @@ def interface() -> list[str]:
         "### `EsperEnv`",
         table(("name", "meaning"), members_of(EsperEnv)),
         "### `EsperVectorEnv`",
-        "`config`, `gamma`, `heads` and `observation_names` are as above.",
+        "The attributes `config`, `gamma`, `heads` and `observation_names` are those of "
+        "`EsperEnv`.",
         table(("name", "meaning"), members_of(EsperVectorEnv)),
     ]
 
 
 def members_of(cls: type) -> list[tuple[str, str]]:
-    """Return the public properties and methods that a class defines, and their first lines."""
+    """Return the public properties and methods of a class with the first lines of their docs."""
     rows = []
     for name, member in vars(cls).items():
         # Gymnasium calls close_extras; users call close, which it inherits.

@@ -1,9 +1,9 @@
-"""Writes docs/environment.md and the generated parts of the pages beside it.
+"""Writes docs/environment.md and the generated blocks of the other pages.
 
     python docs/generate.py            write the pages
-    python docs/generate.py --check    exit 1 if a page is not what the code says
+    python docs/generate.py --check    exit 1 if a page is out of date
 
-Each page's parts come from a module of this folder.
+The modules of this folder produce the blocks.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from pathlib import Path
 
 from docs import results, speed
 from docs.environment import environment_page
+from docs.error_examples import error_examples
 from docs.findings import cited_findings, with_cited_tests
 from docs.page import COMMAND, ROOT, with_generated
-from docs.refusals import refusals
 
 
 def pages() -> dict[Path, str]:
-    """Return what each page should contain, by its path."""
-    extending, findings = ROOT / "docs/extending.md", ROOT / "docs/findings.md"
+    """Return the expected text of each page by its path."""
+    extending, findings = ROOT / "docs/extending.md", ROOT / "docs/dev/findings.md"
     return {
         ROOT / "docs/environment.md": environment_page(),
-        extending: with_generated(extending.read_text(), "refusals", refusals()),
+        extending: with_generated(extending.read_text(), "errors", error_examples()),
         **{page: with_blocks(page.read_text(), blocks) for page, blocks in measured().items()},
         findings: with_cited_tests(findings.read_text(), cited_findings(ROOT / "tests")),
     }
 
 
 def measured() -> dict[Path, dict[str, str]]:
-    """Return the tables of measurements by page and block."""
+    """Return the tables of measurements by page and name of the block."""
     learning, throughput = results.read("learning-digits"), results.read("throughput")
     peers, cifar = results.read("throughput-peers"), results.read("throughput-cifar10")
     agent = results.read("agent")
@@ -42,12 +42,14 @@ def measured() -> dict[Path, dict[str, str]]:
             "speed": speed.short_throughput(throughput),
         },
         ROOT / "docs/speed.md": {
-            "aims": speed.aims(throughput, peers, cifar, agent),
             "throughput": speed.throughput(throughput),
             "cifar": speed.throughput(cifar),
             "agent": speed.agent(agent),
             "peers": speed.peers(peers),
             "profile": speed.profile(results.read("profile")),
+        },
+        ROOT / "docs/dev/experiments.md": {
+            "targets": speed.targets(throughput, peers, cifar, agent),
         },
         ROOT / "docs/results.md": {
             "arms": results.headline(learning),
@@ -61,16 +63,16 @@ def measured() -> dict[Path, dict[str, str]]:
 
 
 def with_blocks(text: str, blocks: Mapping[str, str]) -> str:
-    """Write each generated block into its place."""
+    """Replace the content of each generated block."""
     for name, content in blocks.items():
         text = with_generated(text, name, content)
     return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the pages, or say which are out of step."""
+    """Write the pages, or report those that are out of date."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if out of step")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
     is_check = parser.parse_args(arguments).check
     stale = []
     for path, text in pages().items():
@@ -80,9 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_check:
             path.write_text(text)
     if is_check and stale:
-        print(f"out of step with the code: {', '.join(stale)}; run: {COMMAND}", file=sys.stderr)
+        print(f"out of date: {', '.join(stale)}; run: {COMMAND}", file=sys.stderr)
         return 1
-    print(f"{'written' if stale else 'in step'}: {', '.join(stale) or 'all pages'}")
+    print(f"{'written' if stale else 'up to date'}: {', '.join(stale) or 'all pages'}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What every generated page needs: tables, and parts between marks."""
+"""Markdown tables, and generated blocks between two marks of a page."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ COMMAND = "python docs/generate.py"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table in GitHub's Markdown; bars inside cells are escaped."""
+    """Return a table in GitHub's Markdown, with the bars inside cells escaped."""
     lines = [head, ["---"] * len(head), *rows]
     cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def with_generated(text: str, name: str, content: str) -> str:
-    """Replace what stands between the marks of a generated part of a page."""
+    """Replace the text between the marks of a generated block.
+
+    Raises:
+        ValueError: If a mark is missing.
+    """
     start, stop = f"<!-- generated: {name}. {COMMAND} -->", f"<!-- end: {name} -->"
     before, found_start, rest = text.partition(start)
     _, found_stop, after = rest.partition(stop)

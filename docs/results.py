@@ -1,6 +1,6 @@
-"""Tables and pictures of docs/results.md, from the committed result files.
+"""Tables and figures of docs/results.md, computed from the committed result files.
 
-`docs/generate.py` writes the tables into the page and into the README; the pictures are drawn by
+`docs/generate.py` writes the tables into the pages. This command draws the figures:
 
     python -m docs.results --agent runs/learning/agents/1
 """
@@ -38,22 +38,33 @@ ARMS = {
     "periodic": "periodic growth",
     "random": "random legal actions",
     "never_grow": "never grow",
-    "static_grown": "grown size from scratch",
-    "static_longer": "host alone, equal compute",
+    "static_grown": "grown architecture from scratch",
+    "static_longer": "host only, equal compute",
 }
 """Arms in the order of the tables."""
 MARKERS = dict(zip(ARMS, "Do^xvsphd", strict=True)) | {"never_grow": "_"}
-"""How each arm is drawn."""
+"""Marker of each arm in the figures."""
+VARIANTS = {
+    "actions drawn when judged": "sampled actions in evaluation",
+    "reward: committed score at the end only": "reward: preset `sparse`",
+    "horizon: truncated, bootstrapped": "`horizon=\"truncate\"` with bootstrapping",
+    "no memory": "no LSTM",
+    "all heads": "no fixed heads",
+    "entropy weight falls to 0": "entropy coefficient annealed to 0",
+    "twice the value weight": "twice the value coefficient",
+    "half the width": "half the hidden size",
+}
+"""Labels of variants in the table; other variants keep the name in the result file."""
 
 
 def read(name: str) -> dict[str, Any]:
-    """Return a committed result."""
+    """Return the content of a committed result file."""
     result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return result
 
 
 def headline(result: dict[str, Any], is_short: bool = False) -> str:
-    """Return the table of the arms; the short form has fewer columns."""
+    """Return the table of the arms; the short form omits some columns."""
     rows = []
     for arm, label in ARMS.items():
         record = result["arms"][arm]
@@ -76,7 +87,8 @@ def headline(result: dict[str, Any], is_short: bool = False) -> str:
                 f"{mean('flops') / 1e9:.2f}",
             ]
         )
-    head = ["arm", "score (IQM)", "95 %", "`ppo_lstm` minus it", "better in", "test score"]
+    head = ["arm", "score (IQM)", "95 % CI", "`ppo_lstm` minus arm (95 % CI)"]
+    head += ["probability of improvement", "test score"]
     head += ["test accuracy", "parameters grown", "training GFLOP"]
     if is_short:
         kept = [0, 1, 2, 3, 7]
@@ -85,7 +97,7 @@ def headline(result: dict[str, Any], is_short: bool = False) -> str:
 
 
 def search_table(result: dict[str, Any]) -> str:
-    """Return what the searches on the training instances found."""
+    """Return the results of the searches on the training instances."""
     rows = []
     for name, label in (("schedule", "fixed schedule"), ("heuristic", "plateau heuristic")):
         found = result["search"][name]
@@ -94,11 +106,11 @@ def search_table(result: dict[str, Any]) -> str:
         best = found["best"].replace('"', "").strip("{}")
         score = last["scores"][found["best"]]
         rows.append([label, str(count), best, f"{score:.4f} ({last['episodes']})"])
-    return table(["search", "candidates", "best", "its last round (episodes)"], rows)
+    return table(["search", "candidates", "best candidate", "score in the last round (episodes)"], rows)
 
 
 def schedule_table(result: dict[str, Any]) -> str:
-    """Return what fixed schedules reach."""
+    """Return the scores of fixed schedules."""
     rows = []
     for name, row in result["schedules"].items():
         rows.append(
@@ -110,26 +122,26 @@ def schedule_table(result: dict[str, Any]) -> str:
                 f"{row['parameters_mean']:.0f}",
             ]
         )
-    head = ["schedule", "committed score", "minus never (standard error)", "test accuracy"]
+    head = ["schedule", "committed score", "minus never grow (standard error)", "test accuracy"]
     return table([*head, "parameters"], rows)
 
 
 def growth_pays(result: dict[str, Any]) -> str:
-    """Return the table of what fixed schedules reach on the held-out instances."""
+    """Return the scores of fixed schedules on the test instances."""
     labels = {
-        "each - first": "best schedule of each instance minus never growing",
-        "single - first": "best single schedule minus never growing",
-        "each - single": "best of each minus best single",
+        "each - first": "best schedule of each instance minus never grow",
+        "single - first": "best single schedule minus never grow",
+        "each - single": "best schedule of each instance minus best single schedule",
     }
     rows = [
         [label, f"{s['iqm']:+.4f}", f"{s['low']:+.4f} .. {s['high']:+.4f}"]
         for label, s in ((label, result["judged"][name]) for name, label in labels.items())
     ]
-    return table(["difference", "IQM", "95 %"], rows)
+    return table(["difference", "IQM", "95 % CI"], rows)
 
 
 def policy_table(result: dict[str, Any]) -> str:
-    """Return what the trained agents grew, by the width of the host."""
+    """Return the fossilized seeds of the trained agents by width of the host."""
     runs = result["arms"]["ppo_lstm"]["episodes"]
     instances = make_instances("test", TASKS["digits"].ranges, 0.05)
     width = np.array(instances.widths)[instances.width]
@@ -145,8 +157,8 @@ def policy_table(result: dict[str, Any]) -> str:
             rows.append([f"{value:g}", *_describe(growths)])
     every = [growth for run in runs for growth in run["growth"]]
     rows.append(["all", *_describe(every)])
-    head = ["host width", "episodes", "nothing grown", "slot 0", "slot 1", "both slots"]
-    return table([*head, "median step of germination"], rows)
+    head = ["host width", "episodes", "no seed", "slot 0", "slot 1", "both slots"]
+    return table([*head, "median env step of germination"], rows)
 
 
 def _describe(growths: Sequence[str]) -> list[str]:
@@ -165,26 +177,26 @@ def _describe(growths: Sequence[str]) -> list[str]:
 
 
 def ablation_table(result: dict[str, Any]) -> str:
-    """Return what each change of the default is worth."""
+    """Return the score of each variant and its difference to the default."""
     rows = []
     for name, variant in result["variants"].items():
         summary, pair = variant["summary"], variant["paired"]
         agents = variant["score_of_each_agent"]
         rows.append(
             [
-                name,
+                VARIANTS.get(name, name),
                 f"{summary['iqm']:.4f}",
                 "" if name == "default" else _difference(pair),
                 f"{min(agents):.3f} .. {max(agents):.3f}",
                 f"{variant['parameters_mean']:.0f}",
             ]
         )
-    head = ["variant", "score (IQM)", "minus the default", "means of the agents"]
+    head = ["variant", "score (IQM)", "minus the default (95 % CI)", "means of single agents"]
     return table([*head, "parameters grown"], rows)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw scores per instance, and accuracy against parameters and training compute."""
+    """Draw scores per instance, and accuracy over parameters and training compute."""
     figure = Figure(figsize=(12.0, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.6, 1, 1))
     colors = {arm: f"C{n}" for n, arm in enumerate(ARMS)}
@@ -193,7 +205,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for arm in ("never_grow", "heuristic", "tuned_heuristic", "best_schedule", "ppo_lstm"):
         left.plot(means[arm][order], MARKERS[arm], color=colors[arm], alpha=0.85)
     left.set_xticks(range(0, len(order), 5))
-    left.set_xlabel("held-out instance, by the score of never growing")
+    left.set_xlabel("test instance, sorted by the score of never grow")
     left.set_ylabel("committed score")
     for axes, name, label in (
         (middle, "parameters", "parameters grown"),
@@ -239,18 +251,18 @@ def draw_episode(agent: Path, instance: int, seed: int, path: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Draw the pictures of docs/results.md."""
+    """Draw the figures of docs/results.md."""
 
     agent: Path
-    """Run directory of the agent whose episodes are shown."""
+    """Run directory of the agent that acts in the episodes."""
     instances: tuple[int, int] = (0, 1)
-    """Test instances to show."""
+    """Test instances of the two episodes."""
     seed: int = 1_000_000
     """Reset seed of both episodes."""
 
 
 def main() -> None:
-    """Draw all pictures."""
+    """Draw all figures."""
     args = tyro.cli(Args)
     draw(read("learning-digits"), ROOT / FIGURE)
     for name, instance in zip(("a", "b"), args.instances, strict=True):

@@ -1,4 +1,4 @@
-"""Reads what the code says of itself: docstrings, fields, signatures."""
+"""Reads docstrings, fields and signatures from the code."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from esper_env.population.blueprints import CNN_BLUEPRINTS
 
 
 def field_docstrings(cls: type) -> dict[str, str]:
-    """Return the string literal after each field of a dataclass, on one line.
+    """Return the docstring of each field of a dataclass, on one line.
 
     Raises:
-        ValueError: If a field has none.
+        ValueError: If a field has no docstring.
     """
     body = _class_body(cls)
     result = {}
@@ -33,7 +33,7 @@ def field_docstrings(cls: type) -> dict[str, str]:
 
 
 def field_types(cls: type) -> dict[str, str]:
-    """Return the annotation of each field of a dataclass as it is written."""
+    """Return the annotation of each field of a dataclass as source text."""
     nodes = [node for node in _class_body(cls) if isinstance(node, ast.AnnAssign)]
     return {ast.unparse(node.target): ast.unparse(node.annotation) for node in nodes}
 
@@ -45,7 +45,7 @@ def _class_body(cls: type) -> list[ast.stmt]:
 
 
 def first_line(thing: object) -> str:
-    """Return the first line of a docstring, which may be no more than a summary."""
+    """Return the first line of a docstring."""
     docstring = inspect.getdoc(thing)
     if not docstring:
         raise ValueError(f"expected a docstring on {thing!r}")
@@ -53,7 +53,7 @@ def first_line(thing: object) -> str:
 
 
 def signature(function: Callable[..., Any]) -> str:
-    """Return names and defaults of a function's arguments, without self and types."""
+    """Return names and defaults of the arguments of a function, without self and types."""
     signature = inspect.signature(function)
     arguments = [
         p.replace(annotation=p.empty) for p in signature.parameters.values() if p.name != "self"
@@ -62,18 +62,18 @@ def signature(function: Callable[..., Any]) -> str:
 
 
 def must_cover(what: str, wanted: Iterable[Any], given: Iterable[Any]) -> None:
-    """Refuse a table of meanings that lacks something, or explains what does not exist."""
+    """Raise ValueError unless the table explains exactly the entries that exist in the code."""
     missing, extra = set(wanted) - set(given), set(given) - set(wanted)
     if missing or extra:
         raise ValueError(
-            f"docs/environment.py does not fit {what}: it lacks {sorted(map(str, missing))} "
-            f"and has {sorted(map(str, extra))} too many"
+            f"docs/environment.py does not match {what}: missing {sorted(map(str, missing))}, "
+            f"unknown {sorted(map(str, extra))}"
         )
 
 
 @contextmanager
 def registries_as_shipped() -> Iterator[None]:
-    """Hide what this process has registered, and forget what is registered inside."""
+    """Restore the built-in registries inside the block; discard what is registered there."""
     known, designs = list(blueprints._registry), dict(hosts._registry)
     blueprints._registry[:] = CNN_BLUEPRINTS
     hosts._registry.clear()

@@ -1,6 +1,6 @@
-"""Tables and the picture of docs/speed.md, from the committed result files.
+"""Tables and figure of docs/speed.md, computed from the committed result files.
 
-`docs/generate.py` writes the tables into the page and into the README; the picture is drawn by
+`docs/generate.py` writes the tables into the pages. This command draws the figure:
 
     python -m docs.speed
 """
@@ -22,17 +22,17 @@ from docs.results import read
 
 TIMES, SHARE = "{:.1f}×", "{:.0%}"
 PEERS = {
-    "vector": ("one vector environment", 1),
-    "async": ("`AsyncVectorEnv`", 16),
-    "async of 2": ("`AsyncVectorEnv`, the first two members alone", 2),
-    "sync": ("`SyncVectorEnv`", 1),
-    "2 x vector": ("two vector environments of 8", 2),
+    "vector": ("`EsperVectorEnv`, 16 sub-environments", 1),
+    "async": ("`AsyncVectorEnv`, 16 sub-environments", 16),
+    "async of 2": ("`AsyncVectorEnv`, 2 sub-environments", 2),
+    "sync": ("`SyncVectorEnv`, 16 sub-environments", 1),
+    "2 x vector": ("two `EsperVectorEnv` of 8 sub-environments", 2),
 }
-"""Label and number of processes of each side."""
+"""Label and number of processes of each setup."""
 
 
 def machine(result: dict[str, Any]) -> str:
-    """Return where a result was measured."""
+    """Return processor, threads and versions of a result."""
     where = result["machine"]
     return (
         f"{where['cpu']}, {where['threads']} threads, Python {where['python']}, torch "
@@ -41,7 +41,7 @@ def machine(result: dict[str, Any]) -> str:
 
 
 def throughput(result: dict[str, Any]) -> str:
-    """Return the table of members and states of the slots."""
+    """Return the table of throughput by `num_envs` and state of the slots."""
     rows = []
     for row in result["rows"]:
         outside = row["share_outside_training_and_evaluation"]
@@ -56,59 +56,63 @@ def throughput(result: dict[str, Any]) -> str:
                 "" if outside is None or row["mode"] == "training" else f"{100 * outside:.0f} %",
             ]
         )
-    head = ["members", "slots", "env steps/s", "training images/s", "ratio to the loop", "outside"]
+    head = ["`num_envs`", "slots", "env steps/s", "training images/s", "speedup over the loop"]
+    head.append("outside training and evaluation")
     return (
         f"{machine(result)}; medians of {len(result['rows'][0]['step_milliseconds'])} rounds:\n\n"
         + table(head, rows)
     )
 
 
-def aims(
+def targets(
     throughput: dict[str, Any],
     peers: dict[str, Any],
     cifar: dict[str, Any],
     agent: dict[str, Any],
 ) -> str:
-    """Return what was asked for, and whether the medians reach it."""
+    """Return the performance targets, each with the measured median."""
     found = {(row["num_envs"], row["mode"]): row for row in throughput["rows"]}
     training = next(row for row in cifar["rows"] if row["mode"] == "training")
     rows: list[list[str]] = []
 
-    def add(aim: str, limit: float, measured: float, form: str, *, is_least: bool = True) -> None:
-        is_reached = measured >= limit if is_least else measured <= limit
-        rows.append([aim, form.format(limit), form.format(measured), "yes" if is_reached else "no"])
+    def add(name: str, limit: float, measured: float, form: str, *, is_least: bool = True) -> None:
+        is_met = measured >= limit if is_least else measured <= limit
+        rows.append([name, form.format(limit), form.format(measured), "yes" if is_met else "no"])
 
     for count, mode, least in ((16, "empty", 6), (16, "mix", 4), (64, "empty", 10), (64, "mix", 5)):
         add(
-            f"digits, {count} members, {mode}: loop",
+            f"speedup over the loop: digits, {count} sub-environments, {mode}",
             least,
             found[count, mode]["ratio_median"],
             TIMES,
         )
     for row in peers["rows"]:
-        aim = f"digits, {row['num_envs']} members, {row['mode']}: `AsyncVectorEnv`"
-        add(aim, 4, row["sides"]["async"]["ratio_median"], TIMES)
-    aim = f"CIFAR-10's shape, {training['num_envs']} members, training: loop"
-    add(aim, 1.5, training["ratio_median"], TIMES)
+        name = f"speedup over `AsyncVectorEnv`: digits, {row['num_envs']}, {row['mode']}"
+        add(name, 4, row["sides"]["async"]["ratio_median"], TIMES)
+    name = f"speedup over the loop: CIFAR-10 shape, {training['num_envs']}, training only"
+    add(name, 1.5, training["ratio_median"], TIMES)
     counts = sorted({row["num_envs"] for row in throughput["rows"]})
     costs = (("empty", "env step", "env_steps_per_second"), ("mix", "FLOP", "share_of_matrix_rate"))
     for mode, unit, rate in costs:
         rates = [found[count, mode][rate] for count in counts]
         growth = max(few / many for few, many in itertools.pairwise(rates))
-        aim = f"digits, {mode}: time per {unit}, from one number of members to the next"
-        add(aim, 1.0, growth, "at most {:.2f}×", is_least=False)
+        name = f"growth of the time per {unit} with the next larger `num_envs`: digits, {mode}"
+        add(name, 1.0, growth, "at most {:.2f}×", is_least=False)
     for mode in MODES:
         outside = found[16, mode]["share_outside_training_and_evaluation"]
-        add(f"digits, 16 members, {mode}: outside", 0.05, outside, SHARE, is_least=False)
+        name = f"share outside training and evaluation: digits, 16, {mode}"
+        add(name, 0.05, outside, SHARE, is_least=False)
     for row in agent["rows"]:
         share = row["inference_share"]["median"] + row["update_share"]["median"]
-        add(f"agent, {row['num_envs']} members", 0.1, share, SHARE, is_least=False)
-    rows.append(["CIFAR-10's shape on a GPU, 64 members: a stream per host", "20.0×", "", "no GPU"])
-    return table(["what", "asked", "measured", "reached"], rows)
+        name = f"share of the agent in the time of a training run: {row['num_envs']}"
+        add(name, 0.1, share, SHARE, is_least=False)
+    name = "speedup on a GPU over one stream per network: CIFAR-10 shape, 64"
+    rows.append([name, "20.0×", "", "not measured"])
+    return table(["quantity", "target", "measured", "met"], rows)
 
 
 def draw(throughput: dict[str, Any], profile: dict[str, Any], path: Path) -> None:
-    """Draw env steps per second against members, and how a step's time is spent, on digits."""
+    """Draw env steps per second over `num_envs`, and the time of a step by phase, on digits."""
     figure = Figure(figsize=(11.0, 4.0), layout="constrained")
     left, right = figure.subplots(1, 2)
     for n, mode in enumerate(MODES):
@@ -117,12 +121,12 @@ def draw(throughput: dict[str, Any], profile: dict[str, Any], path: Path) -> Non
         left.plot(members, [row["env_steps_per_second"] for row in rows], f"C{n}o-", label=mode)
         loop = [row["loop_env_steps_per_second"] for row in rows]
         left.plot(members, loop, f"C{n}x--")
-    left.plot([], [], "kx--", label="the same in a loop over plain networks")
+    left.plot([], [], "kx--", label="loop over plain networks")
     left.set_xscale("log", base=4)
     left.set_yscale("log")
     left.set_xticks(members, [str(count) for count in members])
-    left.set_xlabel("members")
-    left.set_ylabel("env steps per second, all members")
+    left.set_xlabel("num_envs")
+    left.set_ylabel("env steps per second")
     low, high = left.get_ylim()
     left.set_ylim(low, 8 * high)
     left.legend(loc="upper left", fontsize=8, frameon=False)
@@ -133,8 +137,8 @@ def draw(throughput: dict[str, Any], profile: dict[str, Any], path: Path) -> Non
         part = np.array([r["phases"][phase]["milliseconds"] / r["num_envs"] for r in rows])
         right.bar(labels, part, bottom=floor, label=phase)
         floor += part
-    right.set_xlabel("members, slots")
-    right.set_ylabel("ms per step and member")
+    right.set_xlabel("num_envs, slots")
+    right.set_ylabel("ms per env step and sub-environment")
     right.legend(fontsize=8, frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -142,7 +146,7 @@ def draw(throughput: dict[str, Any], profile: dict[str, Any], path: Path) -> Non
 
 
 def short_throughput(result: dict[str, Any]) -> str:
-    """Return env steps per second and the ratio, one row per number of members."""
+    """Return env steps per second and the speedup, one row per `num_envs`."""
     modes = ("empty", "mix", "mix + leave-one-out")
     found = {(row["num_envs"], row["mode"]): row for row in result["rows"]}
     rows = []
@@ -154,7 +158,8 @@ def short_throughput(result: dict[str, Any]) -> str:
                 *(f"{c['env_steps_per_second']:.0f} ({c['ratio_median']:.1f}×)" for c in cells),
             ]
         )
-    head = ["members", "empty slots", "a seed alive in every slot", "the same with leave-one-out"]
+    head = ["`num_envs`", "empty slots", "a seed in every slot"]
+    head.append("a seed in every slot, leave-one-out")
     return table(head, rows)
 
 
@@ -171,39 +176,39 @@ def peers(result: dict[str, Any]) -> str:
                 "" if name == "vector" else _ratio(side),
             ]
         rows.append([label, str(processes), *cells])
-    head = [f"{result['rows'][0]['num_envs']} members as", "processes", "env steps/s, empty"]
-    head += ["ours is faster by", "env steps/s, mix", "ours is faster by"]
+    head = ["setup", "processes", "env steps/s, empty", "speedup of the first row, empty"]
+    head += ["env steps/s, mix", "speedup of the first row, mix"]
     return f"{machine(result)}:\n\n" + table(head, rows)
 
 
 def profile(result: dict[str, Any]) -> str:
-    """Return where the time of a step goes, and how near that is to the machine's limits."""
+    """Return the time of a step by phase, and the arithmetic rates beside the machine's limits."""
     limits = result["limits"]
     rows = [cells(row) for row in result["rows"]]
     return (
         f"{machine(result)}. Limits measured in the same run: float32 matrix product "
         f"{limits['matrix_gflops']:.0f} GFLOP/s, copy {limits['copy_gigabytes_per_second']:.1f} "
-        "GB/s.\n\n" + table(HEAD, rows)
+        "GB/s.\n\n" + table([name.replace("members", "`num_envs`") for name in HEAD], rows)
     )
 
 
 def agent(result: dict[str, Any]) -> str:
-    """Return what deciding and learning cost."""
+    """Return the time of the agent's decisions and updates."""
     columns = (
         ("env step [ms]", "env_step_milliseconds", "{:.1f}", ""),
         ("decision [ms]", "inference_milliseconds", "{:.2f}", ""),
         ("update [ms]", "update_milliseconds", "{:.0f}", ""),
-        ("decisions [% of training]", "inference_share", "{:.1%}", ""),
-        ("update [% of training]", "update_share", "{:.1%}", ""),
-        ("update with all threads", "all_threads_ratio", "{:.1f}", "×"),
-        ("update with the LSTM step by step", "step_by_step_ratio", "{:.1f}", "×"),
+        ("decisions [% of run]", "inference_share", "{:.1%}", ""),
+        ("update [% of run]", "update_share", "{:.1%}", ""),
+        ("update with all threads [× update]", "all_threads_ratio", "{:.1f}", "×"),
+        ("update with one LSTM call per step [× update]", "step_by_step_ratio", "{:.1f}", "×"),
     )
     rows = [
         [str(row["num_envs"]), *(_spread(row[name], form, unit) for _, name, form, unit in columns)]
         for row in result["rows"]
     ]
-    rounds = f"medians of {result['arguments']['rounds']} rounds, least and largest in brackets"
-    head = ["members", *(title for title, *_ in columns)]
+    rounds = f"medians of {result['arguments']['rounds']} rounds (minimum .. maximum)"
+    head = ["`num_envs`", *(title for title, *_ in columns)]
     return f"{machine(result)}; {rounds}.\n\n" + table(head, rows)
 
 

@@ -1,4 +1,4 @@
-"""Pages in docs/ are in step with the code, their examples run and their links lead somewhere."""
+"""Pages in docs/ match the code, their examples run and their links have targets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import gymnasium as gym
 import pytest
 
 from benchmarks.states import MODES
-from docs import environment, findings, generate, refusals, source, speed
+from docs import environment, error_examples, findings, generate, source, speed
 from docs.page import COMMAND, ROOT
 from esper_env import EnvConfig, EsperEnv, Stage
 from esper_env.envs.registration import ENVIRONMENTS
@@ -25,7 +25,7 @@ from esper_env.growth.reward import TERMS
 from esper_env.population.blueprints import CNN_BLUEPRINTS, registered_blueprints
 from tests.test_env import INFO_KEYS
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HEADINGS = [
     "Description",
     "Action Space",
@@ -38,12 +38,12 @@ HEADINGS = [
     "Arguments",
     "Version History",
 ]
-"""Those of Gymnasium's own environments, in their order."""
+"""Headings of Gymnasium's own environments, in their order."""
 COUNTS = {"SYN-C": 7, "SYN-H": 14, "SYN-M": 23, "SYN-G": 7, "TEL-": 21, "GRD-C": 3, "GRD-H": 4}
 COUNTS |= {"GRD-L": 5, "GRD-I": 3, "TRN-": 7, "LOOP-": 8, "PRE-": 18}
 FINDINGS = {f"{group}{i}" for group, count in COUNTS.items() for i in range(1, count + 1)}
 FINDINGS |= {"SYN-POS", "GRD-M1", "GRD-M4", "GRD-M5"}
-"""Every id that the reviews of the predecessor gave."""
+"""Ids of all findings of the reviews of the predecessor."""
 
 
 @pytest.fixture(autouse=True)
@@ -56,12 +56,12 @@ def environment_page() -> str:
     return (ROOT / "docs/environment.md").read_text()
 
 
-# ------------------------------------------------------------------ in step
+# ------------------------------------------------------------------ generated pages
 
 
-def test_every_page_is_what_the_code_says() -> None:
+def test_every_page_matches_the_code() -> None:
     for path, text in generate.pages().items():
-        assert path.read_text() == text, f"{path.name} is out of step; run: {COMMAND}"
+        assert path.read_text() == text, f"{path.name} is out of date; run: {COMMAND}"
 
 
 def test_check_fails_with_the_command_to_run_and_writes_nothing(
@@ -109,7 +109,7 @@ def test_sizes_of_blueprints_are_those_counted_by_hand() -> None:
     assert f"| `conv_heavy` | {layers} | {cells} |" in environment_page()
 
 
-# ------------------------------------------------------------------ refused if incomplete
+# ------------------------------------------------------------------ incomplete tables
 
 
 @pytest.mark.parametrize(
@@ -118,18 +118,18 @@ def test_sizes_of_blueprints_are_those_counted_by_hand() -> None:
         ("TRANSITIONS", TRANSITIONS | {(Stage.FOSSILIZED, Stage.DORMANT)}, "FOSSILIZED"),
         ("HEAD_NAMES", (*environment.HEAD_NAMES, "colour"), "colour"),
         ("Op", (*environment.Op, "PAUSE"), "PAUSE"),
-        ("INFO_MEANINGS", environment.INFO_MEANINGS | {"weather": "of today"}, "weather"),
+        ("INFO_MEANINGS", environment.INFO_MEANINGS | {"weather": "today"}, "weather"),
     ],
 )
-def test_what_the_generator_does_not_explain_is_refused(
+def test_a_table_that_does_not_match_the_code_raises(
     name: str, value: Any, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, name, value)
-    with pytest.raises(ValueError, match=f"does not fit .*{missing}"):
+    with pytest.raises(ValueError, match=f"does not match .*{missing}"):
         environment.environment_page()
 
 
-def test_a_field_without_docstring_is_refused() -> None:
+def test_a_field_without_docstring_raises() -> None:
     @dataclasses.dataclass
     class Settings:
         speed: int = 1
@@ -148,7 +148,7 @@ def test_the_docstring_has_gymnasiums_headings_and_rendering() -> None:
     assert re.findall(r"^## (.*)$", docstring, re.M) == HEADINGS
 
 
-def test_the_example_of_the_docstring_shows_what_happens() -> None:
+def test_the_example_of_the_docstring_has_the_stated_output() -> None:
     example = doctest.DocTestParser().get_doctest(
         inspect.getdoc(EsperEnv) or "", {}, "EsperEnv", None, None
     )
@@ -159,8 +159,8 @@ def test_the_example_of_the_docstring_shows_what_happens() -> None:
 # ------------------------------------------------------------------ docs/extending.md
 
 
-def test_the_examples_of_extending_run_and_print_what_they_say() -> None:
-    page = (ROOT / "docs/extending.md").read_text().partition("<!-- generated: refusals")[0]
+def test_the_examples_of_extending_run_and_print_the_stated_output() -> None:
+    page = (ROOT / "docs/extending.md").read_text().partition("<!-- generated: errors")[0]
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)
     assert len(blocks) == 6
     namespace: dict[str, Any] = {"__name__": __name__}
@@ -174,17 +174,17 @@ def test_the_examples_of_extending_run_and_print_what_they_say() -> None:
     assert names[len(CNN_BLUEPRINTS) :] == ["pre_norm", "scaled"]
 
 
-def test_a_refusal_that_is_none_any_more_is_noticed() -> None:
-    with pytest.raises(ValueError, match="was to be refused"):
-        refusals.refusal_of('register_blueprint("fine", lambda c: [Norm(c, zero=True)])')
+def test_an_example_that_raises_no_error_is_rejected() -> None:
+    with pytest.raises(ValueError, match="expected an error"):
+        error_examples.error_of('register_blueprint("fine", lambda c: [Norm(c, zero=True)])')
     assert registered_blueprints() == CNN_BLUEPRINTS
 
 
-# ------------------------------------------------------------------ docs/findings.md
+# ------------------------------------------------------------------ docs/dev/findings.md
 
 
 def test_every_finding_has_one_row_with_tests_or_an_answer() -> None:
-    page = (ROOT / "docs/findings.md").read_text()
+    page = (ROOT / "docs/dev/findings.md").read_text()
     rows = re.findall(rf"^\| ({findings.FINDING}) \| .+ \| .+ \| (.+) \|$", page, re.M)
     assert sorted(name for name, _ in rows) == sorted(FINDINGS)
     cited = findings.cited_findings(ROOT / "tests")
@@ -205,7 +205,7 @@ def test_findings_are_read_from_the_docstrings_of_tests(tmp_path: Path) -> None:
 def test_only_rows_of_cited_findings_are_written() -> None:
     rows = "| PRE-1 | a | b | Not yet. |\n| PRE-2 | a | b | Absent. |"
     text = findings.with_cited_tests(rows, {"PRE-1": [("test_a.py", "test_one")]})
-    expected = "| PRE-1 | a | b | [`test_one`](../tests/test_a.py) |\n| PRE-2 | a | b | Absent. |"
+    expected = "| PRE-1 | a | b | [`test_one`](../../tests/test_a.py) |\n| PRE-2 | a | b | Absent. |"
     assert text == expected
     with pytest.raises(ValueError, match="no test cites PRE-1 any more"):
         findings.with_cited_tests(text, {})
@@ -217,7 +217,7 @@ def test_only_rows_of_cited_findings_are_written() -> None:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_relative_links_lead_somewhere(path: Path) -> None:
+def test_relative_links_have_targets(path: Path) -> None:
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if link.startswith(("http://", "https://")):
@@ -230,7 +230,7 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
 
 
 def anchors(markdown: str) -> set[str]:
-    """Return the anchors that GitHub gives to headings."""
+    """Return the anchors that GitHub creates for headings."""
     titles = re.findall(r"^#+ (.*)$", markdown, re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -238,8 +238,8 @@ def anchors(markdown: str) -> set[str]:
 # ------------------------------------------------------------------ measurements
 
 
-def test_an_aim_is_reached_only_if_every_figure_is_on_its_side() -> None:
-    """Made-up results: 64 members with seeds are slower than 16, and an agent takes too long."""
+def test_a_target_is_met_only_if_the_measured_value_is_on_its_side() -> None:
+    """Synthetic results: 64 members with seeds are slower than 16, and one agent is too slow."""
     rows = [
         {
             "num_envs": count,
@@ -261,12 +261,12 @@ def test_an_aim_is_reached_only_if_every_figure_is_on_its_side() -> None:
         for count, share in ((16, 0.07), (64, 0.05))
     ]
     training = {"num_envs": 8, "mode": "training", "ratio_median": 1.4}
-    text = speed.aims({"rows": rows}, {"rows": sides}, {"rows": [training]}, {"rows": shares})
+    text = speed.targets({"rows": rows}, {"rows": sides}, {"rows": [training]}, {"rows": shares})
     missed = [line.split("|")[1].strip() for line in text.splitlines() if line.endswith("| no |")]
     assert missed == [
-        "digits, 16 members, mix: `AsyncVectorEnv`",
-        "CIFAR-10's shape, 8 members, training: loop",
-        "digits, mix: time per FLOP, from one number of members to the next",
-        "agent, 16 members",
+        "speedup over `AsyncVectorEnv`: digits, 16, mix",
+        "speedup over the loop: CIFAR-10 shape, 8, training only",
+        "growth of the time per FLOP with the next larger `num_envs`: digits, mix",
+        "share of the agent in the time of a training run: 16",
     ]
     assert text.count("| yes |") == 10
