@@ -392,12 +392,12 @@ def instances() -> list[str]:
         columns.setdefault(TASKS[task].ranges, []).append(f"`{name}`")
     rows = []
     for name, meaning in meanings.items():
-        drawn = []
+        cells = []
         for ranges in columns:
             values = getattr(ranges, name)
             text = [f"{v:g}" for v in values]
-            drawn.append(", ".join(text) if name == "widths" else f"{text[0]} to {text[1]}")
-        rows.append((f"`{name}`", meaning, default[name], *drawn))
+            cells.append(", ".join(text) if name == "widths" else f"{text[0]} to {text[1]}")
+        rows.append((f"`{name}`", meaning, default[name], *cells))
     ranges_of = (", ".join(ids) for ids in columns.values())
     head = ("condition", "meaning", 'value in "default"', *ranges_of)
     return [

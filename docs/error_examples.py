@@ -8,7 +8,10 @@ from typing import Any
 from docs.source import registries_as_shipped
 
 EXAMPLES = (
-    ("A name that is already registered", 'register_blueprint("norm", lambda c: [Norm(c, zero=True)])'),
+    (
+        "A name that is already registered",
+        'register_blueprint("norm", lambda c: [Norm(c, zero=True)])',
+    ),
     (
         "A layer that is not a `Layer`",
         'register_blueprint("torch", lambda c: [torch.nn.Conv2d(c, c, 1)])',

@@ -72,7 +72,9 @@ def with_blocks(text: str, blocks: Mapping[str, str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the pages, or report those that are out of date."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if a page is out of date"
+    )
     is_check = parser.parse_args(arguments).check
     stale = []
     for path, text in pages().items():

@@ -47,7 +47,7 @@ MARKERS = dict(zip(ARMS, "Do^xvsphd", strict=True)) | {"never_grow": "_"}
 VARIANTS = {
     "actions drawn when judged": "sampled actions in evaluation",
     "reward: committed score at the end only": "reward: preset `sparse`",
-    "horizon: truncated, bootstrapped": "`horizon=\"truncate\"` with bootstrapping",
+    "horizon: truncated, bootstrapped": '`horizon="truncate"` with bootstrapping',
     "no memory": "no LSTM",
     "all heads": "no fixed heads",
     "entropy weight falls to 0": "entropy coefficient annealed to 0",
@@ -106,7 +106,9 @@ def search_table(result: dict[str, Any]) -> str:
         best = found["best"].replace('"', "").strip("{}")
         score = last["scores"][found["best"]]
         rows.append([label, str(count), best, f"{score:.4f} ({last['episodes']})"])
-    return table(["search", "candidates", "best candidate", "score in the last round (episodes)"], rows)
+    return table(
+        ["search", "candidates", "best candidate", "score in the last round (episodes)"], rows
+    )
 
 
 def schedule_table(result: dict[str, Any]) -> str:

@@ -205,7 +205,9 @@ def test_findings_are_read_from_the_docstrings_of_tests(tmp_path: Path) -> None:
 def test_only_rows_of_cited_findings_are_written() -> None:
     rows = "| PRE-1 | a | b | Not yet. |\n| PRE-2 | a | b | Absent. |"
     text = findings.with_cited_tests(rows, {"PRE-1": [("test_a.py", "test_one")]})
-    expected = "| PRE-1 | a | b | [`test_one`](../../tests/test_a.py) |\n| PRE-2 | a | b | Absent. |"
+    expected = (
+        "| PRE-1 | a | b | [`test_one`](../../tests/test_a.py) |\n| PRE-2 | a | b | Absent. |"
+    )
     assert text == expected
     with pytest.raises(ValueError, match="no test cites PRE-1 any more"):
         findings.with_cited_tests(text, {})

@@ -1,6 +1,6 @@
-"""DQN of Stable-Baselines3 on one environment whose action is one integer.
+"""DQN of Stable-Baselines3 on one environment with integer actions.
 
-DQN knows no masks: an illegal action counts as WAIT (`info["action_valid"]` is False).
+DQN does not support masks. An illegal action counts as WAIT, and `info["action_valid"]` is False.
 """
 
 import argparse
@@ -10,13 +10,13 @@ from stable_baselines3 import DQN
 
 from esper_env import JointAction
 
-# With all heads open there are 1029 joint actions; with one option in each of these heads, 23.
+# All heads together have 1029 joint actions. With one option in each of these heads there are 23.
 HEADS = {"style": "LINEAR_ADD", "tempo": 3, "alpha_target": 1.0}
 HEADS |= {"alpha_speed": 0, "alpha_curve": "LINEAR"}
 
 
 def main() -> None:
-    """Train, then play one episode."""
+    """Train, then run one episode."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--timesteps", type=int, default=20_000, help="env steps")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""MaskablePPO of sb3-contrib on one environment whose action is one integer with an exact mask."""
+"""MaskablePPO of sb3-contrib on one environment with integer actions and an exact mask."""
 
 import argparse
 
@@ -7,13 +7,13 @@ from sb3_contrib import MaskablePPO
 
 from esper_env import JointAction
 
-# With all heads open there are 1029 joint actions; with one option in each of these heads, 23.
+# All heads together have 1029 joint actions. With one option in each of these heads there are 23.
 HEADS = {"style": "LINEAR_ADD", "tempo": 3, "alpha_target": 1.0}
 HEADS |= {"alpha_speed": 0, "alpha_curve": "LINEAR"}
 
 
 def main() -> None:
-    """Train, then play one episode."""
+    """Train, then run one episode."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--timesteps", type=int, default=20_000, help="env steps")
     args = parser.parse_args()

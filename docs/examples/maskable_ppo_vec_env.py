@@ -1,25 +1,28 @@
-"""MaskablePPO of sb3-contrib on a whole vector environment: all hosts train together.
+"""MaskablePPO of sb3-contrib on a vector environment that trains all hosts together.
 
-It draws each head by itself from its marginal mask; what is illegal together counts as WAIT.
+MaskablePPO samples each head from its marginal mask. An illegal combination counts as WAIT.
 """
 
 import argparse
 
 import gymnasium as gym
-from esper_env.sb3 import Sb3VecEnv
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.utils import get_action_masks
 from stable_baselines3.common.vec_env import VecMonitor
 
-# Fewer options are learned sooner: these heads get one each; op, slot and blueprint stay open.
+from esper_env.sb3 import Sb3VecEnv
+
+# Fewer options are easier to learn. These heads get one option each.
 HEADS = {"style": "LINEAR_ADD", "tempo": 3, "alpha_target": 1.0}
 HEADS |= {"alpha_speed": 0, "alpha_curve": "LINEAR"}
 
 
 def main() -> None:
-    """Train, then play one episode."""
+    """Train, then run one episode."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--timesteps", type=int, default=50_000, help="env steps of all members")
+    parser.add_argument(
+        "--timesteps", type=int, default=50_000, help="env steps of all sub-environments"
+    )
     args = parser.parse_args()
     envs = gym.make_vec(
         "esper_env:Esper-Digits-v0", num_envs=8, autoreset_mode="SameStep", heads=HEADS
