@@ -63,7 +63,7 @@ OP_RULES = {
 """Conditions under which an op is legal in a slot; G0 to G5 are in `TRANSITION_RULES`."""
 
 _PRUNE_AT_ONCE = "PRUNE with alpha_speed 0; rollback"
-_PRUNE_AGE = "PRUNE: the age of the seed is at least `min_prune_age`"
+_PRUNE_AGE = "for PRUNE: the age of the seed is at least `min_prune_age`"
 TRANSITION_RULES: dict[tuple[Stage, Stage], tuple[str, str]] = {
     (Stage.DORMANT, Stage.GERMINATED): (
         "GERMINATE",
@@ -77,8 +77,9 @@ TRANSITION_RULES: dict[tuple[Stage, Stage], tuple[str, str]] = {
     (Stage.TRAINING, Stage.BLENDING): (
         "ADVANCE; also tick with `automatic_blending=True`",
         "G2: the seed has spent at least `min_training_steps` env steps in TRAINING; in the last "
-        "env step it received a gradient, no gradient of a tensor exploded, and gradient health "
-        "was at least `min_gradient_health`",
+        "env step it received a gradient, no tensor had a gradient norm above "
+        "`exploding_gradient_norm`, and its `gradient_health` (a feature of the observation) was "
+        "at least `min_gradient_health`",
     ),
     (Stage.BLENDING, Stage.HOLDING): (
         "tick; ADVANCE with `automatic_holding=False`",

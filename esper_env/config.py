@@ -141,29 +141,29 @@ class EnvConfig:
     min_gradient_health: float = 0.7
     """Minimum gradient health of a seed before BLENDING, 0 to 1."""
     vanishing_gradient_norm: float = 1e-6
-    """Gradient norm of a tensor below which the gradient is vanishing [`clip_norm`]."""
+    """Gradient norm of a tensor below which the gradient vanishes [multiples of `clip_norm`]."""
     exploding_gradient_norm: float = 1e3
-    """Gradient norm of a tensor above which the gradient is exploding [`clip_norm`]."""
+    """Gradient norm of a tensor above which the gradient explodes [multiples of `clip_norm`]."""
     strict_fossilize: bool = False
     """Allow FOSSILIZE only at a contribution of at least `min_contribution`."""
     min_contribution: float = 0.0
     """Minimum contribution with `strict_fossilize` [accuracy, 0 to 1]."""
 
     snapshot_interval: int = 5
-    """Healthy env steps between two snapshots. Each fossilization also takes one, before the
-    training of that env step."""
+    """Env steps between two snapshots, without collapsed and diverged ones. Each fossilization also
+    takes a snapshot, before the training of that env step."""
     panic_window: int = 8
-    """Number of recent healthy losses to compare with a new loss [env steps]."""
+    """Recent losses to compare with a new one, without collapsed and diverged ones [env steps]."""
     panic_patience: int = 2
     """Consecutive collapsed or diverged env steps before a rollback."""
     collapse_fraction: float = 0.6
-    """Mean recent loss below which a collapse can be detected [ln(classes)]."""
+    """Mean recent loss below which a collapse is possible [multiples of ln(classes)]."""
     collapse_margin: float = 0.065
-    """Maximum distance of a collapsed loss below ln(classes) [ln(classes)]."""
+    """Tolerance of a collapse: the loss is above (1 - `collapse_margin`) * ln(classes)."""
     divergence_sigma: float = 6.0
     """Minimum distance of a diverged loss above the mean recent loss [standard deviations]."""
     divergence_factor: float = 3.0
-    """Minimum size of a diverged loss [mean recent losses]."""
+    """Minimum size of a diverged loss [multiples of the mean recent loss]."""
     rollback_penalty: float = 0.1
     """Penalty in the reward of the env step with a rollback [accuracy]."""
     max_rollbacks: int = 3

@@ -25,9 +25,9 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     follows each of its blocks. The agent can *germinate* a *seed* in a slot. A seed is a small
     residual module; its layers are given by a *blueprint*. The seed first trains without changing
     the output of the host. Then it is blended in: its blend weight *alpha* rises along a ramp.
-    Finally the agent can *fossilize* the seed, which keeps it permanently. It can *prune* any other
-    seed, which removes it. Every seed parameter lowers the score, so the task is to decide what to
-    grow, where and when.
+    Finally the agent can *fossilize* the seed, which keeps it permanently. Until then it can
+    *prune* the seed, which removes it. Each slot has a *stage*, for example TRAINING or BLENDING.
+    Every seed parameter lowers the score, so the task is to decide what to grow, where and when.
 
     An env step is one decision followed by training. `step` runs these stages in order:
 
@@ -145,9 +145,9 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
 
     ## Information
 
-    All values are NumPy values. The keys are the same after every `reset` and `step`; the last step
-    of an episode adds two. In the vector environment each key k has a mask `_k`, True for the
-    sub-environments that have the value.
+    All values are NumPy arrays or scalars. The keys are the same after every `reset` and `step`.
+    The last step of an episode adds two. In the vector environment each key k has a mask `_k`, True
+    for the sub-environments that have the value.
 
     ## Rendering
 
