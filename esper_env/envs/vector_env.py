@@ -134,8 +134,8 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         """Start new episodes.
 
         Args:
-            seed: Random seed. Sub-environment i uses seed + i, or entry i of a list. None keeps
-                the current random streams.
+            seed: Random seed. Sub-environment i becomes a function of seed + i, or of entry i of a
+                list. None keeps the current random streams.
             options: "reset_mask", (num_envs,) bool, selects the sub-environments to reset.
                 "instance", one index into the configured set or (num_envs,) of them, selects the
                 instances of the new episodes. Without it each sub-environment samples one.
