@@ -81,7 +81,7 @@ def targets(
 
     for count, mode, least in ((16, "empty", 6), (16, "mix", 4), (64, "empty", 10), (64, "mix", 5)):
         add(
-            f"speedup over the loop: digits, {count} sub-environments, {mode}",
+            f"speedup over the loop: digits, {count}, {mode}",
             least,
             found[count, mode]["ratio_median"],
             TIMES,

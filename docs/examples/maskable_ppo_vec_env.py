@@ -20,9 +20,7 @@ HEADS |= {"alpha_speed": 0, "alpha_curve": "LINEAR"}
 def main() -> None:
     """Train, then run one episode."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--timesteps", type=int, default=50_000, help="env steps of all sub-environments"
-    )
+    parser.add_argument("--timesteps", type=int, default=50_000, help="env steps of all hosts")
     args = parser.parse_args()
     envs = gym.make_vec(
         "esper_env:Esper-Digits-v0", num_envs=8, autoreset_mode="SameStep", heads=HEADS
