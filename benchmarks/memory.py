@@ -70,7 +70,7 @@ def run(args: Args) -> dict[str, Any]:
     assert isinstance(envs, EsperVectorEnv)
     rng = np.random.default_rng(args.seed)
     envs.reset(seed=args.seed)
-    storage = envs._sim.population.storage
+    storage = envs.debug_state().population.storage
     num_rollbacks, curve = 0, []
     for episode in range(1, args.episodes + 1):
         for step in range(args.episode_steps):

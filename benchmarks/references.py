@@ -64,19 +64,19 @@ def _run_static(
 def _begin(envs: Any, seeds: list[int], instance: list[int], growth: list[str]) -> None:
     """Start episodes with the seeds of a plan in place."""
     envs.reset(seed=seeds, options={"instance": np.array(instance)})
-    sim = envs._sim
+    sim = envs.debug_state()
     names = [blueprint.name for blueprint in envs._blueprints]
     for i, text in enumerate(growth):
         for slot, name, _ in parse_plan(text):
             member, at = np.array([i]), np.array([slot])
             blueprint = np.array([names.index(name)])
-            width = sim.instances.width[sim.instance[member]]
-            key = make_key(sim._episode_key[member], slot)
+            width = sim.instances.width[sim.state.episode.instance[member]]
+            key = make_key(sim.state.episode.key[member], slot)
             sim.population.germinate(member, width, at, blueprint, key)
-            sim.state.stage[i, slot] = Stage.FOSSILIZED
-            sim.state.blueprint[i, slot] = blueprint[0]
-            sim.state.style[i, slot] = 0
-            sim.state.alpha[i, slot] = sim.state.alpha_target[i, slot] = 1.0
+            sim.state.slots.stage[i, slot] = Stage.FOSSILIZED
+            sim.state.slots.blueprint[i, slot] = blueprint[0]
+            sim.state.slots.style[i, slot] = 0
+            sim.state.slots.alpha[i, slot] = sim.state.slots.alpha_target[i, slot] = 1.0
     sim.refresh()
 
 

@@ -87,7 +87,7 @@ class Phases:
 @contextmanager
 def measured_phases(envs: EsperVectorEnv) -> Iterator[Phases]:
     """Measure the phases of an environment's steps while the context lasts."""
-    phases, sim = Phases(), envs._sim
+    phases, sim = Phases(), envs.debug_state()
     wanted: list[tuple[str, Any, str]] = [
         ("batches", sim, "_draw_batches"),
         ("training", sim.population, "train"),
@@ -107,7 +107,7 @@ def measured_phases(envs: EsperVectorEnv) -> Iterator[Phases]:
 
 def count_work(envs: EsperVectorEnv, phases: Phases) -> dict[str, Work]:
     """Return the work of the last training and of the last evaluation, if there was one."""
-    population = envs._sim.population
+    population = envs.debug_state().population
     members, seeds, _, draw, *_ = phases.arguments["training"]
     work = {"training": training_work(population, members, seeds, draw)}
     if "evaluation" in phases.arguments:

@@ -78,8 +78,8 @@ class PlainLoop:
 
     def __init__(self, envs: EsperVectorEnv, seed: int) -> None:
         self.envs, self.config = envs, envs.config
-        sim = envs._sim
-        population, seeds, splits = sim.population, sim.seeds, sim.splits
+        sim = envs.debug_state()
+        population, seeds, splits = sim.population, sim.networks.seeds, sim.splits
         self.train_set, self.validation = splits.train, splits.validation
         self.pixels = splits.train.normalised(0, len(splits.train))
         self.labels = splits.train.labels
@@ -93,7 +93,7 @@ class PlainLoop:
             for slot in np.nonzero(seeds.blueprint[i] >= 0)[0].tolist():
                 kind = int(seeds.blueprint[i, slot]), int(seeds.blend[i, slot])
                 seed_module = network.add_seed(population, i, slot, *kind)
-                seed_module.is_training_stage = sim.state.stage[i, slot] == Stage.TRAINING
+                seed_module.is_training_stage = sim.state.slots.stage[i, slot] == Stage.TRAINING
                 seed_module.is_isolated = bool(seeds.is_isolated[i, slot])
                 seed_module.alpha = float(seeds.alpha[i, slot])
             self.networks.append(network.to(envs.device, memory_format=torch.channels_last))
@@ -161,13 +161,13 @@ def measure(args: Args, num_envs: int, mode: str, limits: dict[str, float]) -> d
     loop = PlainLoop(envs, args.seed)
     wait = np.zeros((num_envs, len(envs.heads)), dtype=np.int64)
 
-    sim, everyone = envs._sim, np.arange(num_envs)
+    sim, everyone = envs.debug_state(), np.arange(num_envs)
     rates = np.full(num_envs, envs.config.host_learning_rate)
 
     def env_step() -> None:
         if mode == "training":
             draw = sim._draw_batches(everyone)
-            sim.population.train(everyone, sim.seeds, sim.splits.train, draw, rates, rates)
+            sim.population.train(everyone, sim.networks.seeds, sim.splits.train, draw, rates, rates)
         else:
             envs.step(wait)
 
@@ -192,7 +192,10 @@ def measure(args: Args, num_envs: int, mode: str, limits: dict[str, float]) -> d
         "training_samples_per_second": float(samples / np.median(times[:, 0])),
         "state_bytes_per_member": sum(
             part[0].nbytes
-            for part in (*sim.member_arrays().values(), *sim.population.member_tensors().values())
+            for part in (
+                *dict(sim.state.arrays()).values(),
+                *sim.population.member_tensors().values(),
+            )
         ),
         "ratio_median": float(np.median(ratios)),
         "ratio_min": float(ratios.min()),

@@ -19,7 +19,7 @@ import pytest
 from esper_env.config import BoolArray, Curve, EnvConfig, Op, Stage
 from esper_env.growth import lifecycle
 from esper_env.growth.action_space import HEAD_NAMES, RELEVANT_HEADS, ActionSpace
-from esper_env.growth.lifecycle import HOLD, LifecycleState, Measurements
+from esper_env.growth.state import HOLD, Measurements, SlotState
 from tests.test_lifecycle import BLUEPRINTS, HOST_PARAMETERS, SEED_PARAMETERS, walk
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -117,7 +117,7 @@ CASES = {
 def is_legal_by_the_design(
     action: dict[str, Any],
     is_first: dict[str, bool],
-    state: LifecycleState,
+    state: SlotState,
     measured: Measurements,
     i: int,
     rules: EnvConfig,
@@ -192,7 +192,7 @@ class Truth:
 
     space: ActionSpace
     rules: EnvConfig
-    state: LifecycleState
+    state: SlotState
     measured: Measurements
     joint: npt.NDArray[np.int64]
     """All joint actions. (actions, 8)."""
@@ -267,7 +267,7 @@ def _take(whole: Any, rows: npt.NDArray[np.int64]) -> Any:
 
 
 def _describe(
-    state: LifecycleState, measured: Measurements, rules: EnvConfig
+    state: SlotState, measured: Measurements, rules: EnvConfig
 ) -> npt.NDArray[np.float64]:
     """Return a row per member that tells apart the situations which matter for legality."""
     parts = [
@@ -397,7 +397,7 @@ def test_sampled_actions_are_legal_and_reach_every_legal_action(truth: Truth) ->
 def _unrestricted(stages: list[Stage], **rules: Any) -> tuple[ActionSpace, dict[str, BoolArray]]:
     """Return the full space over given slots of one member, and its masks."""
     space = ActionSpace(len(stages), BLUEPRINTS, {})
-    state, measured = LifecycleState.empty(1, len(stages)), Measurements.empty(1, len(stages))
+    state, measured = SlotState.empty(1, len(stages)), Measurements.empty(1, len(stages))
     state.stage[0] = stages
     is_live = state.is_live
     for name, value in (("blueprint", 0), ("style", 0), ("age", 9), ("stage_steps", 9)):
@@ -460,7 +460,7 @@ def test_masks_after_a_germination_differ_from_before() -> None:
     """The slot is taken, so GERMINATE is gone and ADVANCE is there. Finding SYN-H4."""
     rules = EnvConfig(automatic_training=False)
     space = ActionSpace(1, BLUEPRINTS, {})
-    state, measured = LifecycleState.empty(1, 1), Measurements.empty(1, 1)
+    state, measured = SlotState.empty(1, 1), Measurements.empty(1, 1)
     place = (SEED_PARAMETERS[:1], HOST_PARAMETERS, rules)
     before = space.conditional_masks(state, measured, *place)
     assert np.flatnonzero(before["op"][0]).tolist() == [Op.WAIT, Op.GERMINATE]

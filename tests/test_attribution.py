@@ -21,7 +21,7 @@ from esper_env.growth.contributions import (
     record_contributions,
     shapley_values,
 )
-from esper_env.growth.lifecycle import LifecycleState, Measurements
+from esper_env.growth.state import Measurements, SlotState
 from tests.test_lifecycle import walk
 
 D, T, B, H, F = Stage.DORMANT, Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED
@@ -29,15 +29,15 @@ EXACT = 1e-12
 """Tolerance of a sum of four float64 accuracies."""
 
 
-def slots(stages: list[list[Stage]], alpha: list[list[float]]) -> LifecycleState:
+def slots(stages: list[list[Stage]], alpha: list[list[float]]) -> SlotState:
     """Return members with given stages and blend weights. Both (members, slots)."""
-    state = LifecycleState.empty(*np.shape(stages))
+    state = SlotState.empty(*np.shape(stages))
     state.stage[:] = stages
     state.alpha[:] = alpha
     return state
 
 
-def everyone(state: LifecycleState) -> npt.NDArray[np.int64]:
+def everyone(state: SlotState) -> npt.NDArray[np.int64]:
     return np.arange(len(state.stage))
 
 
@@ -177,7 +177,7 @@ def test_random_lives_list_what_scalar_code_lists(leave_one_out: bool) -> None:
 
 
 def record(
-    state: LifecycleState, measured: Measurements, accuracy: dict[tuple[float, ...], float]
+    state: SlotState, measured: Measurements, accuracy: dict[tuple[float, ...], float]
 ) -> None:
     """Evaluate all members; every member has the same accuracy for the same blend weights."""
     plan = plan_coalitions(everyone(state), state, leave_one_out=True)
@@ -356,7 +356,7 @@ def test_full_attribution_records_shapley_values_of_trial_seeds_only() -> None:
 
     phi_1 = ((.9 - .7) + (.8 - .5)) / 2 = .25, phi_2 = ((.9 - .8) + (.7 - .5)) / 2 = .15.
     """
-    state = LifecycleState.empty(1, 3)
+    state = SlotState.empty(1, 3)
     state.stage[0] = Stage.FOSSILIZED, Stage.HOLDING, Stage.BLENDING
     state.alpha[0] = 1.0, 1.0, 0.5
     members = np.array([0])

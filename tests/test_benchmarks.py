@@ -43,15 +43,15 @@ def test_training_work_is_what_the_environment_says_of_a_step(mode: str) -> None
     members, seeds, _, draw, *_ = phases.arguments["training"]
     # A seed that has not begun to train counts for the environment, but does no work.
     assert (seeds.beta > 0).sum() == (seeds.blueprint >= 0).sum()
-    work = training_work(envs._sim.population, members, seeds, draw)
+    work = training_work(envs.debug_state().population, members, seeds, draw)
     assert work.flops == after - before
 
 
 def test_evaluation_work_counts_what_coalitions_share_once() -> None:
     """Four coalitions of two seeds: block, seed | 2 blocks, 2 seeds | 4 heads."""
     envs = make_grown("mix", 1)
-    sim = envs._sim
-    population, seeds, images = sim.population, sim.seeds, sim.splits.validation
+    sim = envs.debug_state()
+    population, seeds, images = sim.population, sim.networks.seeds, sim.splits.validation
     first, second = seeds.blueprint[0]
     member = np.zeros(1, dtype=np.int64)
 
@@ -97,10 +97,14 @@ def test_a_phase_leaves_out_the_phases_inside_it(monkeypatch: pytest.MonkeyPatch
 
 def test_a_measured_environment_is_as_before_afterwards() -> None:
     envs = make_grown("empty", 1)
-    before = dict(vars(envs)), dict(vars(envs._sim)), dict(vars(envs._sim.population))
+    before = (
+        dict(vars(envs)),
+        dict(vars(envs.debug_state())),
+        dict(vars(envs.debug_state().population)),
+    )
     with measured_phases(envs):
         pass
-    assert (vars(envs), vars(envs._sim), vars(envs._sim.population)) == before
+    assert (vars(envs), vars(envs.debug_state()), vars(envs.debug_state().population)) == before
 
 
 def test_the_phases_of_a_step_are_all_of_it() -> None:

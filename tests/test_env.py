@@ -422,10 +422,10 @@ def test_an_illegal_action_becomes_wait_or_raises() -> None:
     assert info["op"] == Op.WAIT
     env = make_single(illegal_actions="raise")
     env.reset(seed=0)
-    before = env._env._sim.progress.steps.copy()
+    before = env._env.debug_state().state.progress.steps.copy()
     with pytest.raises(ValueError, match=r"FOSSILIZE.*conditional_masks"):
         env.step(action(Op.FOSSILIZE))
-    np.testing.assert_array_equal(env._env._sim.progress.steps, before)
+    np.testing.assert_array_equal(env._env.debug_state().state.progress.steps, before)
 
 
 def test_masks_after_germination_differ_from_those_before() -> None:

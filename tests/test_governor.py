@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from esper_env import EnvConfig, EsperVectorEnv, Op, Stage
-from esper_env.growth.rollback import GovernorState, judge
+from esper_env.growth.rollback import judge
+from esper_env.growth.state import RollbackState
 from tests.test_env import CONV_LIGHT, FULL_ALPHA, action, make
 
 GUESS = float(np.log(10))
@@ -18,7 +19,7 @@ CONFIG = EnvConfig(panic_window=4, panic_patience=2)
 
 def feed(losses: list[float], config: EnvConfig = CONFIG) -> list[bool]:
     """Let one member go through some losses and return where it panics."""
-    state, one = GovernorState.empty(1, config), np.array([0])
+    state, one = RollbackState.empty(1, config), np.array([0])
     fine = np.array([True])
     return [bool(judge(state, one, np.array([x]), fine, GUESS, config)[0]) for x in losses]
 
@@ -33,7 +34,7 @@ def test_a_loss_that_is_not_finite_panics_at_once(loss: float) -> None:
 
 
 def test_a_weight_that_is_not_finite_panics_at_once() -> None:
-    state = GovernorState.empty(2, CONFIG)
+    state = RollbackState.empty(2, CONFIG)
     panics = judge(state, np.array([0, 1]), np.ones(2), np.array([True, False]), GUESS, CONFIG)
     assert panics.tolist() == [False, True]
 
@@ -66,7 +67,7 @@ def test_a_panic_clears_the_past_so_that_it_cannot_repeat() -> None:
 
 def poison(envs: EsperVectorEnv, member: int) -> None:
     """Write NaN into a weight of a member's host."""
-    envs._sim.population.storage.parameters[member, 0] = float("nan")
+    envs.debug_state().population.storage.parameters[member, 0] = float("nan")
 
 
 def play(envs: EsperVectorEnv, steps: int) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def test_only_the_poisoned_member_rolls_back_in_that_step_with_its_penalty() -> 
         assert np.isfinite(observation).all()
         assert np.isfinite(info["accuracy"]).all()
         assert not terminated.any()
-    storage, own = envs._sim.population.storage, twin._sim.population.storage
+    storage, own = envs.debug_state().population.storage, twin._sim.population.storage
     assert torch.equal(storage.parameters[others], own.parameters[others])
     assert torch.isfinite(storage.parameters).all()
 
@@ -117,7 +118,7 @@ def test_a_rollback_restores_the_snapshot_and_removes_trial_seeds_but_no_fossils
     while info["stage"][0, 0] != Stage.HOLDING:
         can_advance = envs.conditional_masks()["slot"][0, Op.ADVANCE, 0]
         info = step(Op.ADVANCE if can_advance else Op.WAIT)
-    storage = envs._sim.population.storage
+    storage = envs.debug_state().population.storage
     saved = storage.parameters[0].clone()
     step(Op.FOSSILIZE)
     assert torch.equal(storage.snapshots["parameters"][0], saved), "saved at fossilization"
@@ -150,16 +151,16 @@ def test_an_episode_ends_for_good_at_max_rollbacks() -> None:
         assert not truncated.any()
         final = info["final_info"]["committed_score"][0]
         assert total == pytest.approx(final - start - 2 * envs.config.rollback_penalty)
-        assert envs._sim.governor.rollbacks[0] == 0, "the next episode starts anew"
+        assert envs.debug_state().state.rollback.rollbacks[0] == 0, "the next episode starts anew"
 
 
 def test_a_seed_fossilized_in_the_step_of_a_panic_is_kept_alive() -> None:
     """The last regular snapshot is older than the seed, which may not come back as zeros."""
     envs = make(1, episode_steps=60, snapshot_interval=1000)
     envs.reset(seed=0)
-    sim = envs._sim
+    sim = envs.debug_state()
     envs.step(action(Op.GERMINATE, blueprint=CONV_LIGHT, alpha_target=FULL_ALPHA)[None])
-    while sim.state.stage[0, 0] != Stage.HOLDING:
+    while sim.state.slots.stage[0, 0] != Stage.HOLDING:
         can_advance = envs.conditional_masks()["slot"][0, Op.ADVANCE, 0]
         envs.step(action(Op.ADVANCE if can_advance else Op.WAIT)[None])
     saved = sim.population.storage.parameters[0].clone()
@@ -182,7 +183,7 @@ def test_snapshots_are_taken_every_so_many_healthy_steps(interval: int) -> None:
     """Finding TRN-6: by the configured interval, and after each fossilization (test above)."""
     envs = make(1, episode_steps=60, snapshot_interval=interval)
     envs.reset(seed=0)
-    storage = envs._sim.population.storage
+    storage = envs.debug_state().population.storage
     last, taken = storage.snapshots["parameters"].clone(), []
     for step in range(1, 13):
         envs.step(action(Op.WAIT)[None])
@@ -197,9 +198,13 @@ def test_snapshots_are_one_buffer_of_fixed_size() -> None:
     """Finding SYN-C7: the same memory before and after many snapshots and episodes."""
     envs = make(2, autoreset_mode="SameStep", episode_steps=4, snapshot_interval=1)
     envs.reset(seed=0)
-    before = {name: t.data_ptr() for name, t in envs._sim.population.storage.snapshots.items()}
+    before = {
+        name: t.data_ptr() for name, t in envs.debug_state().population.storage.snapshots.items()
+    }
     play(envs, 12)
-    after = {name: t.data_ptr() for name, t in envs._sim.population.storage.snapshots.items()}
+    after = {
+        name: t.data_ptr() for name, t in envs.debug_state().population.storage.snapshots.items()
+    }
     assert after == before
 
 
@@ -214,6 +219,6 @@ def test_a_state_saved_after_a_rollback_continues_bitwise() -> None:
     other = make(2, episode_steps=40)
     other.set_state(state)
     play(other, 10)
-    for name, tensor in envs._sim.population.member_tensors().items():
-        assert torch.equal(tensor, other._sim.population.member_tensors()[name])
+    for name, tensor in envs.debug_state().population.member_tensors().items():
+        assert torch.equal(tensor, other.debug_state().population.member_tensors()[name])
     np.testing.assert_array_equal(envs._observe(), other._observe())

@@ -10,7 +10,7 @@ import pytest
 
 from esper_env.config import EnvConfig
 from esper_env.growth.gradient_health import record_gradients
-from esper_env.growth.lifecycle import Measurements
+from esper_env.growth.state import Measurements
 
 EXACT = 1e-12
 """Tolerance of float64 formulas that differ only in the order of a few operations."""

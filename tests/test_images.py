@@ -83,7 +83,7 @@ def test_augmentation_is_drawn_per_image_from_the_members_own_stream() -> None:
     sim.begin_episodes(np.arange(3))
     draws = []
     for step in range(2):
-        sim.progress.steps[:] = step
+        sim.state.progress.steps[:] = step
         draws.append(sim._draw_batches(np.arange(3)))
     first, second = draws
     assert first.shifts is not None

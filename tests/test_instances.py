@@ -207,7 +207,7 @@ def test_members_train_on_their_share_of_the_split_with_their_share_of_wrong_lab
     seen: list[set[int]] = [set() for _ in range(4)]
     given: list[dict[int, int]] = [{} for _ in range(4)]
     for step in range(40):
-        sim.progress.steps[:] = step
+        sim.state.progress.steps[:] = step
         drawn = sim._draw_batches(np.arange(4))
         assert drawn.indices.shape == drawn.labels.shape == (8, 64, 4)
         assert drawn.shifts is None
@@ -235,7 +235,7 @@ def test_wrong_labels_are_spread_over_all_other_classes() -> None:
     true = sim.splits.train.labels.numpy()
     shifts = []
     for step in range(20):
-        sim.progress.steps[:] = step
+        sim.state.progress.steps[:] = step
         drawn = sim._draw_batches(np.arange(4))
         shifts.append((drawn.labels - true[drawn.indices]) % 10)
     counts = np.bincount(np.concatenate([s.ravel() for s in shifts]), minlength=10)
@@ -256,7 +256,7 @@ def test_an_instance_sets_the_learning_rates_of_host_and_seeds(
         return train(*args)
 
     monkeypatch.setattr(sim.population, "train", spy)
-    sim.progress.steps[:] = 5
+    sim.state.progress.steps[:] = 5
     sim._train(np.arange(4))
     host, seeds = rates[0]
     np.testing.assert_allclose(host, 0.5 * sim.instances.learning_rate[:4])

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from esper_env.config import BoolArray, Curve, EnvConfig, Op, Stage
 from esper_env.growth import lifecycle
 from esper_env.growth.action_space import ActionSpace
-from esper_env.growth.lifecycle import DOWN, HOLD, UP, LifecycleState, Measurements, Request
+from esper_env.growth.state import DOWN, HOLD, UP, Measurements, Request, SlotState
 
 LISTED = {
     (Stage.DORMANT, Stage.GERMINATED),
@@ -58,14 +58,14 @@ EXACT = 1e-12
 class Step:
     """One decision of all members, with copies of the state around it."""
 
-    before: LifecycleState
+    before: SlotState
     measured: Measurements
     """What the decision could see."""
     actions: npt.NDArray[np.int64]
     active: BoolArray
-    acted: LifecycleState
+    acted: SlotState
     """After `apply`, before `tick`."""
-    after: LifecycleState
+    after: SlotState
 
 
 def walk(
@@ -92,7 +92,7 @@ def walk(
         restart_share: Probability with which a member starts anew before a step.
     """
     space = ActionSpace(num_slots, BLUEPRINTS, heads or {})
-    state = LifecycleState.empty(num_envs, num_slots)
+    state = SlotState.empty(num_envs, num_slots)
     measured = Measurements.empty(num_envs, num_slots)
     table = SEED_PARAMETERS[:num_slots]
     for _ in range(num_steps):
@@ -111,7 +111,7 @@ def walk(
 
 
 def measure(
-    state: LifecycleState, measured: Measurements, config: EnvConfig, rng: np.random.Generator
+    state: SlotState, measured: Measurements, config: EnvConfig, rng: np.random.Generator
 ) -> None:
     """Fill in what training and evaluation might have measured; each gate passes and fails."""
     shape = state.stage.shape
@@ -131,9 +131,9 @@ def measure(
 # ------------------------------------------------------------------ one slot by hand
 
 
-def seed_in(stage: Stage, **fields: Any) -> tuple[LifecycleState, Measurements]:
+def seed_in(stage: Stage, **fields: Any) -> tuple[SlotState, Measurements]:
     """Return one member with one slot in `stage`, healthy, measured and past every waiting time."""
-    state, measured = LifecycleState.empty(1, 1), Measurements.empty(1, 1)
+    state, measured = SlotState.empty(1, 1), Measurements.empty(1, 1)
     state.stage[:] = stage
     if stage in LIVE:
         values = {"blueprint": 0, "style": 0, "tempo": 3, "first_target": 1.0}
@@ -160,13 +160,11 @@ def request(op: Op, **fields: Any) -> Request:
     return Request(**arrays)
 
 
-def act(
-    state: LifecycleState, measured: Measurements, config: EnvConfig, op: Op, **fields: Any
-) -> None:
+def act(state: SlotState, measured: Measurements, config: EnvConfig, op: Op, **fields: Any) -> None:
     lifecycle.apply(state, measured, request(op, **fields), config)
 
 
-def tick(state: LifecycleState, measured: Measurements, config: EnvConfig) -> None:
+def tick(state: SlotState, measured: Measurements, config: EnvConfig) -> None:
     lifecycle.tick(state, measured, np.ones(len(state.stage), dtype=bool), config)
 
 
@@ -182,7 +180,7 @@ def test_the_table_holds_exactly_the_transitions_of_the_design() -> None:
 
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(Stage, Stage)))
 def test_a_transition_that_is_not_listed_raises(source: Stage, target: Stage) -> None:
-    state = LifecycleState.empty(1, 1)
+    state = SlotState.empty(1, 1)
     state.stage[:] = source
     at = (np.array([0]), np.array([0]))
     if (source, target) in LISTED:
@@ -194,12 +192,12 @@ def test_a_transition_that_is_not_listed_raises(source: Stage, target: Stage) ->
         assert state.stage[0, 0] == source
 
 
-def _embargo_ends(state: LifecycleState, measured: Measurements, config: EnvConfig) -> None:
+def _embargo_ends(state: SlotState, measured: Measurements, config: EnvConfig) -> None:
     tick(state, measured, config)
     tick(state, measured, config)
 
 
-_WAYS: dict[str, tuple[Stage, Callable[[LifecycleState, Measurements, EnvConfig], None]]] = {
+_WAYS: dict[str, tuple[Stage, Callable[[SlotState, Measurements, EnvConfig], None]]] = {
     "germinate": (Stage.DORMANT, lambda *s: act(*s, Op.GERMINATE)),
     "advance to training": (Stage.GERMINATED, lambda *s: act(*s, Op.ADVANCE)),
     "advance to blending": (Stage.TRAINING, lambda *s: act(*s, Op.ADVANCE)),
@@ -409,9 +407,9 @@ def test_alphas_stay_floats_whatever_the_type_of_the_request() -> None:
 # ------------------------------------------------------------------ prune and embargo
 
 
-def assert_slot_is_empty(state: LifecycleState, env: int, slot: int) -> None:
+def assert_slot_is_empty(state: SlotState, env: int, slot: int) -> None:
     """Everything but stage, time in the stage and cooldown is as in a fresh state."""
-    fresh = LifecycleState.empty(1, 1)
+    fresh = SlotState.empty(1, 1)
     for f in dataclasses.fields(state):
         if f.name not in ("stage", "stage_steps", "cooldown"):
             assert getattr(state, f.name)[env, slot] == getattr(fresh, f.name)[0, 0], f.name
@@ -470,7 +468,7 @@ def test_a_slot_stays_closed_for_exactly_embargo_steps_decisions(
     assert can_germinate_first(state, config)
 
 
-def can_germinate_first(state: LifecycleState, config: EnvConfig) -> bool:
+def can_germinate_first(state: SlotState, config: EnvConfig) -> bool:
     """Whether the smallest blueprint fits into slot 0 of member 0."""
     table = SEED_PARAMETERS[: state.stage.shape[1]]
     return bool(lifecycle.can_germinate(state, table, HOST_PARAMETERS, config)[0, 0, 0])
@@ -503,7 +501,7 @@ def test_max_seeds_counts_live_and_fossilized_seeds_but_no_embargoed_slot(
     max_seeds: int | None,
 ) -> None:
     """One fossil, one closed slot, one seed in training, one empty slot: 2 seeds are there."""
-    state = LifecycleState.empty(1, 4)
+    state = SlotState.empty(1, 4)
     state.stage[0] = [Stage.FOSSILIZED, Stage.EMBARGOED, Stage.TRAINING, Stage.DORMANT]
     state.blueprint[0] = [0, -1, 0, -1]
     table = np.ones((4, 1), dtype=np.int64)
@@ -513,7 +511,7 @@ def test_max_seeds_counts_live_and_fossilized_seeds_but_no_embargoed_slot(
 
 def test_a_seed_may_use_the_parameter_budget_up_to_its_last_parameter() -> None:
     """Budget 2 * 100. The seeds of slots 0 and 1 take 30 + 120, so 50 fit and 51 do not."""
-    state = LifecycleState.empty(1, 3)
+    state = SlotState.empty(1, 3)
     state.stage[0] = [Stage.FOSSILIZED, Stage.TRAINING, Stage.DORMANT]
     state.blueprint[0] = [1, 0, -1]
     table = np.array([[7, 30, 8], [120, 9, 9], [50, 51, 1]])
@@ -727,14 +725,14 @@ def assert_equal_fields(left: Any, right: Any, where: Any = slice(None)) -> None
         assert np.array_equal(one, other), f.name
 
 
-def changes(source: LifecycleState, target: LifecycleState) -> set[tuple[int, int]]:
+def changes(source: SlotState, target: SlotState) -> set[tuple[int, int]]:
     """Return the pairs of stages between which some slot has moved."""
     moved = source.stage != target.stage
     pairs = zip(source.stage[moved].tolist(), target.stage[moved].tolist(), strict=True)
     return set(pairs)
 
 
-def check_invariants(state: LifecycleState, config: EnvConfig) -> None:
+def check_invariants(state: SlotState, config: EnvConfig) -> None:
     """Assert what must hold of every slot between any two operations."""
     stage = state.stage
     assert np.isin(stage, [int(s) for s in Stage]).all()
@@ -749,7 +747,7 @@ def check_invariants(state: LifecycleState, config: EnvConfig) -> None:
     is_closed = stage == Stage.EMBARGOED
     assert ((state.cooldown >= 0) & (state.cooldown <= config.embargo_steps)).all()
     assert ((state.cooldown > 0) == is_closed).all()
-    fresh = LifecycleState.empty(*stage.shape)
+    fresh = SlotState.empty(*stage.shape)
     for f in dataclasses.fields(state):
         value, default = getattr(state, f.name), getattr(fresh, f.name)
         assert value.dtype == default.dtype, f.name

@@ -114,14 +114,14 @@ class Recorder:
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.moves: list[tuple[lifecycle.LifecycleState, Move]] = []
+        self.moves: list[tuple[lifecycle.SlotState, Move]] = []
         self.watched: Simulation | None = None
         self.style: IntArray = np.zeros((0, 0), dtype=np.int64)
         """Styles of the watched environment at its last training."""
         move, train = lifecycle._move, Population.train
 
         def record_move(
-            state: lifecycle.LifecycleState, at: tuple[IntArray, ...], target: Stage
+            state: lifecycle.SlotState, at: tuple[IntArray, ...], target: Stage
         ) -> None:
             for member, slot, source in zip(*at, state.stage[at], strict=True):
                 self.moves.append((state, Move(int(member), int(slot), Stage(source), target)))
@@ -132,7 +132,7 @@ class Recorder:
             if sim is None or sim.population is not population:
                 return train(population, members, *args)
             before = {name: t.clone() for name, t in population.storage.matrices.items()}
-            self.style = sim.state.style.copy()
+            self.style = sim.state.slots.style.copy()
             report = train(population, members, *args)
             check_ownership(sim, members, before)
             return report
@@ -140,7 +140,7 @@ class Recorder:
         monkeypatch.setattr(lifecycle, "_move", record_move)
         monkeypatch.setattr(Population, "train", check_train)
 
-    def take(self, state: lifecycle.LifecycleState) -> list[Move]:
+    def take(self, state: lifecycle.SlotState) -> list[Move]:
         """Return the moves of one environment since the last call, and forget all others."""
         moves = [m for owner, m in self.moves if owner is state]
         self.moves.clear()
@@ -196,7 +196,7 @@ def check_ownership(sim: Simulation, members: IntArray, before: dict[str, torch.
     layout, engine = population.layout, population._compiled
     assert engine is not None
     known = len(engine._library._numbers)
-    numbers = engine._library.training(members, sim.seeds, sim.config.batch_size).tape
+    numbers = engine._library.training(members, sim.networks.seeds, sim.config.batch_size).tape
     assert len(engine._library._numbers) == known, "these are the tapes that were run"
     tapes = engine._library.tapes_of(numbers)
     shape = (sim.population.num_members, layout.num_parameters)
@@ -211,7 +211,7 @@ def check_ownership(sim: Simulation, members: IntArray, before: dict[str, torch.
         kept[i, index[~is_frozen]] = True
     expected, moving = np.zeros((2, *shape), dtype=bool)
     for i in members.tolist():
-        width = int(sim.instances.width[sim.instance[i]])
+        width = int(sim.instances.width[sim.state.episode.instance[i]])
         live = [layout.host_start(width)[0].index]
         expected[i, live[0]] = moving[i, live[0]] = True
         for s, stage in enumerate(state.stage[i].tolist()):
@@ -224,8 +224,8 @@ def check_ownership(sim: Simulation, members: IntArray, before: dict[str, torch.
             live.append(own)
         is_germinated = state.stage[i] == Stage.GERMINATED
         count = sum(len(part) for part in live)
-        untrained = sim.sizes.seeds[i][is_germinated].sum()
-        assert count == sim.sizes.host[i] + sim.sizes.seeds[i].sum() - untrained
+        untrained = sim.networks.sizes.seeds[i][is_germinated].sum()
+        assert count == sim.networks.sizes.host[i] + sim.networks.sizes.seeds[i].sum() - untrained
     assert np.array_equal(owned, expected)
     assert np.array_equal(kept, moving)
     for name in ("parameters", "momentum"):
@@ -245,11 +245,11 @@ def check_corners(sim: Simulation) -> None:
     """Check that a narrow member is exactly zero outside its corner, momentum included."""
     layout, storage = sim.population.layout, sim.population.storage
     parameters, momentum = storage.parameters.numpy(), storage.momentum.numpy()
-    for i, width in enumerate(sim.instances.width[sim.instance].tolist()):
+    for i, width in enumerate(sim.instances.width[sim.state.episode.instance].tolist()):
         outside = [outside_columns(layout, width)]
         outside += [
-            outside_columns(layout, width, s, int(sim.state.blueprint[i, s]))
-            for s in np.nonzero(sim.state.is_live[i])[0].tolist()
+            outside_columns(layout, width, s, int(sim.state.slots.blueprint[i, s]))
+            for s in np.nonzero(sim.state.slots.is_live[i])[0].tolist()
         ]
         columns = np.concatenate(outside)
         assert not parameters[i, columns].any()
@@ -315,8 +315,10 @@ def member_bytes(
     envs: EsperVectorEnv, member: int, ignore: tuple[str, ...] = ()
 ) -> dict[str, bytes]:
     """Return everything that one member's future depends on, by name, to compare bit by bit."""
-    sim = envs._sim
-    arrays = {k: a[member].tobytes() for k, a in sim.member_arrays().items() if k not in ignore}
+    sim = envs.debug_state()
+    arrays = {
+        k: a[member].tobytes() for k, a in dict(sim.state.arrays()).items() if k not in ignore
+    }
     return arrays | {
         k: t[member].numpy().tobytes() for k, t in sim.population.member_tensors().items()
     }
@@ -385,7 +387,7 @@ class Machine(RuleBasedStateMachine):
         self.first_score = np.zeros(num_envs)
         self.is_over = self.nobody.copy()
         observation, info = self.envs.reset(seed=seed)
-        self.recorder.watched = self.envs._sim
+        self.recorder.watched = self.envs.debug_state()
         self.begin(self.everyone, info)
         self.check_reset(observation, info)
         self.tally.count["examples"] += 1
@@ -449,14 +451,14 @@ class Machine(RuleBasedStateMachine):
         if self.is_over[member]:
             return
         rng = np.random.default_rng(seed)
-        sim, storage = envs._sim, envs._sim.population.storage
+        sim, storage = envs.debug_state(), envs.debug_state().population.storage
         actions = envs.sample_valid_actions(rng)
         twin.set_state(envs.get_state())
-        width = int(sim.instances.width[sim.instance[member]])
+        width = int(sim.instances.width[sim.state.episode.instance[member]])
         start = sim.population.layout.host_start(width)[matrix == "buffers"]
         storage.matrices[matrix][member, int(rng.choice(start.index))] = value
         saved = {name: t[member].clone() for name, t in storage.snapshots.items()}
-        is_fossil = sim.state.stage[member] == Stage.FOSSILIZED
+        is_fossil = sim.state.slots.stage[member] == Stage.FOSSILIZED
         if actions[member, 0] == Op.FOSSILIZE:
             # It would save the poison: weights are finite after every step, unless poisoned.
             actions[member] = 0
@@ -480,9 +482,9 @@ class Machine(RuleBasedStateMachine):
         if self.mode != "SameStep" or not (terminated | truncated)[member]:
             for name, row in saved.items():
                 assert torch.equal(storage.matrices[name][member], row)
-            stage = sim.state.stage[member]
+            stage = sim.state.slots.stage[member]
             assert np.array_equal(stage == Stage.FOSSILIZED, is_fossil)
-            assert not sim.state.is_trial[member].any()
+            assert not sim.state.slots.is_trial[member].any()
 
     @rule(
         play=PLAYS,
@@ -584,20 +586,20 @@ class Machine(RuleBasedStateMachine):
         assert (info["parameters"][members] == 0).all()
 
     def check_reset(self, observation: Any, info: dict[str, Any]) -> None:
-        self.recorder.take(self.envs._sim.state)
+        self.recorder.take(self.envs.debug_state().state)
         assert observation in self.envs.observation_space
         # Members that ended and are not reset yet still show how.
         check_info(info, self.is_over, self.everyone)
         check_masks(self.envs, info)
-        check_corners(self.envs._sim)
+        check_corners(self.envs.debug_state())
         self.observation = observation
 
     def step(self, actions: IntArray) -> tuple[Any, ...]:
         """Step, check all that must hold, and keep in `shown` each member's own last info."""
-        envs, sim = self.envs, self.envs._sim
+        envs, sim = self.envs, self.envs.debug_state()
         legal, resetting = is_legal(envs, actions), self.is_over.copy()
-        stage = np.where(resetting[:, None], int(Stage.DORMANT), sim.state.stage)
-        instance = sim.instance.copy()
+        stage = np.where(resetting[:, None], int(Stage.DORMANT), sim.state.slots.stage)
+        instance = sim.state.episode.instance.copy()
         result = envs.step(actions)
         observation, reward, terminated, truncated, info = result
         ended = terminated | truncated
@@ -681,7 +683,7 @@ class Machine(RuleBasedStateMachine):
 
     def check_moves(self, acts: IntArray, stage: IntArray, shown: dict[str, Any]) -> None:
         """Check that stages changed by moves of the table alone, and as the actions asked."""
-        moves = self.recorder.take(self.envs._sim.state)
+        moves = self.recorder.take(self.envs.debug_state().state)
         reached = stage.copy()
         by_slot: dict[tuple[int, int], list[tuple[str, str]]] = {}
         for move in moves:
@@ -713,7 +715,7 @@ class Machine(RuleBasedStateMachine):
 
     def count_parameters(self, shown: dict[str, Any], width: IntArray) -> tuple[IntArray, IntArray]:
         """Count columns of all seeds and of the fossils of each member; two times (num_envs,)."""
-        layout = self.envs._sim.population.layout
+        layout = self.envs.debug_state().population.layout
         counts = np.zeros((2, self.envs.num_envs), dtype=np.int64)
         for i, s in np.argwhere((shown["stage"] > 0) & (shown["stage"] < Stage.EMBARGOED)).tolist():
             kind = s, int(shown["blueprint"][i, s]), int(self.recorder.style[i, s])
@@ -799,7 +801,10 @@ def test_every_feature_of_the_observation_varies(few_images: None) -> None:
     observation, _ = envs.reset(seed=0)
     lowest, highest = observation.min(axis=0), observation.max(axis=0)
     rng = np.random.default_rng(0)
-    (head, _), storage = envs._sim.population.layout.head, envs._sim.population.storage
+    (head, _), storage = (
+        envs.debug_state().population.layout.head,
+        envs.debug_state().population.storage,
+    )
     options = [len(head.options) for head in envs.heads]
     for step in range(90):
         actions = envs.sample_valid_actions(rng)
@@ -836,7 +841,7 @@ def test_would_be_effect_is_that_of_the_network_at_alpha_one() -> None:
     assert observation[valid] == observation[value] == 0
     observation = env.step(action(Op.WAIT))[0]
     assert observation[valid] == 0
-    sim = env._env._sim
+    sim = env._env.debug_state()
     one_image = 1 / len(sim.splits.validation)
     stages, effects = set(), []
     played = [action(Op.GERMINATE, 1, blueprint=CONV_LIGHT), action(Op.ADVANCE, 1)]
@@ -846,7 +851,7 @@ def test_would_be_effect_is_that_of_the_network_at_alpha_one() -> None:
         assert observation[valid] == 1
         alphas = np.array([[0.0, 0.0], [0.0, 1.0]])
         result = sim.population.evaluate(
-            np.zeros(2, dtype=np.int64), alphas, sim.seeds, sim.splits.validation
+            np.zeros(2, dtype=np.int64), alphas, sim.networks.seeds, sim.splits.validation
         )
         # At most one image may be judged otherwise when other networks run beside it.
         assert result.accuracy[0] == pytest.approx(info["accuracy"], abs=1.01 * one_image)
@@ -871,7 +876,7 @@ def test_members_with_mixed_instances_equal_single_environments() -> None:
     seed, instance = 0, np.arange(16)
     envs = EsperVectorEnv(16, instances="train", autoreset_mode="Disabled")
     envs.reset(seed=seed, options={"instance": instance})
-    widths = envs._sim.instances.width[instance]
+    widths = envs.debug_state().instances.width[instance]
     chosen = np.unique(widths, return_index=True)[1].tolist()
     assert len(chosen) == 3, "the test needs every width"
     singles = []
@@ -903,7 +908,7 @@ def test_networks_do_not_depend_on_how_many_compositions_are_remembered(
         rng = np.random.default_rng(0)
         steps = [envs.step(envs.sample_valid_actions(rng))[0].copy() for _ in range(39)]
         observations.append(steps)
-        engine = envs._sim.population._compiled
+        engine = envs.debug_state().population._compiled
         assert engine is not None
         sizes.append(len(engine._library._numbers))
     assert sizes[0] > 64 > 8 >= sizes[1]

@@ -16,13 +16,12 @@ from esper_env.growth.reward import (
     STAGE_POTENTIAL,
     STAGE_PROGRESS,
     TERMS,
-    Standing,
-    Transition,
     compute_reward,
     potential,
     resolve_weights,
     score,
 )
+from esper_env.growth.state import Scores, Transition
 from tests.test_lifecycle import walk
 
 EXACT = 1e-12
@@ -33,17 +32,17 @@ TELESCOPE = 1e-9
 
 def standing(
     live: FloatArray, committed: FloatArray | None = None, phi: FloatArray | None = None
-) -> Standing:
+) -> Scores:
     """Return a standing; what is not given is 0."""
     none = np.zeros(len(live))
-    return Standing(
+    return Scores(
         score=live,
         committed_score=none if committed is None else committed,
         potential=none if phi is None else phi,
     )
 
 
-def transition(before: Standing, after: Standing, end: str = "") -> Transition:
+def transition(before: Scores, after: Scores, end: str = "") -> Transition:
     """Return a transition of all members; `end` is "", "truncated" or "terminated"."""
     n = len(before.score)
     return Transition(
@@ -264,8 +263,8 @@ def random_transition(n: int, is_last: BoolArray) -> Transition:
     values = rng.normal(size=(2, 3, n))
     is_terminated = is_last & (np.arange(n) % 2 == 0)
     return Transition(
-        Standing(*values[0]),
-        Standing(*values[1]),
+        Scores(*values[0]),
+        Scores(*values[1]),
         is_last,
         is_terminated,
         ~is_last & (np.arange(n) % 5 == 0),
@@ -321,8 +320,8 @@ def test_the_default_preset_is_gain_and_single_weights_can_be_replaced() -> None
 
 def test_sparse_pays_the_committed_score_on_the_last_step_and_nothing_before() -> None:
     """0.7 for the first member, whose episode ends; the third is rolled back."""
-    before = Standing(np.full(3, 0.5), np.full(3, 0.4), np.zeros(3))
-    after = Standing(np.full(3, 0.9), np.full(3, 0.7), np.zeros(3))
+    before = Scores(np.full(3, 0.5), np.full(3, 0.4), np.zeros(3))
+    after = Scores(np.full(3, 0.9), np.full(3, 0.7), np.zeros(3))
     is_last, is_rolled_back = np.array([True, False, False]), np.array([False, False, True])
     config = EnvConfig(reward="sparse", rollback_penalty=0.25)
     step = Transition(before, after, is_last, is_last, is_rolled_back)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from esper_env import EsperEnv, EsperVectorEnv
-from esper_env.growth.lifecycle import HOLD
+from esper_env.growth.state import HOLD
 from tests.test_env import ID, SMALL, assert_same, make, make_single
 
 STEPS = 20

@@ -7,24 +7,30 @@ from typing import Any
 import numpy as np
 
 from esper_env.config import BoolArray, FloatArray
-from esper_env.growth.simulation import Simulation
+from esper_env.growth.state import Scores, Sizes, State
 
 
 def build_info(
-    sim: Simulation, action_mask: BoolArray, terms: dict[str, FloatArray]
+    state: State,
+    scores: Scores,
+    sizes: Sizes,
+    action_mask: BoolArray,
+    terms: dict[str, FloatArray],
 ) -> dict[str, Any]:
-    """Describe the present state of all members.
+    """Describe the current state of all sub-environments.
 
     Args:
-        sim: The members.
+        state: Their state.
+        scores: Their scores.
+        sizes: Parameters of their networks.
         action_mask: Marginal masks of the next actions. (num_envs, sum(nvec)).
         terms: Weighted terms of the last reward. (num_envs,) each.
 
     Returns:
-        Arrays of (num_envs, ...), and for each key a mask of the members that have it: all,
-        except that test accuracies exist at the end of an episode only.
+        Arrays of (num_envs, ...), and for each key a mask of the sub-environments that have it:
+        all, except that test accuracies exist only at the end of an episode.
     """
-    state, measured, progress, standing = sim.state, sim.measured, sim.progress, sim.standing
+    slots, measured, progress, _, episode = state
     values: dict[str, Any] = {
         "action_mask": action_mask,
         "action_valid": progress.last_valid,
@@ -32,36 +38,32 @@ def build_info(
         "accuracy": progress.accuracy,
         "loss": progress.loss,
         "committed_accuracy": progress.committed_accuracy,
-        "score": standing.score,
-        "committed_score": standing.committed_score,
+        "score": scores.score,
+        "committed_score": scores.committed_score,
         "contribution": measured.contribution,
         "contribution_valid": measured.has_contribution,
-        "stage": state.stage,
-        "alpha": state.alpha,
-        "blueprint": state.blueprint,
-        "parameters": sim.sizes.grown,
-        "host_parameters": sim.sizes.host,
+        "stage": slots.stage,
+        "alpha": slots.alpha,
+        "blueprint": slots.blueprint,
+        "parameters": sizes.grown,
+        "host_parameters": sizes.host,
         "flops": progress.flops,
-        "samples": progress.samples,
-        "rolled_back": sim.is_rolled_back,
-        "instance": sim.instance,
+        "samples": progress.samples.astype(np.int64),
+        "rolled_back": episode.is_rolled_back,
+        "instance": episode.instance,
     }
     # One array for all masks; each key gets a row of its own.
-    everyone = iter(np.ones((len(values) + len(terms) + 1, len(sim.instance)), dtype=bool))
+    everyone = iter(np.ones((len(values) + len(terms) + 1, len(action_mask)), dtype=bool))
     info: dict[str, Any] = {}
     for name, value in values.items():
         info[name], info[f"_{name}"] = value.copy(), next(everyone)
-    info["samples"] = progress.samples.astype(np.int64)
     parts: dict[str, Any] = {}
     for name, value in terms.items():
         parts[name], parts[f"_{name}"] = value.copy(), next(everyone)
     info["reward_terms"], info["_reward_terms"] = parts, next(everyone)
-    for name, value in (
-        ("test_accuracy", sim.test_accuracy),
-        ("committed_test_accuracy", sim.committed_test_accuracy),
-    ):
-        info[name] = np.where(sim.has_test, value, 0.0)
-        info[f"_{name}"] = sim.has_test.copy()
+    for name in ("test_accuracy", "committed_test_accuracy"):
+        info[name] = np.where(episode.has_test, getattr(episode, name), 0.0)
+        info[f"_{name}"] = episode.has_test.copy()
     return info
 
 

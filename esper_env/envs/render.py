@@ -1,6 +1,6 @@
 """The course of an episode, as a picture and as text: what the render modes show.
 
-`draw` and `describe` show the `Trace` of one member. They change nothing outside: no pyplot, no
+`draw` and `describe` show the `History` of one member. They change nothing outside: no pyplot, no
 rcParams, no random numbers.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_env.config import Op, Stage
-from esper_env.envs.history import Trace
+from esper_env.envs.history import Course, History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,7 +82,7 @@ class Frame(NamedTuple):
 
 
 def draw(
-    trace: Trace,
+    history: History,
     member: int,
     *,
     blueprints: Sequence[str],
@@ -91,11 +91,11 @@ def draw(
 ) -> npt.NDArray[np.uint8]:
     """Draw the episode of one member so far: slots, accuracy and score over env steps.
 
-    The same trace gives the same picture bitwise. Axes are those of the whole episode; the lower
+    The same history gives the same picture bitwise. Axes are those of the whole episode; the lower
     end of the score and the upper end of the size only ever widen.
 
     Args:
-        trace: What was recorded; the member has at least one row.
+        history: Recorded rows; the member has at least one row.
         member: Whose episode to show.
         blueprints: Names in the order of the registry.
         host_parameters: Of the host without seeds.
@@ -104,11 +104,11 @@ def draw(
     Returns:
         (HEIGHT, WIDTH, 3) uint8.
     """
-    course, last_step = trace.course(member), trace.stage.shape[1] - 1
+    course, last_step = history.course(member), history.rows.stage.shape[1] - 1
     lowest = float(min(course.score.min(), course.committed_score.min(), 0))
     doublings = np.log2(1 + course.parameters / host_parameters)
     frame = Frame(
-        num_slots=trace.stage.shape[2],
+        num_slots=history.rows.stage.shape[2],
         last_step=last_step,
         score_floor=float(np.floor(lowest * 4)) / 4,
         size_top=max(1, int(np.ceil(doublings.max()))),
@@ -145,7 +145,7 @@ def draw(
 
 
 def describe(
-    trace: Trace,
+    history: History,
     member: int,
     *,
     blueprints: Sequence[str],
@@ -158,7 +158,7 @@ def describe(
     to come, so that every description of an episode is laid out alike.
 
     Args:
-        trace: What was recorded; the member has at least one row.
+        history: Recorded rows; the member has at least one row.
         member: Whose episode to show.
         blueprints: Names in the order of the registry.
         host_parameters: Of the host without seeds.
@@ -167,7 +167,7 @@ def describe(
     Returns:
         Lines separated by newlines, without one at the end.
     """
-    course, last_step = trace.course(member), trace.stage.shape[1] - 1
+    course, last_step = history.course(member), history.rows.stage.shape[1] - 1
     step, width = len(course.op) - 1, len(str(last_step))
     lines = [
         f"env step {step:{width}}/{last_step}"
@@ -187,7 +187,7 @@ def describe(
     return "\n".join(lines)
 
 
-def _draw_lanes(axes: Axes, course: Trace, blueprints: Sequence[str], frame: Frame) -> None:
+def _draw_lanes(axes: Axes, course: Course, blueprints: Sequence[str], frame: Frame) -> None:
     """One lane per slot: a strip for names; a bar with the stages as colours, pale above alpha."""
     end, bar_rows = len(course.stage), frame.bar_rows
     colors = np.array([_rgb(color) for color in STAGE_COLORS.values()])
@@ -329,7 +329,7 @@ def _above(panel: str) -> float:
     return sum(_PANELS[panel]) + 0.022
 
 
-def _op_text(course: Trace) -> str:
+def _op_text(course: Course) -> str:
     """Name what the last step began with, its slot, and a rollback."""
     op, slot = Op(course.op[-1]), course.op_slot[-1]
     text = op.name if op == Op.WAIT else f"{op.name} slot {slot}"

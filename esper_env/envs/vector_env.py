@@ -16,13 +16,13 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray
-from esper_env.envs.history import Trace
+from esper_env.envs.history import History
 from esper_env.envs.info import build_info, masked_info
 from esper_env.envs.render import RENDER_FPS, RENDER_MODES, describe, draw
-from esper_env.envs.reset_options import ResetRequest, check_reset
+from esper_env.envs.reset_options import check_reset
 from esper_env.growth.action_space import ActionHead, ActionSpace
 from esper_env.growth.observation import ObservationBuilder
-from esper_env.growth.reward import compute_reward, resolve_weights
+from esper_env.growth.reward import resolve_weights
 from esper_env.growth.simulation import Simulation
 from esper_env.population.blueprints import registered_blueprints
 from esper_env.tasks import TASKS, resolve_host
@@ -101,8 +101,8 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
                 f"attribution: 'full' evaluates 2**slots networks and takes at most 4 slots, the "
                 f"host has {host.num_slots}; use 'leave_one_out'"
             )
-        self._weights = resolve_weights(self.config)
-        self._actions = ActionSpace(host.num_slots, names, self.config.heads)
+        self._no_terms = dict.fromkeys(resolve_weights(self.config), np.zeros(self.num_envs))
+        self._actions = ActionSpace(host.num_slots, names, self.config)
         self._observations = ObservationBuilder(
             host.num_slots, names, host.num_classes, self.config
         )
@@ -117,8 +117,8 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._simulation: Simulation | None = None
         self._conditional: dict[str, BoolArray] = {}
-        self._conditional_before_reset: dict[str, BoolArray] = {}
-        self._trace = Trace.empty(self.num_envs, host.num_slots, self.config.episode_steps)
+        self._final_conditional: dict[str, BoolArray] = {}
+        self._history = History(self.num_envs, host.num_slots, self.config.episode_steps)
         self._is_done: BoolArray = np.zeros(self.num_envs, dtype=bool)
 
     # ------------------------------------------------------------------ Gymnasium
@@ -155,14 +155,18 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             num_instances=self.num_instances,
             is_first=is_first,
         )
-        if is_first:
+        if self._simulation is None:
             self._simulation = self._build()
         if isinstance(seed, (int, np.integer)):
             self._np_random, self._np_random_seed = gym.utils.seeding.np_random(int(seed))
-        self._seed(request, is_first)
-        self._begin(request.members, request.instance)
-        self._refresh_masks()
-        return self._observe(), self._info()
+        for i in request.members.tolist():
+            value = request.seeds[i]
+            if value is None and is_first:
+                value = int(self.np_random.integers(2**62))
+            if value is not None:
+                self._simulation.seed(i, value)
+        self._begin(self._simulation, request.members, request.instance)
+        return self._present(self._simulation, recorded=request.members)
 
     @torch.inference_mode(False)
     def step(
@@ -189,38 +193,41 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             ValueError: If the shape or an index is out of range, or if an action is illegal and
                 `illegal_actions="raise"`.
         """
-        self._require_reset()
-        actions = self._actions.check(actions, self.num_envs)
+        sim, num_envs = self.debug_state(), self.num_envs
         resetting, is_resetting = self._is_done, bool(self._is_done.any())
         if is_resetting and self.autoreset_mode == AutoresetMode.DISABLED:
             done = np.nonzero(resetting)[0].tolist()
             raise gym.error.ResetNeeded(
-                f"members {done} have finished; call reset(options={{'reset_mask': mask}}) "
-                "before step, or choose another autoreset_mode"
+                f"sub-environments {done} have finished; call "
+                "reset(options={'reset_mask': mask}) before step, or choose another autoreset_mode"
             )
-        active = ~resetting
-        is_legal = self._actions.is_legal(self._conditional, actions)
-        if self.config.illegal_actions == "raise" and (active & ~is_legal).any():
-            self._actions.refuse(actions, active & ~is_legal)
+        request, is_legal = self._actions.parse(
+            actions,
+            self._conditional,
+            ~resetting,
+            raises_on_illegal=self.config.illegal_actions == "raise",
+        )
         if is_resetting:
-            self._begin(np.nonzero(resetting)[0])
-        rewards, terminations, truncations, terms = self._advance(actions, is_legal, active)
-        self._refresh_masks()
-        self._conditional_before_reset = self._conditional
-        observations, info = self._observe(), self._info(terms)
-        self._is_done = terminations | truncations
+            self._begin(sim, np.nonzero(resetting)[0])
+        result = sim.step(request, is_legal, ~resetting)
+        observations, info = self._present(
+            sim, result.reward_terms, recorded=np.arange(num_envs), op_slot=request.slot
+        )
+        self._final_conditional = self._conditional
+        self._is_done = result.terminated | result.truncated
         if self.autoreset_mode == AutoresetMode.SAME_STEP and self._is_done.any():
             final_observations, final_info = observations, info
             ended = self._is_done.copy()
-            self._begin(np.nonzero(ended)[0])
-            self._refresh_masks()
-            observations, info = self._observe(), self._info(terms)
-            rows = np.full(self.num_envs, None, dtype=object)
+            self._begin(sim, np.nonzero(ended)[0])
+            observations, info = self._present(
+                sim, result.reward_terms, recorded=np.nonzero(ended)[0]
+            )
+            rows = np.full(num_envs, None, dtype=object)
             for i in np.nonzero(ended)[0]:
                 rows[i] = final_observations[i]
             info["final_obs"], info["_final_obs"] = rows, ended.copy()
             info["final_info"], info["_final_info"] = masked_info(final_info, ended), ended.copy()
-        return observations, rewards, terminations, truncations, info
+        return observations, result.reward, result.terminated, result.truncated, info
 
     def render(self) -> tuple[npt.NDArray[np.uint8] | str, ...] | None:
         """Render the current episode of each sub-environment according to `render_mode`.
@@ -238,18 +245,19 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
                 'gym.make_vec("Esper-Digits-v0", render_mode="rgb_array")'
             )
             return None
-        self._require_reset()
+        sim = self.debug_state()
         show = draw if self.render_mode == "rgb_array" else describe
         names = [blueprint.name for blueprint in self._blueprints]
-        sim = self._sim
         has_instances = len(sim.instances) > 1
         return tuple(
             show(
-                self._trace,
+                self._history,
                 i,
                 blueprints=names,
-                host_parameters=int(sim.sizes.host[i]),
-                instance=f"{self.config.instances} {sim.instance[i]}" if has_instances else None,
+                host_parameters=int(sim.networks.sizes.host[i]),
+                instance=f"{self.config.instances} {sim.state.episode.instance[i]}"
+                if has_instances
+                else None,
             )
             for i in range(self.num_envs)
         )
@@ -269,14 +277,11 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             another process. Steps after it are bitwise the same on the same device with the same
             number of threads.
         """
-        self._require_reset()
-        sim = self._sim
+        tensors = self.debug_state().population.member_tensors()
         return {
             "made_with": self._made_with(),
             "arrays": {name: array.copy() for name, array in self._member_arrays().items()},
-            "tensors": {
-                n: t.cpu().numpy().copy() for n, t in sim.population.member_tensors().items()
-            },
+            "tensors": {name: t.cpu().numpy().copy() for name, t in tensors.items()},
             "is_done": self._is_done.copy(),
             "np_random": copy.deepcopy(self.np_random.bit_generator.state),
         }
@@ -302,14 +307,13 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             )
         if self._simulation is None:
             self._simulation = self._build()
-        sim = self._sim
         for name, array in self._member_arrays().items():
             array[...] = state["arrays"][name]
-        for name, tensor in sim.population.member_tensors().items():
+        for name, tensor in self._simulation.population.member_tensors().items():
             tensor.copy_(torch.from_numpy(state["tensors"][name]))
         self._is_done = state["is_done"].copy()
         self.np_random.bit_generator.state = copy.deepcopy(state["np_random"])
-        return self._show_again()
+        return self._present(self._simulation)
 
     @torch.inference_mode(False)
     def fork(
@@ -328,7 +332,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             ValueError: If an index is out of range, a target is repeated, or the numbers of
                 sources and targets differ.
         """
-        self._require_reset()
+        sim = self.debug_state()
         source, target = (np.atleast_1d(np.asarray(i)) for i in (source_indices, target_indices))
         for name, indices in (("source_indices", source), ("target_indices", target)):
             is_integer = np.issubdtype(indices.dtype, np.integer) and indices.ndim == 1
@@ -343,9 +347,9 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             )
         for array in (*self._member_arrays().values(), self._is_done):
             array[target] = array[source]
-        for tensor in self._sim.population.member_tensors().values():
+        for tensor in sim.population.member_tensors().values():
             tensor[torch.from_numpy(target)] = tensor[torch.from_numpy(source)]
-        return self._show_again()
+        return self._present(sim)
 
     # ------------------------------------------------------------------ masks and samples
 
@@ -360,7 +364,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         Returns:
             (num_envs, sum(nvec)) bool; also in `info["action_mask"]`.
         """
-        self._require_reset()
+        self.debug_state()
         return self._marginal.copy()
 
     def conditional_masks(self) -> dict[str, BoolArray]:
@@ -371,7 +375,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             (num_envs, ops, slots, options). All bool; True is legal. Rows of an illegal op, or of
             an illegal slot for the op, are all False.
         """
-        self._require_reset()
+        self.debug_state()
         return {name: mask.copy() for name, mask in self._conditional.items()}
 
     def final_conditional_masks(self) -> dict[str, BoolArray]:
@@ -380,40 +384,28 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         With SAME_STEP the rows of sub-environments that are done belong to `final_obs`. All other
         rows equal those of `conditional_masks`. Call it after `step`, not after `reset`.
         """
-        self._require_reset()
-        return {name: mask.copy() for name, mask in self._conditional_before_reset.items()}
+        self.debug_state()
+        return {name: mask.copy() for name, mask in self._final_conditional.items()}
 
     def sample_valid_actions(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
         """Sample legal actions: uniform over ops, slots, then options. (num_envs, 8) int64."""
-        self._require_reset()
+        self.debug_state()
         return self._actions.sample(self._conditional, rng)
 
-    # ------------------------------------------------------------------ one step
+    # ------------------------------------------------------------------ inside
 
-    def _advance(
-        self, actions: IntArray, is_legal: BoolArray, active: BoolArray
-    ) -> tuple[FloatArray, BoolArray, BoolArray, dict[str, FloatArray]]:
-        """Step the active members and compute their rewards; the reward of the others is 0."""
-        acts = active & is_legal
-        request = self._actions.decode(actions if acts.all() else actions * acts[:, None])
-        transition, truncated = self._sim.advance(request, is_legal, active)
-        self._record(np.nonzero(active)[0], request.slot)
-        reward, terms = compute_reward(transition, self._weights, self.config)
-        if not active.all():
-            for array in (reward, *terms.values()):
-                array[~active] = 0.0
-        return reward, transition.is_terminated.copy(), truncated, terms
+    def debug_state(self) -> Simulation:
+        """Return the decision process: state, networks and population, for tests and debugging.
 
-    def _seed(self, request: ResetRequest, is_first: bool) -> None:
-        """Start the random streams of members that get a seed, or have no stream yet."""
-        for i in request.members.tolist():
-            value = request.seeds[i]
-            if value is None and is_first:
-                value = int(self.np_random.integers(2**62))
-            if value is not None:
-                self._sim.seed(i, value)
+        Its attributes are not part of the public interface. Values that are computed from the state
+        follow when it is changed; masks, observations and info follow at the next `step`.
 
-    # ------------------------------------------------------------------ state and its views
+        Raises:
+            gymnasium.error.ResetNeeded: Before the first `reset`.
+        """
+        if self._simulation is None:
+            raise gym.error.ResetNeeded("call reset() before using the environment")
+        return self._simulation
 
     def _build(self) -> Simulation:
         if os.getpid() != _IMPORTING_PROCESS:
@@ -422,74 +414,47 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             torch.set_num_threads(1)
         return Simulation(self.num_envs, str(self.device), self.config, self._blueprints)
 
-    def _begin(self, members: IntArray, instance: IntArray | None = None) -> None:
-        """Start new episodes of some members; `instance` is (m,), None samples the instances."""
-        self._sim.begin_episodes(members, instance)
-        self._trace.begin(members)
-        self._record(members, np.zeros(self.num_envs, dtype=np.int64))
+    def _begin(self, sim: Simulation, members: IntArray, instance: IntArray | None = None) -> None:
+        """Start a new episode for some members; `instance` is (m,), None samples them."""
+        sim.begin_episodes(members, instance)
+        self._history.begin(members)
         self._is_done[members] = False
 
-    def _record(self, members: IntArray, op_slot: IntArray) -> None:
-        """Append the current state of some members to the trace."""
-        sim = self._sim
-        self._trace.record(
-            members,
-            stage=sim.state.stage,
-            alpha=sim.state.alpha,
-            blueprint=sim.state.blueprint,
-            accuracy=sim.progress.accuracy,
-            committed_accuracy=sim.progress.committed_accuracy,
-            score=sim.standing.score,
-            committed_score=sim.standing.committed_score,
-            parameters=sim.sizes.grown,
-            op=sim.progress.last_op,
-            op_slot=op_slot,
-            rolled_back=sim.is_rolled_back,
+    def _present(
+        self,
+        sim: Simulation,
+        terms: dict[str, FloatArray] | None = None,
+        *,
+        recorded: IntArray | None = None,
+        op_slot: IntArray | None = None,
+    ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        """Return observations and info of the current state; every change of it ends here.
+
+        Args:
+            sim: The decision process.
+            terms: Terms of the last reward; None for zeros.
+            recorded: Members that were reset or took a step; their state joins the history.
+            op_slot: Slots that the ops acted on; None for zeros. (num_envs,).
+        """
+        networks, scores = sim.networks, sim.scores
+        self._conditional = self._actions.conditional_masks(
+            sim.state.slots, sim.state.measured, networks.budget_table, networks.sizes.host
         )
+        self._marginal = self._actions.marginal_mask(self._conditional)
+        terms = self._no_terms if terms is None else terms
+        info = build_info(sim.state, scores, networks.sizes, self._marginal, terms)
+        if recorded is not None:
+            slots = np.zeros(self.num_envs, dtype=np.int64) if op_slot is None else op_slot
+            self._history.record(recorded, info, slots)
+        observations = self._observations.build(sim.state, networks.sizes, networks.conditions)
+        return observations, info
 
     def _member_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Return every NumPy array of the state with one row per member, by a unique name."""
-        trace = {f"trace.{name}": array for name, array in vars(self._trace).items()}
-        return self._sim.member_arrays() | trace
+        return dict(self.debug_state().state.arrays()) | self._history.arrays()
 
     def _made_with(self) -> dict[str, Any]:
         """Return the settings that a state must share to be restored, as JSON-able values."""
         settings = json.loads(json.dumps(dataclasses.asdict(self.config)))
         names = [blueprint.name for blueprint in self._blueprints]
         return {"num_envs": self.num_envs, "blueprints": names, **settings}
-
-    def _show_again(self) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-        """Return observations and info after the state has been overwritten."""
-        self._sim.refresh()
-        self._refresh_masks()
-        return self._observe(), self._info()
-
-    def _refresh_masks(self) -> None:
-        """Compute the masks of the current state."""
-        sim = self._sim
-        self._conditional = self._actions.conditional_masks(
-            sim.state, sim.measured, sim.budget_table, sim.sizes.host, self.config
-        )
-        self._marginal = self._actions.marginal_mask(self._conditional)
-
-    def _observe(self) -> npt.NDArray[np.float32]:
-        sim = self._sim
-        return self._observations.build(
-            sim.progress, sim.state, sim.measured, sim.sizes, sim.conditions
-        )
-
-    def _info(self, terms: dict[str, FloatArray] | None = None) -> dict[str, Any]:
-        if terms is None:
-            terms = {name: np.zeros(self.num_envs) for name in self._weights}
-        return build_info(self._sim, self._marginal, terms)
-
-    # ------------------------------------------------------------------ checks
-
-    @property
-    def _sim(self) -> Simulation:
-        assert self._simulation is not None
-        return self._simulation
-
-    def _require_reset(self) -> None:
-        if self._simulation is None:
-            raise gym.error.ResetNeeded("call reset() before using the environment")

@@ -7,7 +7,7 @@ the marginal one (an option is legal if some legal joint action contains it).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from esper_env.config import STYLES, BoolArray, Curve, EnvConfig, FloatArray, IntArray, Op
 from esper_env.growth import lifecycle
-from esper_env.growth.lifecycle import LifecycleState, Measurements, Request
-from esper_env.growth.records import MeasuredRecord, StateRecord
+from esper_env.growth.state import Measurements, Request, SlotState
 from esper_env.jit import entry_point, shared
 
 TEMPOS = (3, 5, 8)
@@ -63,13 +62,14 @@ class ActionSpace:
     Args:
         num_slots: Slots of the host.
         blueprints: Names of the task's registry, in order.
-        heads: Restrictions, as `EnvConfig.heads`.
+        config: Gate rules, and restrictions of the heads.
 
     Raises:
         ValueError: If a restriction names an unknown head or option, repeats one, or forbids WAIT.
     """
 
-    def __init__(self, num_slots: int, blueprints: Sequence[str], heads: Mapping[str, Any]) -> None:
+    def __init__(self, num_slots: int, blueprints: Sequence[str], config: EnvConfig) -> None:
+        heads = config.heads
         canonical: dict[str, tuple[Any, ...]] = {
             "op": tuple(op.name for op in Op),
             "slot": tuple(range(num_slots)),
@@ -98,8 +98,11 @@ class ActionSpace:
             [[name in RELEVANT_HEADS[op] for name in HEAD_NAMES] for op in ops]
         )
         """(ops, heads) bool."""
-        self._germinate_key: tuple[Any, ...] = ()
+        self._config = config
+        self._rules = _Rules(*[getattr(config, name) for name in _Rules._fields])
+        self._germinate_key = b""
         self._germinate: BoolArray
+        self._num_options = int(self.nvec.sum())
         self._targets = np.array(ALPHA_TARGETS)[self.index["alpha_target"]]
         self._tempos = np.array(TEMPOS)[self.index["tempo"]]
         self._speeds = np.array(ALPHA_SPEEDS)[self.index["alpha_speed"]]
@@ -130,28 +133,33 @@ class ActionSpace:
 
     def conditional_masks(
         self,
-        state: LifecycleState,
+        slots: SlotState,
         measured: Measurements,
-        seed_parameters: IntArray,
-        host_parameters: npt.ArrayLike,
-        config: EnvConfig,
+        budget_table: IntArray,
+        host_parameters: IntArray,
     ) -> dict[str, BoolArray]:
         """Return the exact legal actions, conditioned on op and slot.
 
         Args:
-            state: The slots.
-            measured: What the last step measured.
-            seed_parameters: See `lifecycle.can_germinate`.
-            host_parameters: Likewise.
-            config: Gate rules.
+            slots: Lifecycle of the slots.
+            measured: Measurements of the last step.
+            budget_table: See `lifecycle.can_germinate`.
+            host_parameters: Parameters of each host. (num_envs,).
 
         Returns:
             "op" (N, O), "slot" (N, O, S), every other head (N, O, S, options), all bool. A joint
             action is legal exactly if its op, its slot given the op, and every other option given
             op and slot are True. Rows of an illegal op or (op, slot) are all False.
         """
-        germinate = self._can_germinate(state, seed_parameters, host_parameters, config)
-        num_envs, (num_ops, width) = len(germinate), self._unconditional.shape
+        # Gate G0 depends on what is in the slots alone, which changes in few steps.
+        parts = slots.stage, slots.blueprint, budget_table, host_parameters
+        key = b"".join(map(np.ndarray.tobytes, parts))
+        if key != self._germinate_key:
+            self._germinate_key = key
+            self._germinate = lifecycle.can_germinate(
+                slots, budget_table, host_parameters, self._config
+            )
+        num_envs, (num_ops, width) = len(slots.stage), self._unconditional.shape
         is_op = np.zeros((num_envs, num_ops), dtype=np.bool_)
         is_slot = np.zeros((num_envs, num_ops, len(self.index["slot"])), dtype=np.bool_)
         rest = np.zeros((*is_slot.shape, width), dtype=np.bool_)
@@ -159,33 +167,17 @@ class ActionSpace:
             is_op,
             is_slot,
             rest,
-            StateRecord(*vars(state).values()),
-            MeasuredRecord(*vars(measured).values()),
-            germinate,
-            _Rules(*(getattr(config, name) for name in _Rules._fields)),
+            slots,
+            measured,
+            self._germinate,
+            self._rules,
             self._options,
             self._unconditional,
         )
-        return {"op": is_op, "slot": is_slot} | {
-            name: rest[..., columns] for name, columns in self._columns.items()
-        }
-
-    def _can_germinate(
-        self,
-        state: LifecycleState,
-        seed_parameters: IntArray,
-        host_parameters: npt.ArrayLike,
-        config: EnvConfig,
-    ) -> BoolArray:
-        """Return gate G0, worked out anew only when a slot or a host has changed."""
-        parts = state.stage, state.blueprint, seed_parameters, np.asarray(host_parameters)
-        key = config, *(part.tobytes() for part in parts)
-        if key != self._germinate_key:
-            self._germinate_key = key
-            self._germinate = lifecycle.can_germinate(
-                state, seed_parameters, host_parameters, config
-            )
-        return self._germinate
+        masks = {"op": is_op, "slot": is_slot}
+        for name, columns in self._columns.items():
+            masks[name] = rest[..., columns]
+        return masks
 
     def marginal_mask(self, conditional: dict[str, BoolArray]) -> BoolArray:
         """Return, for every option of every head, whether some legal joint action contains it.
@@ -195,20 +187,37 @@ class ActionSpace:
         Returns:
             (num_envs, sum(nvec)) bool, heads in order.
         """
-        marginal = np.zeros((len(conditional["op"]), self.nvec.sum()), dtype=np.bool_)
-        rest = tuple([conditional[name] for name in HEAD_NAMES[2:]])
-        _project(marginal, conditional["op"], conditional["slot"], rest)
+        op, slot, *rest = conditional.values()
+        marginal = np.zeros((len(op), self._num_options), dtype=np.bool_)
+        _project(marginal, op, slot, tuple(rest))
         return marginal
 
-    def check(self, actions: Any, num_envs: int) -> IntArray:
-        """Return actions as int64 after checking type, shape and range.
+    def parse(
+        self,
+        actions: Any,
+        conditional: dict[str, BoolArray],
+        active: BoolArray,
+        *,
+        raises_on_illegal: bool,
+    ) -> tuple[Request, BoolArray]:
+        """Check, judge and decode actions.
+
+        Args:
+            actions: Option indices. (num_envs, heads) integers.
+            conditional: Masks of the state that is acted on.
+            active: Sub-environments that take part in the step; the others WAIT. (num_envs,).
+            raises_on_illegal: Whether an illegal action of an active one is an error; otherwise it
+                becomes WAIT.
+
+        Returns:
+            The decoded actions, and which of the given ones were legal, (num_envs,) bool.
 
         Raises:
-            TypeError: If they are not integers.
-            ValueError: If shape or range are wrong.
+            TypeError: If the actions are not integers.
+            ValueError: If shape or range are wrong, or for an illegal action.
         """
         array = np.asarray(actions)
-        shape = (num_envs, len(HEAD_NAMES))
+        shape = (len(active), len(HEAD_NAMES))
         if array.dtype.kind not in "iu":
             raise TypeError(
                 f"actions: expected integers of shape {shape}, got dtype {array.dtype}; "
@@ -221,28 +230,40 @@ class ActionSpace:
             )
         outside = (array < 0) | (array >= self.nvec)
         if outside.any():
-            member, head = (int(x) for x in np.argwhere(outside)[0])
+            row, head = np.argwhere(outside)[0].tolist()
             raise ValueError(
-                f"actions[{member}]: head {HEAD_NAMES[head]!r} expected 0 to "
-                f"{self.nvec[head] - 1}, got {array[member, head]}"
+                f"actions[{row}]: head {HEAD_NAMES[head]!r} expected 0 to "
+                f"{self.nvec[head] - 1}, got {array[row, head]}"
             )
-        return array.astype(np.int64)
-
-    def refuse(self, actions: IntArray, where: BoolArray) -> None:
-        """Raise ValueError about the first of the illegal actions in `where` (num_envs,)."""
-        member = int(np.nonzero(where)[0][0])
-        chosen = {head.name: head.options[actions[member, h]] for h, head in enumerate(self.heads)}
-        raise ValueError(
-            f"actions[{member}] is illegal in the present state: {chosen}. Choose by "
-            "conditional_masks() or sample_valid_actions(rng), or set illegal_actions='wait'"
+        array = array.astype(np.int64)
+        op_mask, slot_mask, *rest = conditional.values()
+        is_legal = np.empty(len(array), dtype=np.bool_)
+        _check_legal(is_legal, array, op_mask, slot_mask, tuple(rest))
+        acts = active & is_legal
+        if raises_on_illegal and (active & ~is_legal).any():
+            row = int((active & ~is_legal).argmax())
+            chosen = {
+                head.name: head.options[o] for head, o in zip(self.heads, array[row], strict=True)
+            }
+            raise ValueError(
+                f"actions[{row}] is illegal in the current state: {chosen}. Choose by "
+                "conditional_masks() or sample_valid_actions(rng), or set illegal_actions='wait'"
+            )
+        op, slot, blueprint, style, tempo, target, speed, curve = (array * acts[:, None]).T
+        targets = self._targets[target]
+        request = Request(
+            op=self.index["op"][op],
+            slot=self.index["slot"][slot],
+            blueprint=self.index["blueprint"][blueprint],
+            style=self.index["style"][style],
+            style_curve=self._style_curves[style],
+            tempo=self._tempos[tempo],
+            first_target=targets,
+            target=targets,
+            speed=self._speeds[speed],
+            curve=self.index["alpha_curve"][curve],
         )
-
-    def is_legal(self, conditional: dict[str, BoolArray], actions: IntArray) -> BoolArray:
-        """Check joint actions (num_envs, 8) against the masks. (num_envs,) bool."""
-        legal = np.empty(len(actions), dtype=np.bool_)
-        rest = tuple([conditional[name] for name in HEAD_NAMES[2:]])
-        _check_legal(legal, actions, conditional["op"], conditional["slot"], rest)
-        return legal
+        return request, is_legal
 
     def sample(
         self, conditional: dict[str, BoolArray], rng: np.random.Generator
@@ -257,23 +278,6 @@ class ActionSpace:
         slot = _choose(conditional["slot"][rows, op], rng)
         rest = [_choose(conditional[head.name][rows, op, slot], rng) for head in self.heads[2:]]
         return np.stack([op, slot, *rest], axis=1)
-
-    def decode(self, actions: IntArray) -> Request:
-        """Translate option indices (num_envs, 8) into canonical values."""
-        op, slot, blueprint, style, tempo, target, speed, curve = actions.T
-        targets = self._targets[target]
-        return Request(
-            op=self.index["op"][op],
-            slot=self.index["slot"][slot],
-            blueprint=self.index["blueprint"][blueprint],
-            style=self.index["style"][style],
-            style_curve=self._style_curves[style],
-            tempo=self._tempos[tempo],
-            first_target=targets,
-            target=targets,
-            speed=self._speeds[speed],
-            curve=self.index["alpha_curve"][curve],
-        )
 
 
 class _Rules(NamedTuple):
@@ -339,8 +343,8 @@ def _fill_masks(
     is_op: BoolArray,
     is_slot: BoolArray,
     rest: BoolArray,
-    state: Any,
-    measured: Any,
+    state: SlotState,
+    measured: Measurements,
     germinate: BoolArray,
     rules: Any,
     options: _Options,

@@ -6,24 +6,24 @@ env step; the population computes what they share once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import factorial
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from esper_env.config import FloatArray, IntArray, Stage
-from esper_env.growth.lifecycle import LifecycleState, Measurements
-from esper_env.growth.records import MeasuredRecord
+from esper_env.growth.state import HISTORY, Measurements, Progress, SlotState
 from esper_env.jit import entry_point, inlined
 
+PLATEAU_MARGIN = 0.003
+"""Improvement of the best accuracy that resets the plateau counter [accuracy, 0 to 1]."""
 
-@dataclass(frozen=True)
-class Coalitions:
-    """Distinct networks to evaluate, and where to find each one's row."""
+
+class Coalitions(NamedTuple):
+    """Distinct networks to evaluate, and the row of each in the arrays."""
 
     member: IntArray
-    """Member of each row. (rows,)."""
+    """Sub-environment of each row. (rows,)."""
     alpha: FloatArray
     """Blend weights of each row, 0 for a seed that is left out. (rows, slots)."""
     live: IntArray
@@ -35,71 +35,59 @@ class Coalitions:
     would_be: IntArray
     """Row of the network with one trial seed of alpha 0 at alpha 1, -1 where it is not evaluated.
     (m, slots)."""
-    subsets: IntArray | None = None
-    """Row of the network without the trial seeds whose slots are the set bits of k; None unless all
-    subsets were asked for. (m, 2**slots)."""
+    subsets: IntArray
+    """Row of the network without the trial seeds whose slots are the set bits of k.
+    (m, 2**slots), or (m, 0) unless all subsets are evaluated."""
 
 
 def plan_coalitions(
-    members: IntArray, state: LifecycleState, *, leave_one_out: bool, all_subsets: bool = False
+    members: IntArray, slots: SlotState, *, leave_one_out: bool, all_subsets: bool = False
 ) -> Coalitions:
-    """List the distinct coalitions of some members.
+    """List the distinct coalitions of some sub-environments.
 
     Args:
-        members: Which members. (m,).
-        state: Slots of all members.
+        members: Indices of the sub-environments. (m,).
+        slots: Slots of all sub-environments.
         leave_one_out: Whether to leave out each seed with alpha > 0 that is not fossilized, and to
             try each seed with alpha 0 at alpha 1.
-        all_subsets: Whether to leave out every subset of the former too.
+        all_subsets: Whether to leave out every subset of the seeds with alpha > 0 too.
 
     Returns:
         Rows to evaluate.
     """
-    m, num_slots = len(members), state.stage.shape[1]
+    m, num_slots = len(members), slots.stage.shape[1]
     num_subsets = 2**num_slots if all_subsets else 0
     most = m * (2 + 2 * num_slots * leave_one_out + num_subsets)
-    member, alpha = np.empty(most, dtype=np.int64), np.empty((most, num_slots))
-    live, committed = np.empty(m, dtype=np.int64), np.empty(m, dtype=np.int64)
-    without, would_be = np.full((2, m, num_slots), -1)
-    subsets = np.empty((m, num_subsets), dtype=np.int64)
-    rows = _plan(
-        members, state.stage, state.alpha, leave_one_out,
-        member, alpha, live, committed, without, would_be, subsets,
-    )  # fmt: skip
-    return Coalitions(
-        member=member[:rows],
-        alpha=alpha[:rows],
-        live=live,
-        committed=committed,
-        without=without,
-        would_be=would_be,
-        subsets=subsets if all_subsets else None,
+    plan = Coalitions(
+        member=np.empty(most, dtype=np.int64),
+        alpha=np.empty((most, num_slots)),
+        live=np.empty(m, dtype=np.int64),
+        committed=np.empty(m, dtype=np.int64),
+        without=np.full((m, num_slots), -1),
+        would_be=np.full((m, num_slots), -1),
+        subsets=np.empty((m, num_subsets), dtype=np.int64),
     )
+    rows = _plan(plan, members, slots.stage, slots.alpha, leave_one_out)
+    return plan._replace(member=plan.member[:rows], alpha=plan.alpha[:rows])
 
 
 @entry_point
 def _plan(
+    plan: Coalitions,
     members: IntArray,
     stage: IntArray,
     present: FloatArray,
     leave_one_out: bool,
-    member: IntArray,
-    alpha: FloatArray,
-    live: IntArray,
-    committed: IntArray,
-    without: IntArray,
-    would_be: IntArray,
-    subsets: IntArray,
 ) -> int:
-    """Fill in the arrays of `Coalitions`, rows of one member in succession; return the rows."""
+    """Fill the plan, rows of one sub-environment one after the other; return the rows."""
     num_slots, rows = stage.shape[1], 0
-    wanted = np.empty(num_slots)
+    wanted, alpha = np.empty(num_slots), plan.alpha
     for n, i in enumerate(members):
         first = rows
-        live[n], rows = _row_of(present[i], alpha, first, rows)
+        plan.live[n], rows = _row_of(present[i], alpha, first, rows)
         for s in range(num_slots):
             wanted[s] = present[i, s] if stage[i, s] == Stage.FOSSILIZED else 0.0
-        committed[n], rows = _row_of(wanted, alpha, first, rows)
+        plan.committed[n], rows = _row_of(wanted, alpha, first, rows)
         for s in range(num_slots):
             is_trial = Stage.GERMINATED <= stage[i, s] < Stage.FOSSILIZED
             if leave_one_out and (is_trial or present[i, s] > 0):
@@ -108,17 +96,17 @@ def _plan(
                 if stage[i, s] != Stage.FOSSILIZED:
                     if present[i, s] > 0:
                         wanted[s] = 0.0
-                        without[n, s], rows = _row_of(wanted, alpha, first, rows)
+                        plan.without[n, s], rows = _row_of(wanted, alpha, first, rows)
                     else:
                         wanted[s] = 1.0
-                        would_be[n, s], rows = _row_of(wanted, alpha, first, rows)
-        for k in range(subsets.shape[1]):
+                        plan.would_be[n, s], rows = _row_of(wanted, alpha, first, rows)
+        for k in range(plan.subsets.shape[1]):
             for s in range(num_slots):
                 is_out = k >> s & 1 and stage[i, s] != Stage.FOSSILIZED
                 wanted[s] = 0.0 if is_out else present[i, s]
-            subsets[n, k], rows = _row_of(wanted, alpha, first, rows)
+            plan.subsets[n, k], rows = _row_of(wanted, alpha, first, rows)
         for row in range(first, rows):
-            member[row] = i
+            plan.member[row] = i
     return rows
 
 
@@ -162,10 +150,15 @@ def shapley_values(value: FloatArray, num_slots: int) -> FloatArray:
     return result
 
 
-def record_contributions(
-    measured: Measurements, members: IntArray, coalitions: Coalitions, accuracy: FloatArray
+def record_evaluation(
+    progress: Progress,
+    measured: Measurements,
+    members: IntArray,
+    coalitions: Coalitions,
+    accuracy: FloatArray,
+    loss: FloatArray,
 ) -> None:
-    """Write contributions, pair interactions and would-be effects into the measurements.
+    """Write accuracies, contributions, pair interactions and would-be effects into the state.
 
     contribution_i = acc(live) - acc(without i), or the Shapley value of seed i where all subsets
     were evaluated. With exactly two trial seeds i and j, the network without both is the committed
@@ -174,39 +167,46 @@ def record_contributions(
     nothing yet; its would-be effect is acc(live with it at alpha 1) - acc(live).
 
     Args:
+        progress: Changed in place for `members`.
         measured: Changed in place for `members`.
-        members: (m,).
-        coalitions: What was evaluated.
-        accuracy: Accuracy of each row.
+        members: Sub-environments that were evaluated. (m,).
+        coalitions: The evaluated networks.
+        accuracy: Accuracy of each row of `coalitions`, 0 to 1. (rows,).
+        loss: Mean loss of each row [nats]. (rows,).
     """
     shapley = np.zeros((0, coalitions.without.shape[1]))
-    if coalitions.subsets is not None:
+    if coalitions.subsets.shape[1]:
         shapley = shapley_values(accuracy[coalitions.subsets], coalitions.without.shape[1])
-    _record(
-        MeasuredRecord(*vars(measured).values()),
-        members,
-        coalitions.live,
-        coalitions.committed,
-        coalitions.without,
-        coalitions.would_be,
-        accuracy,
-        shapley,
-    )
+    _record(progress, measured, members, coalitions, accuracy, loss, shapley)
 
 
 @entry_point
 def _record(
-    measured: Any,
+    progress: Progress,
+    measured: Measurements,
     members: IntArray,
-    live: IntArray,
-    committed: IntArray,
-    without: IntArray,
-    would_be: IntArray,
+    coalitions: Coalitions,
     accuracy: FloatArray,
+    loss: FloatArray,
     shapley: FloatArray,
 ) -> None:
+    without, would_be = coalitions.without, coalitions.would_be
     for n, i in enumerate(members):
-        own, num_tested, lost = accuracy[live[n]], 0, 0.0
+        live, committed = coalitions.live[n], coalitions.committed[n]
+        own = accuracy[live]
+        for past in range(HISTORY - 1, 0, -1):
+            progress.accuracy_history[i, past] = progress.accuracy_history[i, past - 1]
+            progress.loss_history[i, past] = progress.loss_history[i, past - 1]
+        progress.accuracy_history[i, 0] = own - progress.accuracy[i]
+        progress.loss_history[i, 0] = loss[live] - progress.loss[i]
+        has_improved = own > progress.best_accuracy[i] + PLATEAU_MARGIN
+        progress.plateau_steps[i] = 0 if has_improved else progress.plateau_steps[i] + 1
+        progress.best_accuracy[i] = max(progress.best_accuracy[i], own)
+        progress.accuracy[i] = own
+        progress.loss[i] = loss[live]
+        progress.committed_accuracy[i] = accuracy[committed]
+
+        num_tested, lost = 0, 0.0
         for s in range(without.shape[1]):
             is_tried, is_tested = would_be[n, s] >= 0, without[n, s] >= 0
             measured.has_would_be[i, s] = is_tried
@@ -229,4 +229,4 @@ def _record(
         for s in range(without.shape[1]):
             is_pair = num_tested == 2 and without[n, s] >= 0
             measured.has_interaction[i, s] = is_pair
-            measured.interaction[i, s] = own - lost + accuracy[committed[n]] if is_pair else 0.0
+            measured.interaction[i, s] = own - lost + accuracy[committed] if is_pair else 0.0

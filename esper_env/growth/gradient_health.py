@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from esper_env.config import EnvConfig, FloatArray, IntArray
-from esper_env.growth.lifecycle import Measurements
-from esper_env.growth.records import MeasuredRecord
+from esper_env.growth.state import Measurements
 from esper_env.jit import entry_point
 
 DECADES = 2.0
@@ -38,7 +36,7 @@ def record_gradients(
     """
     floor, ceiling = config.vanishing_gradient_norm, config.exploding_gradient_norm
     _record(
-        MeasuredRecord(*vars(measured).values()),
+        measured,
         members,
         tensor_norms,
         config.clip_norm,
@@ -49,7 +47,7 @@ def record_gradients(
 
 @entry_point
 def _record(
-    measured: Any,
+    measured: Measurements,
     members: IntArray,
     tensor_norms: npt.NDArray[np.float64],
     clip_norm: float,

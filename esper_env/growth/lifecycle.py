@@ -7,14 +7,11 @@ telemetry.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Any, Self
-
 import numpy as np
 import numpy.typing as npt
 
 from esper_env.config import BoolArray, Curve, EnvConfig, FloatArray, IntArray, Op, Stage
+from esper_env.growth.state import DOWN, HOLD, UP, Measurements, Request, SlotState
 
 TRANSITIONS = frozenset(
     {
@@ -33,133 +30,9 @@ TRANSITIONS = frozenset(
 )
 """Every legal change of stage; anything else raises."""
 
-HOLD, UP, DOWN = 0, 1, 2
-"""Modes of the alpha controller."""
-
 _IS_LEGAL = np.zeros((len(Stage), len(Stage)), dtype=bool)
 for _source, _target in TRANSITIONS:
     _IS_LEGAL[_source, _target] = True
-
-
-_DTYPES: dict[object, type] = {"BoolArray": np.bool_, "FloatArray": np.float64}
-_DEFAULTS = {"blueprint": -1, "style": -1}
-
-
-@dataclass
-class SlotArrays:
-    """Arrays of one value per slot, (num_envs, num_slots), with a default for empty slots."""
-
-    @classmethod
-    def empty(cls, num_envs: int, num_slots: int) -> Self:
-        """Return arrays that hold their defaults everywhere."""
-        shape = (num_envs, num_slots)
-        arrays: dict[str, Any] = {
-            f.name: np.full(shape, _DEFAULTS.get(f.name, 0), dtype=_DTYPES.get(f.type, np.int64))
-            for f in dataclasses.fields(cls)
-        }
-        return cls(**arrays)
-
-    def clear(self, where: BoolArray | tuple[IntArray, ...]) -> None:
-        """Return slots to their defaults: a (num_envs, num_slots) mask, or members and slots."""
-        for name, array in vars(self).items():
-            array[where] = _DEFAULTS.get(name, 0)
-
-
-@dataclass
-class LifecycleState(SlotArrays):
-    """State of every slot. All arrays have shape (num_envs, num_slots)."""
-
-    stage: IntArray
-    """Values of `Stage`."""
-    age: IntArray
-    """Time since germination [env steps]."""
-    stage_steps: IntArray
-    """Time in the present stage [env steps]."""
-    blueprint: IntArray
-    """Index into the registry, -1 where there is no seed."""
-    style: IntArray
-    """Index into `STYLES`, -1 where there is no seed."""
-    tempo: IntArray
-    """Length of the first ramp, chosen at germination [env steps]."""
-    first_target: FloatArray
-    """Alpha at which the first ramp ends, chosen at germination."""
-    alpha: FloatArray
-    """Present blend weight, 0 to 1."""
-    alpha_start: FloatArray
-    """Alpha at the start of the present ramp."""
-    alpha_target: FloatArray
-    """Alpha at its end."""
-    mode: IntArray
-    """HOLD, UP or DOWN."""
-    ramp_step: IntArray
-    """Ticks of the present ramp so far."""
-    ramp_length: IntArray
-    """Ticks of the present ramp in all."""
-    curve: IntArray
-    """Values of `Curve`."""
-    is_pruning: BoolArray
-    """Whether the seed is removed when its down-ramp ends."""
-    cooldown: IntArray
-    """Decisions left until an embargoed slot opens."""
-
-    @property
-    def is_live(self) -> BoolArray:
-        """Where a seed module exists: GERMINATED to FOSSILIZED."""
-        first, last = Stage.GERMINATED.value, Stage.FOSSILIZED.value
-        return (self.stage >= first) & (self.stage <= last)
-
-    @property
-    def is_trial(self) -> BoolArray:
-        """Where a seed exists that is not fossilized."""
-        return is_trial(self.stage)
-
-
-@dataclass
-class Measurements(SlotArrays):
-    """What the last env step measured about each seed; the gates read it. (num_envs, num_slots)."""
-
-    has_gradient: BoolArray
-    """Whether a gradient reached the seed in the step itself."""
-    gradient_norm: FloatArray
-    """L2 norm over all tensors of the seed, root mean square over the batches of the step."""
-    vanishing: FloatArray
-    """Mean severity over tensors, 0 to 1."""
-    exploding: FloatArray
-    """Largest severity over tensors, 0 to 1."""
-    health: FloatArray
-    """0 to 1; 0 where `has_gradient` is False."""
-    has_contribution: BoolArray
-    """Whether a contribution of this seed has been measured."""
-    contribution: FloatArray
-    """acc(live) - acc(live without this seed), last measured."""
-    contribution_velocity: FloatArray
-    """Change of the contribution between the last two measurements in succession."""
-    contribution_age: IntArray
-    """Time since it was measured [env steps]."""
-    has_would_be: BoolArray
-    """Whether the next value was measured in the last step: the seed has no weight yet."""
-    would_be: FloatArray
-    """acc(live with this seed at alpha 1) - acc(live), of a seed whose alpha is 0."""
-    interaction: FloatArray
-    """acc(live) - acc(without i) - acc(without j) + acc(without both)."""
-    has_interaction: BoolArray
-    """Whether the interaction was measured in the last step."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """Decoded actions, one per member, in canonical values. All arrays have shape (num_envs,)."""
-
-    op: IntArray
-    slot: IntArray
-    blueprint: IntArray
-    style: IntArray
-    style_curve: IntArray
-    tempo: IntArray
-    first_target: FloatArray
-    target: FloatArray
-    speed: IntArray
-    curve: IntArray
 
 
 def ease(curve: IntArray, t: FloatArray) -> FloatArray:
@@ -180,7 +53,7 @@ def ease(curve: IntArray, t: FloatArray) -> FloatArray:
 
 
 def can_germinate(
-    state: LifecycleState,
+    state: SlotState,
     seed_parameters: IntArray,
     host_parameters: npt.ArrayLike,
     config: EnvConfig,
@@ -201,7 +74,7 @@ def can_germinate(
     if not is_empty.any():
         return np.zeros((*is_empty.shape, seed_parameters.shape[-1]), dtype=bool)
     limit = num_slots if config.max_seeds is None else config.max_seeds
-    has_room = state.is_live.sum(axis=1) < limit
+    has_room = is_live(state.stage).sum(axis=1) < limit
     used = used_parameters(state, seed_parameters)
     total = used[:, None, None] + seed_parameters
     limits = config.parameter_budget * np.reshape(host_parameters, (-1, 1, 1))
@@ -211,13 +84,13 @@ def can_germinate(
     return is_legal
 
 
-def used_parameters(state: LifecycleState, seed_parameters: IntArray) -> IntArray:
+def used_parameters(state: SlotState, seed_parameters: IntArray) -> IntArray:
     """Return what the live seeds take from the parameter budget. (num_envs,) int64."""
     members, slots = state.stage.shape
     table = np.broadcast_to(seed_parameters, (members, slots, seed_parameters.shape[-1]))
     at = np.arange(members)[:, None], np.arange(slots), np.maximum(state.blueprint, 0)
     each = table[at]
-    total: IntArray = np.where(state.is_live, each, 0).sum(axis=1)
+    total: IntArray = np.where(is_live(state.stage), each, 0).sum(axis=1)
     return total
 
 
@@ -225,12 +98,12 @@ def used_parameters(state: LifecycleState, seed_parameters: IntArray) -> IntArra
 # single slots: `state` and `measured` then hold the numbers of one slot.
 
 
-def can_train(state: LifecycleState) -> BoolArray:
+def can_train(state: SlotState) -> BoolArray:
     """Gate G1: the module is built, which germination guarantees."""
     return is_at(state, Stage.GERMINATED)
 
 
-def can_blend(state: LifecycleState, measured: Measurements, config: EnvConfig) -> BoolArray:
+def can_blend(state: SlotState, measured: Measurements, config: EnvConfig) -> BoolArray:
     """Gate G2: trained long enough, with a gradient measured in the step itself, and healthy."""
     is_ready: BoolArray = (
         is_at(state, Stage.TRAINING)
@@ -242,31 +115,31 @@ def can_blend(state: LifecycleState, measured: Measurements, config: EnvConfig) 
     return is_ready
 
 
-def can_hold(state: LifecycleState) -> BoolArray:
+def can_hold(state: SlotState) -> BoolArray:
     """Gate G3: alpha reached its target, and the target is 1."""
     is_done: BoolArray = (state.mode == HOLD) & (state.alpha == 1.0)
     return is_at(state, Stage.BLENDING) & is_done
 
 
-def can_advance(state: LifecycleState, measured: Measurements, config: EnvConfig) -> BoolArray:
+def can_advance(state: SlotState, measured: Measurements, config: EnvConfig) -> BoolArray:
     """Whether ADVANCE leads from the present stage to the next."""
     return can_train(state) | can_blend(state, measured, config) | can_hold(state)
 
 
-def can_set_alpha(state: LifecycleState) -> BoolArray:
+def can_set_alpha(state: SlotState) -> BoolArray:
     """Whether alpha may be given a new target: blended or blending, controller in HOLD."""
     is_blended = is_at(state, Stage.BLENDING) | is_at(state, Stage.HOLDING)
     is_still: BoolArray = state.mode == HOLD
     return is_blended & is_still
 
 
-def can_prune(state: LifecycleState, config: EnvConfig) -> BoolArray:
+def can_prune(state: SlotState, config: EnvConfig) -> BoolArray:
     """Whether a seed may be removed: on trial, old enough, controller in HOLD."""
     is_old_enough: BoolArray = (state.age >= config.min_prune_age) & (state.mode == HOLD)
     return is_trial(state.stage) & is_old_enough
 
 
-def can_fossilize(state: LifecycleState, measured: Measurements, config: EnvConfig) -> BoolArray:
+def can_fossilize(state: SlotState, measured: Measurements, config: EnvConfig) -> BoolArray:
     """Gate G5: holding, contribution measured, and in strict mode large enough.
 
     With `attribution="none"` no contribution is ever measured, and holding suffices.
@@ -280,7 +153,7 @@ def can_fossilize(state: LifecycleState, measured: Measurements, config: EnvConf
     return is_holding & is_good
 
 
-def is_at(state: LifecycleState, stage: Stage) -> BoolArray:
+def is_at(state: SlotState, stage: Stage) -> BoolArray:
     """Where a slot is in a stage.
 
     The plain number is compared: NumPy takes ten times as long for a member of an enumeration.
@@ -289,15 +162,19 @@ def is_at(state: LifecycleState, stage: Stage) -> BoolArray:
     return is_there
 
 
+def is_live(stage: IntArray) -> BoolArray:
+    """Return where a slot holds a seed module: GERMINATED to FOSSILIZED."""
+    is_between: BoolArray = (stage >= Stage.GERMINATED.value) & (stage <= Stage.FOSSILIZED.value)
+    return is_between
+
+
 def is_trial(stage: IntArray) -> BoolArray:
     """Where a seed exists that is not fossilized."""
     is_between: BoolArray = (stage >= Stage.GERMINATED.value) & (stage <= Stage.HOLDING.value)
     return is_between
 
 
-def apply(
-    state: LifecycleState, measured: Measurements, request: Request, config: EnvConfig
-) -> None:
+def apply(state: SlotState, measured: Measurements, request: Request, config: EnvConfig) -> None:
     """Carry out legal requests in place.
 
     Args:
@@ -358,9 +235,7 @@ def apply(
         _move(state, at, Stage.FOSSILIZED)
 
 
-def tick(
-    state: LifecycleState, measured: Measurements, active: BoolArray, config: EnvConfig
-) -> None:
+def tick(state: SlotState, measured: Measurements, active: BoolArray, config: EnvConfig) -> None:
     """Let one env step pass: cooldowns, alpha ramps, automatic transitions, then ages.
 
     Args:
@@ -399,22 +274,22 @@ def tick(
     if config.automatic_holding:
         _advance(state, np.nonzero(here & can_hold(state)))
 
-    state.stage_steps += here & ~is_at(state, Stage.DORMANT)
-    state.age += here & state.is_live
+    state.stage_steps[:] += here & ~is_at(state, Stage.DORMANT)
+    state.age[:] += here & is_live(state.stage)
 
 
 def roll_back(
-    state: LifecycleState, measured: Measurements, members: IntArray, config: EnvConfig
+    state: SlotState, measured: Measurements, members: IntArray, config: EnvConfig
 ) -> None:
     """Remove all trial seeds of some members after a step's training; fossils stay."""
     where = np.zeros(state.stage.shape, dtype=bool)
-    where[members] = state.is_trial[members]
+    where[members] = is_trial(state.stage[members])
     _remove(state, measured, np.nonzero(where), config)
     # The tick of this step is past, so the next one already counts.
     state.stage_steps[where] = 1
 
 
-def _advance(state: LifecycleState, at: tuple[IntArray, ...]) -> None:
+def _advance(state: SlotState, at: tuple[IntArray, ...]) -> None:
     """Move slots to the next stage; entering BLENDING starts the first ramp."""
     if not len(at[0]):
         return
@@ -431,7 +306,7 @@ def _advance(state: LifecycleState, at: tuple[IntArray, ...]) -> None:
 
 
 def _retarget(
-    state: LifecycleState, at: tuple[IntArray, ...], target: FloatArray, length: IntArray
+    state: SlotState, at: tuple[IntArray, ...], target: FloatArray, length: IntArray
 ) -> None:
     """Start a ramp from HOLD; a ramp of length 0 lands at once."""
     if not len(at[0]):
@@ -448,7 +323,7 @@ def _retarget(
 
 
 def _remove(
-    state: LifecycleState, measured: Measurements, at: tuple[IntArray, ...], config: EnvConfig
+    state: SlotState, measured: Measurements, at: tuple[IntArray, ...], config: EnvConfig
 ) -> None:
     """Take seeds out of their slots and close the slots for a while."""
     if not len(at[0]):
@@ -460,7 +335,7 @@ def _remove(
     state.cooldown[at] = config.embargo_steps
 
 
-def _move(state: LifecycleState, at: tuple[IntArray, ...], target: Stage) -> None:
+def _move(state: SlotState, at: tuple[IntArray, ...], target: Stage) -> None:
     """Change stages, refusing what the table does not list."""
     if not len(at[0]):
         return

@@ -6,29 +6,32 @@ A missing value is 0 with a validity bit 0. What is charged is observed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from esper_env.config import (
     STYLES,
-    BoolArray,
     EnvConfig,
-    FloatArray,
-    IntArray,
     Op,
     Stage,
 )
-from esper_env.growth.lifecycle import DOWN, HOLD, UP, LifecycleState, Measurements
-from esper_env.growth.records import MeasuredRecord, StateRecord
-from esper_env.jit import entry_point, inlined, record_type
+from esper_env.growth.contributions import PLATEAU_MARGIN
+from esper_env.growth.state import (
+    DOWN,
+    HISTORY,
+    HOLD,
+    UP,
+    Conditions,
+    Measurements,
+    Progress,
+    Sizes,
+    SlotState,
+    State,
+)
+from esper_env.jit import entry_point, inlined
 
-HISTORY = 3
-"""Past env steps whose change of accuracy and loss is observed."""
-PLATEAU_MARGIN = 0.003
-"""Improvement of the best accuracy that resets the plateau counter [accuracy, 0 to 1]."""
 CHANGE_SCALE = 10.0
 """Factor on changes of accuracy, so that 0.1 becomes 1."""
 TEMPO_SCALE = 8.0
@@ -38,102 +41,6 @@ STEPS_SCALE = 20.0
 DOUBLINGS_SCALE = 4.0
 """Doublings of the parameters that growth divides by."""
 _NUM_STAGES, _NUM_OPS, _NUM_STYLES = len(Stage), len(Op), len(STYLES)
-
-
-@dataclass
-class Progress:
-    """Course of the episodes. Arrays are (num_envs,) unless stated."""
-
-    steps: IntArray
-    """Env steps done."""
-    accuracy: FloatArray
-    """Of the live network on the validation split."""
-    loss: FloatArray
-    """Likewise [nats]."""
-    committed_accuracy: FloatArray
-    """Of the network with only its fossilized seeds."""
-    accuracy_history: FloatArray
-    """Changes in the last steps, latest first. (num_envs, HISTORY)."""
-    loss_history: FloatArray
-    """Likewise."""
-    best_accuracy: FloatArray
-    plateau_steps: IntArray
-    """Time since the best accuracy rose by the margin [env steps]."""
-    train_loss: FloatArray
-    """Mean over the last env step [nats]."""
-    last_op: IntArray
-    last_valid: BoolArray
-    samples: FloatArray
-    """Training images seen."""
-    flops: FloatArray
-    """Floating-point operations of training: 2 per multiply-add, backward twice the forward."""
-
-    @classmethod
-    def empty(cls, num_envs: int) -> Progress:
-        """Return the state before any episode."""
-
-        def ints() -> IntArray:
-            return np.zeros(num_envs, dtype=np.int64)
-
-        def floats(*shape: int) -> FloatArray:
-            return np.zeros((num_envs, *shape))
-
-        return cls(
-            steps=ints(),
-            accuracy=floats(),
-            loss=floats(),
-            committed_accuracy=floats(),
-            accuracy_history=floats(HISTORY),
-            loss_history=floats(HISTORY),
-            best_accuracy=floats(),
-            plateau_steps=ints(),
-            train_loss=floats(),
-            last_op=ints(),
-            last_valid=np.ones(num_envs, dtype=bool),
-            samples=floats(),
-            flops=floats(),
-        )
-
-    def begin(self, members: IntArray, initial_loss: float) -> None:
-        """Forget the past of members that start an episode."""
-        for array in vars(self).values():
-            array[members] = 0
-        self.last_valid[members] = True
-        self.train_loss[members] = initial_loss
-
-    def record(
-        self, members: IntArray, accuracy: FloatArray, loss: FloatArray, committed: FloatArray
-    ) -> None:
-        """Take in an evaluation of the live and the committed network after an env step."""
-        _record(_Progress(*vars(self).values()), members, accuracy, loss, committed)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Parameters of the networks."""
-
-    host: IntArray
-    """Of each host. (num_envs,)."""
-    seeds: IntArray
-    """Of the live seed in each slot, 0 where there is none. (num_envs, num_slots)."""
-    grown: IntArray
-    """Of all live seeds. (num_envs,)."""
-    committed: IntArray
-    """Of the fossilized seeds. (num_envs,)."""
-    budgeted: IntArray
-    """What the live seeds take from the budget: each with a gate. (num_envs,)."""
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What a practitioner would know of the training at hand. Arrays are (num_envs,)."""
-
-    learning_rate: FloatArray
-    """Of the host at the start of the episode."""
-    train_fraction: FloatArray
-    """Share of the training split that is trained on, 0 to 1."""
-    width: FloatArray
-    """Multiple of the features of the task's host."""
 
 
 def episode_features() -> dict[str, str]:
@@ -235,57 +142,31 @@ class ObservationBuilder:
 
     def build(
         self,
-        progress: Progress,
-        state: LifecycleState,
-        measured: Measurements,
+        state: State,
         sizes: Sizes,
         conditions: Conditions,
     ) -> npt.NDArray[np.float32]:
-        """Compute the observation of all members.
+        """Compute the observations of all environments.
 
         Args:
-            progress: Course of the episodes.
-            state: The slots.
-            measured: What the last step measured.
+            state: The state.
             sizes: Parameters of the networks.
-            conditions: Of the training.
+            conditions: Training conditions.
 
         Returns:
             (num_envs, len(names)) float32 within [-1, 1].
         """
-        observation = np.empty((len(progress.steps), len(self.names)), dtype=np.float32)
+        observation = np.empty((len(sizes.host), len(self.names)), dtype=np.float32)
         _observe(
             observation,
-            _Progress(*vars(progress).values()),
-            StateRecord(*vars(state).values()),
-            MeasuredRecord(*vars(measured).values()),
-            _Sizes(*vars(sizes).values()),
-            _Conditions(*vars(conditions).values()),
+            state.progress,
+            state.slots,
+            state.measured,
+            sizes,
+            conditions,
             self._scales,
         )
         return observation
-
-
-@entry_point
-def _record(
-    progress: Any,
-    members: IntArray,
-    accuracy: FloatArray,
-    loss: FloatArray,
-    committed: FloatArray,
-) -> None:
-    for n, i in enumerate(members):
-        for past in range(HISTORY - 1, 0, -1):
-            progress.accuracy_history[i, past] = progress.accuracy_history[i, past - 1]
-            progress.loss_history[i, past] = progress.loss_history[i, past - 1]
-        progress.accuracy_history[i, 0] = accuracy[n] - progress.accuracy[i]
-        progress.loss_history[i, 0] = loss[n] - progress.loss[i]
-        has_improved = accuracy[n] > progress.best_accuracy[i] + PLATEAU_MARGIN
-        progress.plateau_steps[i] = 0 if has_improved else progress.plateau_steps[i] + 1
-        progress.best_accuracy[i] = max(progress.best_accuracy[i], accuracy[n])
-        progress.accuracy[i] = accuracy[n]
-        progress.loss[i] = loss[n]
-        progress.committed_accuracy[i] = committed[n]
 
 
 class _Scales(NamedTuple):
@@ -299,19 +180,14 @@ class _Scales(NamedTuple):
     num_blueprints: int
 
 
-_Progress = record_type("_Progress", __name__, Progress)
-_Sizes = record_type("_Sizes", __name__, Sizes)
-_Conditions = record_type("_Conditions", __name__, Conditions)
-
-
 @entry_point
 def _observe(
     observation: npt.NDArray[np.float32],
-    progress: Any,
-    state: Any,
-    measured: Any,
-    sizes: Any,
-    conditions: Any,
+    progress: Progress,
+    state: SlotState,
+    measured: Measurements,
+    sizes: Sizes,
+    conditions: Conditions,
     scales: _Scales,
 ) -> None:
     """Write all features in the order of `episode_features` and `slot_features`."""

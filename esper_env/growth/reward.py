@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray, Stage
+from esper_env.config import EnvConfig, FloatArray, IntArray, Stage
+from esper_env.growth.state import Progress, Scores, Sizes, SlotState, Transition
 from esper_env.jit import entry_point, shared
 
 STAGE_POTENTIAL = {
@@ -39,64 +40,27 @@ _STAGE = np.array([STAGE_POTENTIAL[stage] for stage in Stage])
 _PROGRESS = np.array([STAGE_PROGRESS[stage] for stage in Stage])
 
 
-@dataclass(frozen=True)
-class Standing:
-    """What the reward needs to know of a state. All arrays have shape (num_envs,)."""
-
-    score: FloatArray
-    """Live score: all seeds count and are paid for."""
-    committed_score: FloatArray
-    """Score of the network with only its fossilized seeds."""
-    potential: FloatArray
-    """Phi of the lifecycle state."""
-
-
-@dataclass(frozen=True)
-class Transition:
-    """State before, state after, and how the episode goes on. Flags have shape (num_envs,)."""
-
-    before: Standing
-    after: Standing
-    is_last: BoolArray
-    """Whether the episode ends here, in either way."""
-    is_terminated: BoolArray
-    """Whether it ends for good, so that the next state has no value."""
-    is_rolled_back: BoolArray
-    """Whether the governor took the member back to its last snapshot."""
-
-
-def appraise(
-    accuracy: tuple[FloatArray, FloatArray],
-    parameters: tuple[IntArray, IntArray],
-    host_parameters: IntArray,
-    rent_weight: float,
-    potential: FloatArray,
-) -> Standing:
-    """Work out the scores of a state.
-
-    Args:
-        accuracy: Of the live and of the committed network. Each (num_envs,).
-        parameters: Of the seeds of the live and of the committed network. Each (num_envs,).
-        host_parameters: (num_envs,).
-        rent_weight: See `score`.
-        potential: (num_envs,).
-    """
-    scores = np.empty((2, len(host_parameters)))
-    _score_all(scores, accuracy, parameters, host_parameters, rent_weight)
-    return Standing(score=scores[0], committed_score=scores[1], potential=potential)
+def compute_scores(
+    slots: SlotState, progress: Progress, sizes: Sizes, rent_weight: float
+) -> Scores:
+    """Compute the scores and the potential of a state; `rent_weight` as in `score`."""
+    values = np.empty((3, len(sizes.host)))
+    _compute_scores(values, slots, progress, sizes, rent_weight)
+    return Scores(*values)
 
 
 @entry_point
-def _score_all(
-    scores: FloatArray,
-    accuracy: tuple[FloatArray, FloatArray],
-    parameters: tuple[IntArray, IntArray],
-    host_parameters: IntArray,
-    rent_weight: float,
+def _compute_scores(
+    values: FloatArray, slots: SlotState, progress: Progress, sizes: Sizes, rent_weight: float
 ) -> None:
-    for k in range(2):
-        for i in range(len(host_parameters)):
-            scores[k, i] = score(accuracy[k][i], parameters[k][i], host_parameters[i], rent_weight)
+    """Write score, committed score and potential. (3, num_envs)."""
+    for i in range(len(sizes.host)):
+        host = sizes.host[i]
+        values[0, i] = score(progress.accuracy[i], sizes.grown[i], host, rent_weight)
+        values[1, i] = score(progress.committed_accuracy[i], sizes.committed[i], host, rent_weight)
+        values[2, i] = 0.0
+        for s in range(slots.stage.shape[1]):
+            values[2, i] += slot_potential(slots.stage[i, s], slots.stage_steps[i, s])
 
 
 @shared
@@ -110,8 +74,6 @@ def score(
         parameters: Parameters of the seeds that are paid for. (num_envs,).
         host_parameters: Parameters of each host. (num_envs,), or one for all.
         rent_weight: Price per doubling [accuracy].
-
-    Source: design, section 7.
     """
     return accuracy - rent_weight * np.log2(1.0 + parameters / host_parameters)
 
@@ -208,20 +170,16 @@ def compute_reward(
     return reward, terms
 
 
-@entry_point
-def potential(stage: IntArray, stage_steps: IntArray) -> FloatArray:
-    """Return Phi(s), a function of the lifecycle state alone, summed over slots.
+@shared
+def slot_potential(stage: Any, stage_steps: Any) -> Any:
+    """Return Phi of slots, a function of the lifecycle state alone; Phi(s) is their sum.
 
     Args:
-        stage: Values of `Stage`. (num_envs, num_slots).
-        stage_steps: Time in the stage [env steps]. (num_envs, num_slots).
+        stage: Values of `Stage`, an array or a number.
+        stage_steps: Time in the stage [env steps].
 
     Returns:
-        (num_envs,) float64, between 0 and the number of slots.
+        From 0 to 1.
     """
-    total = np.zeros(len(stage))
-    for i in range(len(stage)):
-        for s in range(stage.shape[1]):
-            share = 1.0 - 0.5 ** (stage_steps[i, s] / PROGRESS_HALF_LIFE_STEPS)
-            total[i] += _STAGE[stage[i, s]] + _PROGRESS[stage[i, s]] * share
-    return total
+    share = 1.0 - 0.5 ** (stage_steps / PROGRESS_HALF_LIFE_STEPS)
+    return _STAGE[stage] + _PROGRESS[stage] * share

@@ -6,44 +6,15 @@ own past. Only healthy losses enter that past, so a disaster does not become the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 
 from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray
-from esper_env.jit import entry_point, record_type
-
-
-@dataclass
-class GovernorState:
-    """What the governor remembers. Arrays are (num_envs,) unless stated."""
-
-    losses: FloatArray
-    """The last healthy losses, newest first. (num_envs, panic_window) [nats]."""
-    num_losses: IntArray
-    """How many of them are filled."""
-    streak: IntArray
-    """Env steps in succession that looked like collapse or divergence."""
-    rollbacks: IntArray
-    """Rollbacks in this episode."""
-    since_snapshot: IntArray
-    """Healthy env steps since the last snapshot."""
-
-    @classmethod
-    def empty(cls, num_envs: int, config: EnvConfig) -> GovernorState:
-        """Return a governor that has seen nothing."""
-        counts = [np.zeros(num_envs, dtype=np.int64) for _ in range(4)]
-        return cls(np.zeros((num_envs, config.panic_window)), *counts)
-
-    def begin(self, members: IntArray) -> None:
-        """Forget the past of members that start an episode."""
-        for array in vars(self).values():
-            array[members] = 0
+from esper_env.growth.state import RollbackState
+from esper_env.jit import entry_point
 
 
 def judge(
-    state: GovernorState,
+    state: RollbackState,
     members: IntArray,
     loss: FloatArray,
     is_finite: BoolArray,
@@ -71,7 +42,7 @@ def judge(
     """
     panics = np.empty(len(members), dtype=np.bool_)
     _judge(
-        _Governor(*vars(state).values()),
+        state,
         members,
         loss,
         is_finite,
@@ -87,12 +58,9 @@ def judge(
     return panics
 
 
-_Governor = record_type("_Governor", __name__, GovernorState)
-
-
 @entry_point
 def _judge(
-    state: Any,
+    state: RollbackState,
     members: IntArray,
     loss: FloatArray,
     is_finite: BoolArray,
