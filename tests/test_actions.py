@@ -7,7 +7,6 @@ tables of the design (sections 4 and 5) alone. It never calls the gates or masks
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,7 @@ import pytest
 from esper_env.config import BoolArray, Curve, EnvConfig, Op, Stage
 from esper_env.growth import lifecycle
 from esper_env.growth.action_space import HEAD_NAMES, RELEVANT_HEADS, ActionSpace
-from esper_env.growth.state import HOLD, Measurements, SlotState
+from esper_env.growth.state import HOLD, Measurements, Request, SlotState
 from tests.test_lifecycle import BLUEPRINTS, HOST_PARAMETERS, SEED_PARAMETERS, walk
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -215,16 +214,15 @@ STATES = 200
 def truth(request: pytest.FixtureRequest) -> Truth:
     """Live at random under the rules of a case, and judge every joint action in some states."""
     case = CASES[request.param]
-    rules = EnvConfig(**case.rules)
+    rules = EnvConfig(**case.rules, heads=case.heads)
     rng = np.random.default_rng(0)
     steps = list(
         walk(
-            rules,
+            rules if case.keeps_to_heads else EnvConfig(**case.rules),
             rng,
             num_envs=20,
             num_steps=100,
             num_slots=case.num_slots,
-            heads=case.heads if case.keeps_to_heads else {},
             restart_share=0.02,
         )
     )
@@ -236,7 +234,7 @@ def truth(request: pytest.FixtureRequest) -> Truth:
     chosen = rng.permutation(first)[:STATES]
     state, measured = _take(states, chosen), _take(seen, chosen)
 
-    space = ActionSpace(case.num_slots, BLUEPRINTS, case.heads)
+    space = ActionSpace(case.num_slots, BLUEPRINTS, rules)
     options = {name: case.options(name) for name in OPTIONS}
     joint = np.array(list(itertools.product(*(range(len(o)) for o in options.values()))))
     verdicts = np.zeros((len(chosen), len(joint)), dtype=bool)
@@ -247,7 +245,7 @@ def truth(request: pytest.FixtureRequest) -> Truth:
         for i in range(len(chosen)):
             verdicts[i, j] = is_legal_by_the_design(action, is_first, state, measured, i, rules)
     masks = space.conditional_masks(
-        state, measured, SEED_PARAMETERS[: case.num_slots], HOST_PARAMETERS, rules
+        state, measured, SEED_PARAMETERS[: case.num_slots], HOST_PARAMETERS
     )
     ops = {options["op"][o] for o in joint[verdicts.any(axis=0), 0].tolist()}
     assert ops == set(options["op"]) - case.never, "the random lives miss part of the space"
@@ -256,14 +254,12 @@ def truth(request: pytest.FixtureRequest) -> Truth:
 
 def _concatenate(parts: list[Any]) -> Any:
     """Join states (or measurements) of several steps along the members."""
-    names = [f.name for f in dataclasses.fields(parts[0])]
-    return type(parts[0])(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
+    return type(parts[0])(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _take(whole: Any, rows: npt.NDArray[np.int64]) -> Any:
     """Pick members, with copies of their arrays."""
-    names = [f.name for f in dataclasses.fields(whole)]
-    return type(whole)(**{n: getattr(whole, n)[rows].copy() for n in names})
+    return type(whole)(*(array[rows].copy() for array in whole))
 
 
 def _describe(
@@ -286,6 +282,21 @@ def _describe(
     return np.concatenate(parts, axis=1)
 
 
+def judge(
+    space: ActionSpace, masks: dict[str, BoolArray], actions: npt.NDArray[np.int64]
+) -> tuple[Request, BoolArray]:
+    """Parse one action per row of the masks; illegal ones become WAIT."""
+    return space.parse(actions, masks, np.ones(len(actions), dtype=bool), raises_on_illegal=False)
+
+
+def all_legal(space: ActionSpace, num_envs: int) -> dict[str, BoolArray]:
+    """Return conditional masks under which everything is legal."""
+    shape = (num_envs, *space.nvec)
+    names = {"op": shape[:2], "slot": shape[:3]}
+    names |= {name: (*shape[:3], shape[h + 1]) for h, name in enumerate(HEAD_NAMES) if h >= 2}
+    return {name: np.ones(of, dtype=bool) for name, of in names.items()}
+
+
 # ------------------------------------------------------------------ masks = brute force
 
 
@@ -299,7 +310,7 @@ def test_is_legal_agrees_with_the_oracle_on_every_joint_action(truth: Truth) -> 
     for i in range(len(truth.is_legal)):
         rows = np.full(len(truth.joint), i)
         masks = {name: mask[rows] for name, mask in truth.masks.items()}
-        got = truth.space.is_legal(masks, truth.joint)
+        got = judge(truth.space, masks, truth.joint)[1]
         assert np.array_equal(got, truth.is_legal[i])
 
 
@@ -341,8 +352,9 @@ def test_the_marginal_mask_is_the_projection_on_each_head(truth: Truth) -> None:
 
 def test_waiting_is_always_legal(truth: Truth) -> None:
     waits = np.zeros((len(truth.is_legal), len(HEAD_NAMES)), dtype=np.int64)
-    assert truth.space.is_legal(truth.masks, waits).all()
-    assert (truth.space.decode(waits).op == Op.WAIT).all()
+    asked, is_legal = judge(truth.space, truth.masks, waits)
+    assert is_legal.all()
+    assert (asked.op == Op.WAIT).all()
 
 
 def test_a_legal_action_always_succeeds(truth: Truth) -> None:
@@ -350,7 +362,9 @@ def test_a_legal_action_always_succeeds(truth: Truth) -> None:
     rows, actions = np.nonzero(truth.is_legal)
     state, measured = _take(truth.state, rows), _take(truth.measured, rows)
     before = copy.deepcopy(state)
-    asked = truth.space.decode(truth.joint[actions])
+    masks = {name: mask[rows] for name, mask in truth.masks.items()}
+    asked, is_legal = judge(truth.space, masks, truth.joint[actions])
+    assert is_legal.all()
     lifecycle.apply(state, measured, asked, truth.rules)
 
     env = np.arange(len(rows))
@@ -370,9 +384,8 @@ def test_a_legal_action_always_succeeds(truth: Truth) -> None:
     assert (state.mode[env, asked.slot][ramps] != HOLD).all()
     untouched = np.ones(state.stage.shape, dtype=bool)
     untouched[env, asked.slot] = asked.op == Op.WAIT
-    for f in dataclasses.fields(state):
-        same = getattr(state, f.name) == getattr(before, f.name)
-        assert same[untouched].all(), f.name
+    for name, now, then in zip(state._fields, state, before, strict=True):
+        assert (now == then)[untouched].all(), name
     lifecycle.tick(state, measured, np.ones(len(rows), dtype=bool), truth.rules)
 
 
@@ -396,17 +409,17 @@ def test_sampled_actions_are_legal_and_reach_every_legal_action(truth: Truth) ->
 
 def _unrestricted(stages: list[Stage], **rules: Any) -> tuple[ActionSpace, dict[str, BoolArray]]:
     """Return the full space over given slots of one member, and its masks."""
-    space = ActionSpace(len(stages), BLUEPRINTS, {})
+    space = ActionSpace(len(stages), BLUEPRINTS, EnvConfig(**rules))
     state, measured = SlotState.empty(1, len(stages)), Measurements.empty(1, len(stages))
     state.stage[0] = stages
-    is_live = state.is_live
+    is_live = lifecycle.is_live(state.stage)
     for name, value in (("blueprint", 0), ("style", 0), ("age", 9), ("stage_steps", 9)):
         getattr(state, name)[is_live] = value
     state.alpha[state.stage >= Stage.BLENDING] = 1.0
     state.alpha_target[:] = state.alpha
     measured.has_contribution[:] = True
     table = SEED_PARAMETERS[: len(stages)]
-    masks = space.conditional_masks(state, measured, table, HOST_PARAMETERS, EnvConfig(**rules))
+    masks = space.conditional_masks(state, measured, table, HOST_PARAMETERS)
     return space, masks
 
 
@@ -459,14 +472,15 @@ def test_samples_depend_on_the_generator_alone() -> None:
 def test_masks_after_a_germination_differ_from_before() -> None:
     """The slot is taken, so GERMINATE is gone and ADVANCE is there. Finding SYN-H4."""
     rules = EnvConfig(automatic_training=False)
-    space = ActionSpace(1, BLUEPRINTS, {})
+    space = ActionSpace(1, BLUEPRINTS, rules)
     state, measured = SlotState.empty(1, 1), Measurements.empty(1, 1)
-    place = (SEED_PARAMETERS[:1], HOST_PARAMETERS, rules)
+    place = (SEED_PARAMETERS[:1], HOST_PARAMETERS)
     before = space.conditional_masks(state, measured, *place)
     assert np.flatnonzero(before["op"][0]).tolist() == [Op.WAIT, Op.GERMINATE]
     germinate = np.array([[Op.GERMINATE, 0, 1, 2, 1, 2, 0, 0]])
-    assert space.is_legal(before, germinate).all()
-    lifecycle.apply(state, measured, space.decode(germinate), rules)
+    asked, is_legal = judge(space, before, germinate)
+    assert is_legal.all()
+    lifecycle.apply(state, measured, asked, rules)
     lifecycle.tick(state, measured, np.array([True]), rules)
     after = space.conditional_masks(state, measured, *place)
     assert np.flatnonzero(after["op"][0]).tolist() == [Op.WAIT, Op.ADVANCE, Op.PRUNE]
@@ -475,20 +489,22 @@ def test_masks_after_a_germination_differ_from_before() -> None:
 
 def test_the_relevance_of_heads_is_that_of_the_design() -> None:
     assert {op.name: set(names) for op, names in RELEVANT_HEADS.items()} == RELEVANCE
-    space = ActionSpace(2, BLUEPRINTS, {"op": ["WAIT", "PRUNE"]})
+    space = ActionSpace(2, BLUEPRINTS, EnvConfig(heads={"op": ["WAIT", "PRUNE"]}))
     expected = [[name in RELEVANCE[op] for name in OPTIONS] for op in ("WAIT", "PRUNE")]
     assert space.is_relevant.tolist() == expected
 
 
 def test_heads_and_options_are_those_of_the_design() -> None:
-    space = ActionSpace(3, BLUEPRINTS, {})
+    space = ActionSpace(3, BLUEPRINTS, EnvConfig())
     assert [(head.name, head.options) for head in space.heads] == list(OPTIONS.items())
     assert space.nvec.tolist() == [6, 3, 3, 4, 3, 3, 4, 5]
 
 
 def test_restricted_heads_keep_the_order_of_the_design() -> None:
     heads = {"style": ["LINEAR_GATE", "LINEAR_ADD"], "op": ("PRUNE", "WAIT"), "tempo": 8}
-    got = {head.name: head.options for head in ActionSpace(2, BLUEPRINTS, heads).heads}
+    got = {
+        head.name: head.options for head in ActionSpace(2, BLUEPRINTS, EnvConfig(heads=heads)).heads
+    }
     assert got["style"] == ("LINEAR_ADD", "LINEAR_GATE")
     assert got["op"] == ("WAIT", "PRUNE")
     assert got["tempo"] == (8,)
@@ -506,9 +522,10 @@ def test_options_decode_to_what_they_stand_for() -> None:
         "alpha_speed": [3, 8],
         "alpha_curve": ["COSINE", "SIGMOID_24"],
     }
-    space = ActionSpace(3, BLUEPRINTS, heads)
-    got = space.decode(np.array([[Op.GERMINATE, 0, 0, 0, 0, 0, 0, 0], [3, 1, 0, 1, 1, 1, 1, 1]]))
-    assert {f.name: getattr(got, f.name).tolist() for f in dataclasses.fields(got)} == {
+    space = ActionSpace(3, BLUEPRINTS, EnvConfig(heads=heads))
+    actions = np.array([[Op.GERMINATE, 0, 0, 0, 0, 0, 0, 0], [3, 1, 0, 1, 1, 1, 1, 1]])
+    got, _ = judge(space, all_legal(space, 2), actions)
+    assert {name: array.tolist() for name, array in got._asdict().items()} == {
         "op": [Op.GERMINATE, Op.SET_ALPHA],
         "slot": [1, 2],
         "blueprint": [2, 2],
@@ -542,5 +559,5 @@ def test_options_decode_to_what_they_stand_for() -> None:
 )
 def test_a_bad_restriction_raises_and_names_the_options(heads: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named) as caught:
-        ActionSpace(2, BLUEPRINTS, heads)
+        ActionSpace(2, BLUEPRINTS, EnvConfig(heads=heads))
     assert str(next(iter(heads))) in str(caught.value)

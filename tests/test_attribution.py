@@ -6,7 +6,6 @@ Blend weights are powers of 1/2, so that every sum and product here is exact.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 from typing import Any
 
@@ -18,10 +17,10 @@ from esper_env.config import EnvConfig, FloatArray, Stage
 from esper_env.growth.contributions import (
     Coalitions,
     plan_coalitions,
-    record_contributions,
+    record_evaluation,
     shapley_values,
 )
-from esper_env.growth.state import Measurements, SlotState
+from esper_env.growth.state import Measurements, Progress, SlotState
 from tests.test_lifecycle import walk
 
 D, T, B, H, F = Stage.DORMANT, Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED
@@ -182,7 +181,15 @@ def record(
     """Evaluate all members; every member has the same accuracy for the same blend weights."""
     plan = plan_coalitions(everyone(state), state, leave_one_out=True)
     values = np.array([accuracy[alpha] for _, alpha in networks(plan)])
-    record_contributions(measured, everyone(state), plan, values)
+    conclude(measured, everyone(state), plan, values)
+
+
+def conclude(
+    measured: Measurements, members: npt.NDArray[np.int64], plan: Coalitions, accuracy: FloatArray
+) -> None:
+    """Record accuracies; the losses are all 0."""
+    progress = Progress.empty(len(measured.health))
+    record_evaluation(progress, measured, members, plan, accuracy, np.zeros(len(accuracy)))
 
 
 def of(measured: Measurements, name: str) -> FloatArray:
@@ -231,7 +238,7 @@ def test_interaction_is_measured_only_between_exactly_two_seeds(
     measured = Measurements.empty(1, 3)
     plan = plan_coalitions(everyone(state), state, leave_one_out=True)
     values = np.random.default_rng(0).random(len(plan.member))
-    record_contributions(measured, everyone(state), plan, values)
+    conclude(measured, everyone(state), plan, values)
     assert measured.has_contribution.any()
     assert not measured.has_interaction.any()
     assert (measured.interaction == 0).all()
@@ -301,17 +308,16 @@ def test_a_member_that_is_not_in_the_list_keeps_its_measurements() -> None:
     """All four members are alike; 3 and 1 are evaluated, with accuracies of their own."""
     state = slots([[B, H]] * 4, [[0.5, 1]] * 4)
     measured = Measurements.empty(4, 2)
-    for f in dataclasses.fields(measured):
-        getattr(measured, f.name)[:] = 1
+    for array in measured:
+        array[:] = 1
     kept = copy.deepcopy(measured)
     members = np.array([3, 1])
     plan = plan_coalitions(members, state, leave_one_out=True)
     base = {3: 0.0, 1: 0.25}
     values = np.array([base[m] + 0.5 * (a[0] > 0) for m, a in networks(plan)])
-    record_contributions(measured, members, plan, values)
-    for f in dataclasses.fields(measured):
-        now, before = getattr(measured, f.name), getattr(kept, f.name)
-        assert np.array_equal(now[[0, 2]], before[[0, 2]]), f.name
+    conclude(measured, members, plan, values)
+    for name, now, before in zip(measured._fields, measured, kept, strict=True):
+        assert np.array_equal(now[[0, 2]], before[[0, 2]]), name
     assert measured.contribution[[1, 3]].tolist() == [[0.5, 0.0], [0.5, 0.0]]
     assert measured.contribution_velocity[[1, 3]].tolist() == [[-0.5, -1.0], [-0.5, -1.0]]
 
@@ -366,6 +372,6 @@ def test_full_attribution_records_shapley_values_of_trial_seeds_only() -> None:
     by_alpha[1.0, 0.0, 0.0] = 0.5
     accuracy = np.array([by_alpha[tuple(row)] for row in plan.alpha.tolist()])
     measured = Measurements.empty(1, 3)
-    record_contributions(measured, members, plan, accuracy)
+    conclude(measured, members, plan, accuracy)
     np.testing.assert_allclose(measured.contribution[0], [0, 0.25, 0.15], atol=1e-12)
     assert measured.has_contribution[0].tolist() == [False, True, True]

@@ -226,8 +226,7 @@ def test_reset_takes_a_list_of_seeds_and_a_mask() -> None:
     expected, _ = envs.reset(seed=10)
     listed, _ = make(3).reset(seed=[10, 11, 12])
     np.testing.assert_array_equal(expected, listed)
-    envs.step(np.zeros((3, 8), dtype=np.int64))
-    before = envs._observe()
+    before = envs.step(np.zeros((3, 8), dtype=np.int64))[0]
     options = {"reset_mask": np.array([False, True, False])}
     after, _ = envs.reset(seed=10, options=options)
     assert "reset_mask" in options
@@ -420,12 +419,11 @@ def test_an_illegal_action_becomes_wait_or_raises() -> None:
     *_, info = env.step(action(Op.FOSSILIZE))
     assert not info["action_valid"]
     assert info["op"] == Op.WAIT
-    env = make_single(illegal_actions="raise")
-    env.reset(seed=0)
-    before = env._env.debug_state().state.progress.steps.copy()
+    envs = make(1, illegal_actions="raise")
+    envs.reset(seed=0)
     with pytest.raises(ValueError, match=r"FOSSILIZE.*conditional_masks"):
-        env.step(action(Op.FOSSILIZE))
-    np.testing.assert_array_equal(env._env.debug_state().state.progress.steps, before)
+        envs.step(action(Op.FOSSILIZE)[None])
+    assert envs.debug_state().state.progress.steps.tolist() == [0]
 
 
 def test_masks_after_germination_differ_from_those_before() -> None:
@@ -509,8 +507,7 @@ def test_bad_configuration_gives_a_clear_error(
 
 def test_bad_actions_give_a_clear_error_and_lose_nothing() -> None:
     envs = make(2)
-    envs.reset(seed=0)
-    before = envs._observe()
+    before, _ = envs.reset(seed=0)
     cases: list[tuple[Any, type[Exception], str]] = [
         (np.zeros((2, 7), dtype=np.int64), ValueError, r"expected shape \(2, 8\).*got \(2, 7\)"),
         (np.zeros((2, 8)), TypeError, "expected integers.*got dtype float64"),
@@ -521,7 +518,7 @@ def test_bad_actions_give_a_clear_error_and_lose_nothing() -> None:
     for actions, error, text in cases:
         with pytest.raises(error, match=text):
             envs.step(actions)
-    np.testing.assert_array_equal(envs._observe(), before)
+    np.testing.assert_array_equal(envs.set_state(envs.get_state())[0], before)
     single = make_single()
     single.reset(seed=0)
     with pytest.raises(ValueError, match=r"action: expected shape \(8,\)"):

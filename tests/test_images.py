@@ -11,6 +11,7 @@ from esper_env.config import EnvConfig
 from esper_env.growth.simulation import Simulation
 from esper_env.population.blueprints import CNN_BLUEPRINTS
 from esper_env.population.images import PADDING, Draw, ImageSet, shifted
+from tests.test_instances import draws_of
 
 
 def make_set(count: int = 30, size: int = 6, channels: int = 3) -> ImageSet:
@@ -81,11 +82,7 @@ def test_augmentation_is_drawn_per_image_from_the_members_own_stream() -> None:
     for member, seed in enumerate((4, 5, 4)):
         sim.seed(member, seed)
     sim.begin_episodes(np.arange(3))
-    draws = []
-    for step in range(2):
-        sim.state.progress.steps[:] = step
-        draws.append(sim._draw_batches(np.arange(3)))
-    first, second = draws
+    first, second = draws_of(sim, 2)
     assert first.shifts is not None
     assert second.shifts is not None
     assert first.flips is not None

@@ -11,9 +11,11 @@ import torch
 from benchmarks.plain import PlainNetwork
 from esper_env.config import Blend, EnvConfig, Op
 from esper_env.growth.simulation import Simulation
+from esper_env.growth.state import Request, blank
 from esper_env.population.blueprints import CNN_BLUEPRINTS
 from esper_env.population.hosts import Host
-from esper_env.population.interface import SGDSettings
+from esper_env.population.images import Draw
+from esper_env.population.interface import SGDSettings, TrainReport
 from esper_env.population.population import Population
 from esper_env.rng import make_key
 from esper_env.tasks import TASKS
@@ -197,6 +199,29 @@ def make_simulation(**config: Any) -> Simulation:
     return sim
 
 
+def train_calls(sim: Simulation, num_steps: int) -> list[tuple[Any, ...]]:
+    """Let all members wait for some steps; return what training was called with, in its stead."""
+    calls = []
+    n, slots = sim.state.slots.stage.shape
+
+    def train(*args: Any) -> TrainReport:
+        calls.append(args)
+        report = TrainReport.empty(n, slots, 1)
+        report.loss[:], report.is_finite[:] = 1.0, True
+        return report
+
+    sim.population.train = train  # type: ignore[method-assign]
+    everyone = np.ones(n, dtype=bool)
+    for _ in range(num_steps):
+        sim.step(blank(Request, n), everyone, everyone)
+    return calls
+
+
+def draws_of(sim: Simulation, num_steps: int) -> list[Draw]:
+    """Return what some steps of all members show."""
+    return [draw for _, _, _, draw, *_ in train_calls(sim, num_steps)]
+
+
 def test_members_train_on_their_share_of_the_split_with_their_share_of_wrong_labels() -> None:
     sim = make_simulation()
     noise = sim.instances.label_noise
@@ -206,9 +231,7 @@ def test_members_train_on_their_share_of_the_split_with_their_share_of_wrong_lab
     total = len(true)
     seen: list[set[int]] = [set() for _ in range(4)]
     given: list[dict[int, int]] = [{} for _ in range(4)]
-    for step in range(40):
-        sim.state.progress.steps[:] = step
-        drawn = sim._draw_batches(np.arange(4))
+    for drawn in draws_of(sim, 40):
         assert drawn.indices.shape == drawn.labels.shape == (8, 64, 4)
         assert drawn.shifts is None
         for i in range(4):
@@ -234,31 +257,18 @@ def test_wrong_labels_are_spread_over_all_other_classes() -> None:
     sim.begin_episodes(np.arange(4), np.full(4, int(sim.instances.label_noise.argmax())))
     true = sim.splits.train.labels.numpy()
     shifts = []
-    for step in range(20):
-        sim.state.progress.steps[:] = step
-        drawn = sim._draw_batches(np.arange(4))
+    for drawn in draws_of(sim, 20):
         shifts.append((drawn.labels - true[drawn.indices]) % 10)
     counts = np.bincount(np.concatenate([s.ravel() for s in shifts]), minlength=10)
     assert (counts[1:] > 0.6 * counts[1:].mean()).all()
 
 
-def test_an_instance_sets_the_learning_rates_of_host_and_seeds(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_instance_sets_the_learning_rates_of_host_and_seeds() -> None:
     """The seeds' rate keeps its ratio to the host's; both fall linearly."""
     sim = make_simulation(host_learning_rate=0.1, seed_learning_rate=0.05, episode_steps=10)
     sim.begin_episodes(np.arange(4), np.array([0, 1, 2, 3]))
-    rates: list[Any] = []
-    train = sim.population.train
-
-    def spy(*args: Any) -> Any:
-        rates.append(args[-2:])
-        return train(*args)
-
-    monkeypatch.setattr(sim.population, "train", spy)
     sim.state.progress.steps[:] = 5
-    sim._train(np.arange(4))
-    host, seeds = rates[0]
+    *_, host, seeds = train_calls(sim, 1)[0]
     np.testing.assert_allclose(host, 0.5 * sim.instances.learning_rate[:4])
     np.testing.assert_allclose(seeds, 0.25 * sim.instances.learning_rate[:4])
     assert len(set(host.tolist())) == 4
@@ -314,8 +324,7 @@ def test_what_a_practitioner_knows_is_observed_and_label_noise_is_not() -> None:
     observation, info = envs.reset(seed=[5, 5], options={"instance": [0, 1]})
     names = envs.observation_names
     features = {name: observation[:, names.index(name)] for name in names if "instance" in name}
-    sim = envs._simulation
-    assert sim is not None
+    sim = envs.debug_state()
     rate, fraction = sim.instances.learning_rate[:2], sim.instances.train_fraction[:2]
     width = np.array(sim.instances.widths)[sim.instances.width[:2]]
     np.testing.assert_allclose(features["instance_learning_rate"], np.log10(rate) + 1.5, rtol=1e-5)

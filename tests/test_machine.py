@@ -35,6 +35,7 @@ from esper_env.config import STYLES, Blend, BoolArray, IntArray
 from esper_env.growth import lifecycle
 from esper_env.growth.observation import CHANGE_SCALE
 from esper_env.growth.simulation import Simulation, load_splits
+from esper_env.growth.state import DOWN, SlotState
 from esper_env.population.images import ImageSet
 from esper_env.population.layout import Layout
 from esper_env.population.numba_engine import program_cache as library
@@ -48,7 +49,6 @@ from tests.test_env import (
     action,
     assert_same,
     make,
-    make_single,
 )
 from tests.test_governor import poison
 
@@ -114,15 +114,13 @@ class Recorder:
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.moves: list[tuple[lifecycle.SlotState, Move]] = []
+        self.moves: list[tuple[SlotState, Move]] = []
         self.watched: Simulation | None = None
         self.style: IntArray = np.zeros((0, 0), dtype=np.int64)
         """Styles of the watched environment at its last training."""
         move, train = lifecycle._move, Population.train
 
-        def record_move(
-            state: lifecycle.SlotState, at: tuple[IntArray, ...], target: Stage
-        ) -> None:
+        def record_move(state: SlotState, at: tuple[IntArray, ...], target: Stage) -> None:
             for member, slot, source in zip(*at, state.stage[at], strict=True):
                 self.moves.append((state, Move(int(member), int(slot), Stage(source), target)))
             move(state, at, target)
@@ -140,7 +138,7 @@ class Recorder:
         monkeypatch.setattr(lifecycle, "_move", record_move)
         monkeypatch.setattr(Population, "train", check_train)
 
-    def take(self, state: lifecycle.SlotState) -> list[Move]:
+    def take(self, state: SlotState) -> list[Move]:
         """Return the moves of one environment since the last call, and forget all others."""
         moves = [m for owner, m in self.moves if owner is state]
         self.moves.clear()
@@ -192,7 +190,7 @@ def check_ownership(sim: Simulation, members: IntArray, before: dict[str, torch.
         members: Those trained. (m,).
         before: The matrices before training.
     """
-    population, state = sim.population, sim.state
+    population, state = sim.population, sim.state.slots
     layout, engine = population.layout, population._compiled
     assert engine is not None
     known = len(engine._library._numbers)
@@ -220,7 +218,7 @@ def check_ownership(sim: Simulation, members: IntArray, before: dict[str, torch.
             kind = s, int(state.blueprint[i, s]), int(state.style[i, s])
             own = live_columns(layout, *kind, width)
             expected[i, own] = True
-            moving[i, own] = state.mode[i, s] != lifecycle.DOWN
+            moving[i, own] = state.mode[i, s] != DOWN
             live.append(own)
         is_germinated = state.stage[i] == Stage.GERMINATED
         count = sum(len(part) for part in live)
@@ -249,7 +247,7 @@ def check_corners(sim: Simulation) -> None:
         outside = [outside_columns(layout, width)]
         outside += [
             outside_columns(layout, width, s, int(sim.state.slots.blueprint[i, s]))
-            for s in np.nonzero(sim.state.slots.is_live[i])[0].tolist()
+            for s in np.nonzero(lifecycle.is_live(sim.state.slots.stage[i]))[0].tolist()
         ]
         columns = np.concatenate(outside)
         assert not parameters[i, columns].any()
@@ -325,7 +323,10 @@ def member_bytes(
 
 
 # Of the last call rather than of the episode, and so reset by any reset.
-TRANSIENT = ("has_test", "is_rolled_back", "test_accuracy", "committed_test_accuracy")
+TRANSIENT = tuple(
+    f"episode.{name}"
+    for name in ("has_test", "is_rolled_back", "test_accuracy", "committed_test_accuracy")
+)
 
 
 # ------------------------------------------------------------------ the machine
@@ -484,7 +485,7 @@ class Machine(RuleBasedStateMachine):
                 assert torch.equal(storage.matrices[name][member], row)
             stage = sim.state.slots.stage[member]
             assert np.array_equal(stage == Stage.FOSSILIZED, is_fossil)
-            assert not sim.state.slots.is_trial[member].any()
+            assert not lifecycle.is_trial(sim.state.slots.stage[member]).any()
 
     @rule(
         play=PLAYS,
@@ -586,7 +587,7 @@ class Machine(RuleBasedStateMachine):
         assert (info["parameters"][members] == 0).all()
 
     def check_reset(self, observation: Any, info: dict[str, Any]) -> None:
-        self.recorder.take(self.envs.debug_state().state)
+        self.recorder.take(self.envs.debug_state().state.slots)
         assert observation in self.envs.observation_space
         # Members that ended and are not reset yet still show how.
         check_info(info, self.is_over, self.everyone)
@@ -683,7 +684,7 @@ class Machine(RuleBasedStateMachine):
 
     def check_moves(self, acts: IntArray, stage: IntArray, shown: dict[str, Any]) -> None:
         """Check that stages changed by moves of the table alone, and as the actions asked."""
-        moves = self.recorder.take(self.envs.debug_state().state)
+        moves = self.recorder.take(self.envs.debug_state().state.slots)
         reached = stage.copy()
         by_slot: dict[tuple[int, int], list[tuple[str, str]]] = {}
         for move in moves:
@@ -833,28 +834,28 @@ def test_would_be_effect_is_that_of_the_network_at_alpha_one() -> None:
 
     The validity bit is 0 before germination and once the seed is blended.
     """
-    env = make_single(episode_steps=60, automatic_training=False)
-    observation, _ = env.reset(seed=0)
+    env = make(1, episode_steps=60, automatic_training=False)
+    (observation,), _ = env.reset(seed=0)
     value, valid = (
         env.observation_names.index(f"slot_1.{name}") for name in ("would_be", "would_be_valid")
     )
     assert observation[valid] == observation[value] == 0
-    observation = env.step(action(Op.WAIT))[0]
+    (observation,) = env.step(action(Op.WAIT)[None])[0]
     assert observation[valid] == 0
-    sim = env._env.debug_state()
+    sim = env.debug_state()
     one_image = 1 / len(sim.splits.validation)
     stages, effects = set(), []
     played = [action(Op.GERMINATE, 1, blueprint=CONV_LIGHT), action(Op.ADVANCE, 1)]
     for act in [*played, *[action(Op.WAIT)] * 12]:
-        observation, _, _, _, info = env.step(act)
-        stages.add(Stage(info["stage"][1]).name)
+        (observation,), _, _, _, info = env.step(act[None])
+        stages.add(Stage(info["stage"][0, 1]).name)
         assert observation[valid] == 1
         alphas = np.array([[0.0, 0.0], [0.0, 1.0]])
         result = sim.population.evaluate(
             np.zeros(2, dtype=np.int64), alphas, sim.networks.seeds, sim.splits.validation
         )
         # At most one image may be judged otherwise when other networks run beside it.
-        assert result.accuracy[0] == pytest.approx(info["accuracy"], abs=1.01 * one_image)
+        assert result.accuracy[0] == pytest.approx(info["accuracy"][0], abs=1.01 * one_image)
         effect = result.accuracy[1] - result.accuracy[0]
         shown = observation[value] / CHANGE_SCALE
         assert shown == pytest.approx(effect, abs=1.01 * one_image)
@@ -862,8 +863,8 @@ def test_would_be_effect_is_that_of_the_network_at_alpha_one() -> None:
     assert stages == {"GERMINATED", "TRAINING"}
     assert effects[0] == 0, "a seed is the identity at birth"
     assert max(np.abs(effects)) > 5 * one_image, "the test needs an effect to measure"
-    observation, _, _, _, info = env.step(action(Op.ADVANCE, 1))
-    assert info["stage"][1] == Stage.BLENDING
+    (observation,), _, _, _, info = env.step(action(Op.ADVANCE, 1)[None])
+    assert info["stage"][0, 1] == Stage.BLENDING
     assert observation[valid] == observation[value] == 0
 
 

@@ -17,7 +17,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 from esper_env import EsperVectorEnv, Op, Stage
-from esper_env.envs.history import Trace
+from esper_env.envs.history import History
 from esper_env.envs.render import HEIGHT, WIDTH, describe, draw
 from tests.test_env import CONV_LIGHT, FULL_ALPHA, ID, SMALL, action, make, make_single
 from tests.test_governor import poison
@@ -30,12 +30,12 @@ GREEN = (0x00, 0x9E, 0x73)
 NAMES = ("norm", "conv")
 
 
-def fabricate(num_slots: int = 2, steps: int = 4, episode_steps: int = 6) -> Trace:
+def fabricate(num_slots: int = 2, steps: int = 4, episode_steps: int = 6) -> History:
     """Member 0: conv germinates in slot 0 in step 1, blends, and fossilizes in step 4.
 
     Member 1 only waits.
     """
-    trace = Trace.empty(2, num_slots, episode_steps)
+    trace = History(2, num_slots, episode_steps)
     stages = (0, Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED)
     ops = (Op.WAIT, Op.GERMINATE, Op.ADVANCE, Op.WAIT, Op.FOSSILIZE)
     for step in range(steps + 1):
@@ -43,24 +43,24 @@ def fabricate(num_slots: int = 2, steps: int = 4, episode_steps: int = 6) -> Tra
         stage[0, 0] = stages[step]
         accuracy = np.array([0.1 + 0.2 * step, 0.1])
         has_grown = np.array([step > 0, False])
-        trace.record(
-            np.arange(2),
-            stage=stage,
-            alpha=np.where(stage > Stage.BLENDING, 1.0, np.where(stage == Stage.BLENDING, 0.5, 0)),
-            blueprint=np.where(stage > 0, 1, -1),
-            accuracy=accuracy,
-            committed_accuracy=accuracy - 0.05 * has_grown,
-            score=accuracy - 0.01 * has_grown,
-            committed_score=accuracy - 0.06 * has_grown,
-            parameters=50 * has_grown,
-            op=np.array([ops[step], Op.WAIT]),
-            op_slot=np.zeros(2, dtype=np.int64),
-            rolled_back=np.zeros(2, dtype=bool),
-        )
+        is_blending = stage == Stage.BLENDING
+        info = {
+            "stage": stage,
+            "alpha": np.where(stage > Stage.BLENDING, 1.0, np.where(is_blending, 0.5, 0)),
+            "blueprint": np.where(stage > 0, 1, -1),
+            "accuracy": accuracy,
+            "committed_accuracy": accuracy - 0.05 * has_grown,
+            "score": accuracy - 0.01 * has_grown,
+            "committed_score": accuracy - 0.06 * has_grown,
+            "parameters": 50 * has_grown,
+            "op": np.array([ops[step], Op.WAIT]),
+            "rolled_back": np.zeros(2, dtype=bool),
+        }
+        trace.record(np.arange(2), info, np.zeros(2, dtype=np.int64))
     return trace
 
 
-def show(trace: Trace, member: int = 0, **options: Any) -> npt.NDArray[np.uint8]:
+def show(trace: History, member: int = 0, **options: Any) -> npt.NDArray[np.uint8]:
     return draw(trace, member, blueprints=NAMES, host_parameters=100, **options)
 
 
@@ -117,7 +117,7 @@ def test_axes_widen_for_low_scores_and_large_networks() -> None:
     margins = []
     for floor, parameters in ((0.0, 50), (-0.3, 50), (0.0, 1000)):
         trace = fabricate()
-        trace.committed_score[0, 2], trace.parameters[0, 2] = floor, parameters
+        trace.rows.committed_score[0, 2], trace.rows.parameters[0, 2] = floor, parameters
         picture = show(trace)
         margins.append((picture[430:, :70].tobytes(), picture[430:, 905:].tobytes()))
     (left, right), (lower, _), (same, larger) = margins
@@ -130,8 +130,8 @@ def test_names_are_shortened_or_left_out_where_the_next_seed_leaves_no_room() ->
     pictures = {}
     for gap in (2, 4, 20):
         trace = fabricate(episode_steps=60)
-        trace.length[0], trace.op[0, 1 + gap] = 2 + gap, Op.GERMINATE
-        trace.blueprint[0, 1 + gap] = -1
+        trace.length[0], trace.rows.op[0, 1 + gap] = 2 + gap, Op.GERMINATE
+        trace.rows.blueprint[0, 1 + gap] = -1
         pictures[gap] = draw(trace, 0, blueprints=["", "a_long_name"], host_parameters=100)
     is_dark = {gap: (picture[92:106] < 128).all(axis=2) for gap, picture in pictures.items()}
     ends = {gap: dark.any(axis=0).nonzero()[0].max(initial=0) for gap, dark in is_dark.items()}
@@ -229,8 +229,8 @@ def test_the_trace_begins_anew_with_every_episode() -> None:
     used.reset(seed=0)
     play(used, 5, seed=0)
     used.reset(seed=0)
-    for name, array in vars(used._trace).items():
-        np.testing.assert_array_equal(array, vars(fresh._trace)[name])
+    for name, array in used._history.arrays().items():
+        np.testing.assert_array_equal(array, fresh._history.arrays()[name])
 
 
 def test_the_trace_goes_with_a_saved_state_into_another_render_mode() -> None:
@@ -247,8 +247,8 @@ def test_the_trace_goes_with_a_saved_state_into_another_render_mode() -> None:
         assert frames is not None
         assert lines is not None
         options: dict[str, Any] = {"blueprints": names, "host_parameters": 438}
-        np.testing.assert_array_equal(frames[member], draw(envs._trace, member, **options))
-        assert lines[member] == describe(envs._trace, member, **options)
+        np.testing.assert_array_equal(frames[member], draw(envs._history, member, **options))
+        assert lines[member] == describe(envs._history, member, **options)
 
 
 def test_a_forked_member_has_the_past_of_its_source() -> None:

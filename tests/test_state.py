@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from esper_env import EsperEnv, EsperVectorEnv
+from esper_env.growth.lifecycle import is_trial
 from esper_env.growth.state import HOLD
 from tests.test_env import ID, SMALL, assert_same, make, make_single
 
@@ -50,13 +51,12 @@ def test_a_restored_state_continues_bitwise_in_a_new_process(tmp_path: Path) -> 
     envs = make(5, **MIXED)
     envs.reset(seed=0)
     play(envs, 8, seed=1)
-    assert envs._simulation is not None
-    envs._simulation.population.storage.parameters[0, 0] = float("nan")
+    envs.debug_state().population.storage.parameters[0, 0] = float("nan")
     *_, info = play(envs, 1, seed=3)[0]
     assert info["rolled_back"].tolist() == [True, False, False, False, False]
-    state = envs._simulation.state
-    assert (state.mode != HOLD).any(), "the test needs a ramp"
-    assert (state.is_trial.sum(axis=1) > 0).sum() >= 3, "the test needs live seeds"
+    slots = envs.debug_state().state.slots
+    assert (slots.mode != HOLD).any(), "the test needs a ramp"
+    assert (is_trial(slots.stage).sum(axis=1) > 0).sum() >= 3, "the test needs live seeds"
     assert len(set(info["host_parameters"].tolist())) > 1, "the test needs different hosts"
     (tmp_path / "state.pkl").write_bytes(pickle.dumps(envs.get_state()))
     code = (

@@ -16,7 +16,9 @@ from tests.test_env import ID, SMALL, make, make_single
 def legal_factored(envs: EsperVectorEnv, actions: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
     """Legality of the same factored action for every member, by the environment itself."""
     repeated = np.repeat(actions[None], envs.num_envs, axis=0)
-    return envs._actions.is_legal(envs._conditional, repeated)
+    everyone = np.ones(envs.num_envs, dtype=bool)
+    masks = envs.conditional_masks()
+    return envs._actions.parse(repeated, masks, everyone, raises_on_illegal=False)[1]
 
 
 def test_the_table_lists_every_effective_action_once() -> None:
