@@ -27,6 +27,9 @@ from benchmarks.states import grow, make_envs, settings_of
 from benchmarks.work import Work, evaluation_work, measure_limits, training_work
 from esper_env import EsperVectorEnv
 from esper_env.envs import vector_env
+from esper_env.growth import simulation
+from esper_env.growth.action_space import ActionSpace
+from esper_env.growth.observation import ObservationBuilder
 
 PHASES = ("batches", "training", "evaluation", "lifecycle", "observation", "reward", "rest")
 """Drawing batches; `Population.train` and `evaluate`; the simulation around them, and masks;
@@ -89,14 +92,14 @@ def measured_phases(envs: EsperVectorEnv) -> Iterator[Phases]:
     """Measure the phases of an environment's steps while the context lasts."""
     phases, sim = Phases(), envs.debug_state()
     wanted: list[tuple[str, Any, str]] = [
-        ("batches", sim, "_draw_batches"),
+        ("batches", sim, "draw_batches"),
         ("training", sim.population, "train"),
         ("evaluation", sim.population, "evaluate"),
-        ("lifecycle", sim, "advance"),
-        ("lifecycle", envs, "_refresh_masks"),
-        ("observation", envs, "_observe"),
-        ("reward", vector_env, "compute_reward"),
-        ("reward", envs, "_info"),
+        ("lifecycle", sim, "step"),
+        ("lifecycle", ActionSpace, "conditional_masks"),
+        ("observation", ObservationBuilder, "build"),
+        ("reward", simulation, "compute_reward"),
+        ("reward", vector_env, "build_info"),
     ]
     with ExitStack() as stack:
         for phase, owner, name in wanted:

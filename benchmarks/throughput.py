@@ -101,7 +101,7 @@ class PlainLoop:
             self.optimizers.append(network.optimizer(*rates, self.config.host_weight_decay))
         everyone = np.arange(envs.num_envs)
         leave_one_out = self.config.attribution == "leave_one_out"
-        plan = plan_coalitions(everyone, sim.state, leave_one_out=leave_one_out)
+        plan = plan_coalitions(everyone, sim.state.slots, leave_one_out=leave_one_out)
         self.coalitions = [plan.alpha[plan.member == i] for i in everyone]
 
     def step(self, evaluates: bool = True) -> None:
@@ -166,7 +166,7 @@ def measure(args: Args, num_envs: int, mode: str, limits: dict[str, float]) -> d
 
     def env_step() -> None:
         if mode == "training":
-            draw = sim._draw_batches(everyone)
+            draw = sim.draw_batches(everyone)
             sim.population.train(everyone, sim.networks.seeds, sim.splits.train, draw, rates, rates)
         else:
             envs.step(wait)

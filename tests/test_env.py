@@ -543,7 +543,7 @@ def test_stepping_a_finished_member_without_autoreset_is_refused() -> None:
     envs.reset(seed=0)
     wait = np.zeros((2, 8), dtype=np.int64)
     envs.step(wait)
-    with pytest.raises(gym.error.ResetNeeded, match=r"members \[0, 1\] have finished"):
+    with pytest.raises(gym.error.ResetNeeded, match=r"environments \[0, 1\] have finished"):
         envs.step(wait)
 
 

@@ -194,22 +194,21 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
                 `illegal_actions="raise"`.
         """
         sim, num_envs = self.debug_state(), self.num_envs
-        resetting, is_resetting = self._is_done, bool(self._is_done.any())
-        if is_resetting and self.autoreset_mode == AutoresetMode.DISABLED:
-            done = np.nonzero(resetting)[0].tolist()
+        resetting, active = np.nonzero(self._is_done)[0], ~self._is_done
+        if len(resetting) and self.autoreset_mode == AutoresetMode.DISABLED:
             raise gym.error.ResetNeeded(
-                f"sub-environments {done} have finished; call "
+                f"sub-environments {resetting.tolist()} have finished; call "
                 "reset(options={'reset_mask': mask}) before step, or choose another autoreset_mode"
             )
         request, is_legal = self._actions.parse(
             actions,
             self._conditional,
-            ~resetting,
+            active,
             raises_on_illegal=self.config.illegal_actions == "raise",
         )
-        if is_resetting:
-            self._begin(sim, np.nonzero(resetting)[0])
-        result = sim.step(request, is_legal, ~resetting)
+        if len(resetting):
+            self._begin(sim, resetting)
+        result = sim.step(request, is_legal, active)
         observations, info = self._present(
             sim, result.reward_terms, recorded=np.arange(num_envs), op_slot=request.slot
         )

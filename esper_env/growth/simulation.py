@@ -28,7 +28,7 @@ from esper_env.growth.state import (
     Transition,
 )
 from esper_env.population.blueprints import Blueprint
-from esper_env.population.images import ImageSet
+from esper_env.population.images import Draw, ImageSet
 from esper_env.population.interface import Evaluation, Seeds, SGDSettings
 from esper_env.population.population import Population
 from esper_env.rng import Stream, make_key, uniform
@@ -282,17 +282,7 @@ class Simulation:
         host_rate = self.instances.learning_rate[episode.instance[rows]]
         if config.learning_rate_decay == "linear":
             host_rate = host_rate * (1 - progress.steps[rows] / config.episode_steps)
-        draw = draw_batches(
-            episode.key[rows],
-            progress.steps[rows],
-            episode.instance[rows],
-            self.instances,
-            self._train_labels,
-            num_classes=self.host.num_classes,
-            batches=config.batches_per_step,
-            batch_size=config.batch_size,
-            augments=self.task.augments,
-        )
+        draw = self.draw_batches(rows)
         report = self.population.train(
             rows,
             networks.seeds,
@@ -308,6 +298,21 @@ class Simulation:
         if networks.has_seeds:
             record_gradients(self.state.measured, rows, report.seed_gradient_norms, config)
         return report.is_finite
+
+    def draw_batches(self, rows: IntArray) -> Draw:
+        """Sample the coming training batches of some sub-environments; see `draw_batches`."""
+        config, episode = self.config, self.state.episode
+        return draw_batches(
+            episode.key[rows],
+            self.state.progress.steps[rows],
+            episode.instance[rows],
+            self.instances,
+            self._train_labels,
+            num_classes=self.host.num_classes,
+            batches=config.batches_per_step,
+            batch_size=config.batch_size,
+            augments=self.task.augments,
+        )
 
     def _guard(self, rows: IntArray, is_finite: BoolArray) -> None:
         """Restore snapshots where training diverged or collapsed, and take those that are due."""
