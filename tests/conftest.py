@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from esper_env.config import BoolArray
+from esper_env.growth import simulation
+from esper_env.population.images import ImageSet
 from esper_env.population.interface import Seeds
 from esper_env.population.numba_engine.engine import CompiledEngine
+from esper_env.tasks import Splits
+
+NUM_IMAGES = 12
+"""Validation and test images of a cheap evaluation."""
 
 
 @pytest.fixture
@@ -21,14 +29,37 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run everything with tensor operations."""
+
+    def supports_nothing(self: CompiledEngine, members: Any, seeds: Seeds) -> BoolArray:
+        del self, seeds
+        return np.zeros(len(members), dtype=bool)
+
+    monkeypatch.setattr(CompiledEngine, "supports", supports_nothing)
+
+
 @pytest.fixture(params=["compiled", "torch"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def engine(request: pytest.FixtureRequest) -> str:
     """Run every test with both engines: compiled kernels, and tensor operations."""
     if request.param == "torch":
-
-        def supports_nothing(self: CompiledEngine, members: Any, seeds: Seeds) -> Any:
-            del self, seeds
-            return np.zeros(len(members), dtype=bool)
-
-        monkeypatch.setattr(CompiledEngine, "supports", supports_nothing)
+        request.getfixturevalue("no_kernels")
     return str(request.param)
+
+
+@pytest.fixture
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut validation and test split down to what a cheap evaluation needs."""
+    load_splits = simulation.load_splits
+
+    def cut(images: ImageSet) -> ImageSet:
+        return dataclasses.replace(
+            images, images=images.images[:NUM_IMAGES], labels=images.labels[:NUM_IMAGES]
+        )
+
+    def load_few(*args: Any) -> Splits:
+        splits = load_splits(*args)
+        return dataclasses.replace(splits, validation=cut(splits.validation), test=cut(splits.test))
+
+    monkeypatch.setattr(simulation, "load_splits", load_few)

@@ -19,7 +19,7 @@ from esper_env.config import BoolArray, Curve, EnvConfig, Op, Stage
 from esper_env.growth import lifecycle
 from esper_env.growth.action_space import HEAD_NAMES, RELEVANT_HEADS, ActionSpace
 from esper_env.growth.state import HOLD, Measurements, Request, SlotState
-from tests.test_lifecycle import BLUEPRINTS, HOST_PARAMETERS, SEED_PARAMETERS, walk
+from tests.builders import BLUEPRINTS, HOST_PARAMETERS, SEED_PARAMETERS, walk
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "op": ("WAIT", "GERMINATE", "ADVANCE", "SET_ALPHA", "PRUNE", "FOSSILIZE"),
@@ -291,10 +291,10 @@ def judge(
 
 def all_legal(space: ActionSpace, num_envs: int) -> dict[str, BoolArray]:
     """Return conditional masks under which everything is legal."""
-    shape = (num_envs, *space.nvec)
-    names = {"op": shape[:2], "slot": shape[:3]}
-    names |= {name: (*shape[:3], shape[h + 1]) for h, name in enumerate(HEAD_NAMES) if h >= 2}
-    return {name: np.ones(of, dtype=bool) for name, of in names.items()}
+    op, slot, *rest = space.nvec
+    shapes = [(op,), (op, slot), *((op, slot, options) for options in rest)]
+    pairs = zip(HEAD_NAMES, shapes, strict=True)
+    return {name: np.ones((num_envs, *shape), dtype=bool) for name, shape in pairs}
 
 
 # ------------------------------------------------------------------ masks = brute force

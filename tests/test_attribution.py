@@ -21,19 +21,11 @@ from esper_env.growth.contributions import (
     shapley_values,
 )
 from esper_env.growth.state import Measurements, Progress, SlotState
-from tests.test_lifecycle import walk
+from tests.builders import slots, walk
 
 D, T, B, H, F = Stage.DORMANT, Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED
 EXACT = 1e-12
 """Tolerance of a sum of four float64 accuracies."""
-
-
-def slots(stages: list[list[Stage]], alpha: list[list[float]]) -> SlotState:
-    """Return members with given stages and blend weights. Both (members, slots)."""
-    state = SlotState.empty(*np.shape(stages))
-    state.stage[:] = stages
-    state.alpha[:] = alpha
-    return state
 
 
 def everyone(state: SlotState) -> npt.NDArray[np.int64]:
@@ -84,54 +76,6 @@ def test_each_distinct_network_is_listed_once(
     rows = networks(plan)
     assert len(rows) == len(expected)
     assert {a for _, a in rows} == expected
-
-
-def test_live_and_committed_share_a_row_when_all_weight_is_fossilized() -> None:
-    """Member 0 has a fossil and a seed in training, member 1 a seed that blends."""
-    state = slots([[F, T], [F, B]], [[1, 0], [1, 0.5]])
-    plan = plan_coalitions(everyone(state), state, leave_one_out=True)
-    assert plan.live[0] == plan.committed[0]
-    assert plan.live[1] != plan.committed[1]
-    assert network(plan, plan.live[1]) == (1, (1.0, 0.5))
-    assert network(plan, plan.committed[1]) == (1, (1.0, 0.0))
-
-
-def test_the_rows_without_a_seed_lack_that_seed_alone() -> None:
-    state = slots([[B, F, H]], [[0.5, 1, 1]])
-    plan = plan_coalitions(everyone(state), state, leave_one_out=True)
-    assert network(plan, plan.live[0]) == (0, (0.5, 1.0, 1.0))
-    assert network(plan, plan.committed[0]) == (0, (0.0, 1.0, 0.0))
-    assert network(plan, plan.without[0, 0]) == (0, (0.0, 1.0, 1.0))
-    assert plan.without[0, 1] == -1
-    assert network(plan, plan.without[0, 2]) == (0, (0.5, 1.0, 0.0))
-
-
-def test_without_leave_one_out_only_live_and_committed_are_listed() -> None:
-    state = slots([[B, H, F], [D, T, D]], [[0.5, 1, 1], [0, 0, 0]])
-    plan = plan_coalitions(everyone(state), state, leave_one_out=False)
-    assert (plan.without == -1).all()
-    assert set(networks(plan)) == {
-        (0, (0.5, 1.0, 1.0)),
-        (0, (0.0, 0.0, 1.0)),
-        (1, (0.0, 0.0, 0.0)),
-    }
-    assert len(plan.member) == 3
-
-
-def test_equal_weights_of_two_members_are_two_networks() -> None:
-    state = slots([[B, D], [B, D]], [[0.5, 0], [0.5, 0]])
-    plan = plan_coalitions(everyone(state), state, leave_one_out=True)
-    assert len(networks(plan)) == len(set(networks(plan))) == 4
-
-
-def test_rows_name_the_members_that_were_asked_for_in_their_order() -> None:
-    state = slots([[B, D], [H, D], [D, B]], [[0.5, 0], [1, 0], [0, 0.25]])
-    plan = plan_coalitions(np.array([2, 0]), state, leave_one_out=True)
-    assert set(plan.member.tolist()) == {0, 2}
-    assert network(plan, plan.live[0]) == (2, (0.0, 0.25))
-    assert network(plan, plan.live[1]) == (0, (0.5, 0.0))
-    assert network(plan, plan.without[0, 1]) == (2, (0.0, 0.0))
-    assert network(plan, plan.without[1, 0]) == (0, (0.0, 0.0))
 
 
 @pytest.mark.parametrize("leave_one_out", [True, False])
@@ -362,9 +306,7 @@ def test_full_attribution_records_shapley_values_of_trial_seeds_only() -> None:
 
     phi_1 = ((.9 - .7) + (.8 - .5)) / 2 = .25, phi_2 = ((.9 - .8) + (.7 - .5)) / 2 = .15.
     """
-    state = SlotState.empty(1, 3)
-    state.stage[0] = Stage.FOSSILIZED, Stage.HOLDING, Stage.BLENDING
-    state.alpha[0] = 1.0, 1.0, 0.5
+    state = slots([[F, H, B]], [[1, 1, 0.5]])
     members = np.array([0])
     plan = plan_coalitions(members, state, leave_one_out=True, all_subsets=True)
     assert len(plan.member) == 4, "a fossil is never left out, and each network is listed once"

@@ -22,14 +22,15 @@ from esper_env.population.numba_engine.engine import _pool
 from esper_env.population.numba_engine.kernels import tanh_of
 from esper_env.population.population import Population
 from esper_env.rng import make_key
-from tests.test_env import make, make_single
-from tests.test_population import (
+from tests.builders import (
     BATCH_SIZE,
     TOLERANCE,
     awaken,
     draw,
+    make,
     make_images,
     make_seeds,
+    make_single,
     plain_copy,
     plant,
     set_stage,
@@ -201,7 +202,7 @@ torch.set_num_threads(1)
 from esper_env.population.storage import Storage
 from esper_env.population.blueprints import CNN_BLUEPRINTS
 from esper_env.population.layout import Layout
-from tests.test_population import TINY
+from tests.builders import TINY
 storage = Storage(Layout([TINY], CNN_BLUEPRINTS), 5000, torch.device("cpu"))
 torch.set_num_threads(2)
 before = len(os.listdir("/proc/self/task"))

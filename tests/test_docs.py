@@ -23,7 +23,7 @@ from esper_env.envs.registration import ENVIRONMENTS
 from esper_env.growth.lifecycle import TRANSITIONS
 from esper_env.growth.reward import TERMS
 from esper_env.population.blueprints import CNN_BLUEPRINTS, registered_blueprints
-from tests.test_env import INFO_KEYS
+from tests.builders import INFO_KEYS
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HEADINGS = [

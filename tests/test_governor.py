@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from esper_env import EnvConfig, EsperVectorEnv, Op, Stage
+from esper_env import EnvConfig, Op, Stage
 from esper_env.growth.rollback import judge
 from esper_env.growth.state import RollbackState
-from tests.test_env import CONV_LIGHT, FULL_ALPHA, action, make
+from tests.builders import CONV_LIGHT, action, grow, make, play, poison, waits
 
 GUESS = float(np.log(10))
 CONFIG = EnvConfig(panic_window=4, panic_patience=2)
@@ -65,19 +65,6 @@ def test_a_panic_clears_the_past_so_that_it_cannot_repeat() -> None:
     assert feed([1.0, 1.0, 1.0, 1.0, 2.2, 2.2, 2.2, 2.2, 2.2]) == [False] * 5 + [True] + [False] * 3
 
 
-def poison(envs: EsperVectorEnv, member: int) -> None:
-    """Write NaN into a weight of a member's host."""
-    envs.debug_state().population.storage.parameters[member, 0] = float("nan")
-
-
-def play(envs: EsperVectorEnv, steps: int) -> dict[str, Any]:
-    rng = np.random.default_rng(1)
-    info: dict[str, Any] = {}
-    for _ in range(steps):
-        *_, info = envs.step(envs.sample_valid_actions(rng))
-    return info
-
-
 def test_only_the_poisoned_member_rolls_back_in_that_step_with_its_penalty() -> None:
     """Finding PRE-5: the penalty is on the transition of the panic; others bitwise untouched."""
     envs, twin = make(4, episode_steps=40), make(4, episode_steps=40)
@@ -85,7 +72,7 @@ def test_only_the_poisoned_member_rolls_back_in_that_step_with_its_penalty() -> 
         each.reset(seed=0)
         play(each, 8)
     poison(envs, 2)
-    wait = np.zeros((4, 8), dtype=np.int64)
+    wait = waits(4)
     for step in range(4):
         observation, reward, terminated, _, info = envs.step(wait)
         expected = twin.step(wait)
@@ -114,10 +101,7 @@ def test_a_rollback_restores_the_snapshot_and_removes_trial_seeds_but_no_fossils
         info: dict[str, Any] = envs.step(action(op, slot, **options)[None])[4]
         return info
 
-    info = step(Op.GERMINATE, blueprint=CONV_LIGHT, alpha_target=FULL_ALPHA)
-    while info["stage"][0, 0] != Stage.HOLDING:
-        can_advance = envs.conditional_masks()["slot"][0, Op.ADVANCE, 0]
-        info = step(Op.ADVANCE if can_advance else Op.WAIT)
+    grow(envs)
     storage = envs.debug_state().population.storage
     saved = storage.parameters[0].clone()
     step(Op.FOSSILIZE)
@@ -138,7 +122,7 @@ def test_an_episode_ends_for_good_at_max_rollbacks() -> None:
     for horizon in ("truncate", "terminal"):
         envs = make(2, max_rollbacks=2, autoreset_mode="SameStep", horizon=horizon)
         _, info = envs.reset(seed=0)
-        wait = np.zeros((2, 8), dtype=np.int64)
+        wait = waits(2)
         start, total = info["score"][0], 0.0
         poison(envs, 0)
         _, reward, terminated, truncated, _ = envs.step(wait)
@@ -159,10 +143,7 @@ def test_a_seed_fossilized_in_the_step_of_a_panic_is_kept_alive() -> None:
     envs = make(1, episode_steps=60, snapshot_interval=1000)
     envs.reset(seed=0)
     sim = envs.debug_state()
-    envs.step(action(Op.GERMINATE, blueprint=CONV_LIGHT, alpha_target=FULL_ALPHA)[None])
-    while sim.state.slots.stage[0, 0] != Stage.HOLDING:
-        can_advance = envs.conditional_masks()["slot"][0, Op.ADVANCE, 0]
-        envs.step(action(Op.ADVANCE if can_advance else Op.WAIT)[None])
+    grow(envs)
     saved = sim.population.storage.parameters[0].clone()
     train = sim.population.train
 
@@ -198,28 +179,8 @@ def test_snapshots_are_one_buffer_of_fixed_size() -> None:
     """Finding SYN-C7: the same memory before and after many snapshots and episodes."""
     envs = make(2, autoreset_mode="SameStep", episode_steps=4, snapshot_interval=1)
     envs.reset(seed=0)
-    before = {
-        name: t.data_ptr() for name, t in envs.debug_state().population.storage.snapshots.items()
-    }
+    snapshots = envs.debug_state().population.storage.snapshots
+    before = {name: t.data_ptr() for name, t in snapshots.items()}
     play(envs, 12)
-    after = {
-        name: t.data_ptr() for name, t in envs.debug_state().population.storage.snapshots.items()
-    }
-    assert after == before
-
-
-def test_a_state_saved_after_a_rollback_continues_bitwise() -> None:
-    envs = make(2, episode_steps=40)
-    envs.reset(seed=0)
-    play(envs, 6)
-    poison(envs, 1)
-    envs.step(np.zeros((2, 8), dtype=np.int64))
-    state = envs.get_state()
-    play(envs, 10)
-    other = make(2, episode_steps=40)
-    other.set_state(state)
-    play(other, 10)
-    for name, tensor in envs.debug_state().population.member_tensors().items():
-        assert torch.equal(tensor, other.debug_state().population.member_tensors()[name])
-    ours, theirs = (each.set_state(each.get_state())[0] for each in (envs, other))
-    np.testing.assert_array_equal(ours, theirs)
+    snapshots = envs.debug_state().population.storage.snapshots
+    assert {name: t.data_ptr() for name, t in snapshots.items()} == before

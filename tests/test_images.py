@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 
 from esper_env.config import EnvConfig
 from esper_env.growth.simulation import Simulation
 from esper_env.population.blueprints import CNN_BLUEPRINTS
 from esper_env.population.images import PADDING, Draw, ImageSet, shifted
-from tests.test_instances import draws_of
+from tests.builders import train_calls
 
 
 def make_set(count: int = 30, size: int = 6, channels: int = 3) -> ImageSet:
@@ -74,25 +75,20 @@ def test_batches_hold_the_drawn_images_shifted_then_mirrored_then_normalised() -
     torch.testing.assert_close(some_labels, labels[:, 1:])
 
 
-def test_augmentation_is_drawn_per_image_from_the_members_own_stream() -> None:
-    """Uniform over 9 x 9 crops and two orientations; new in every step, alike for alike seeds."""
-    config = EnvConfig(batches_per_step=8, batch_size=128)
-    sim = Simulation(3, torch.device("cpu"), config, CNN_BLUEPRINTS)
-    sim.task = dataclasses.replace(sim.task, augments=True)
+@pytest.mark.parametrize("augments", [False, True])
+def test_images_are_augmented_where_the_task_says_so(augments: bool) -> None:
+    """Alike for alike seeds, new in every step; `test_batches` has the numbers."""
+    sim = Simulation(3, "cpu", EnvConfig(), CNN_BLUEPRINTS)
+    sim.task = dataclasses.replace(sim.task, augments=augments)
     for member, seed in enumerate((4, 5, 4)):
         sim.seed(member, seed)
     sim.begin_episodes(np.arange(3))
-    first, second = draws_of(sim, 2)
-    assert first.shifts is not None
-    assert second.shifts is not None
-    assert first.flips is not None
-    assert (first.shifts[:, :, 0] == first.shifts[:, :, 2]).all()
-    assert (first.shifts[:, :, 0] != first.shifts[:, :, 1]).any()
-    assert (first.shifts != second.shifts).any()
-    assert (np.unique(first.shifts) == np.arange(-PADDING, PADDING + 1)).all()
-    counts = np.bincount((first.shifts[:, :, :2].reshape(-1) + PADDING), minlength=9)
-    # 4,096 draws, 455 expected in each of 9 places: five standard deviations.
-    assert (abs(counts - 4096 / 9) < 5 * np.sqrt(4096 / 9)).all()
-    assert abs(first.flips[:, :, :2].mean() - 0.5) < 5 * 0.5 / np.sqrt(2048)
-    rows, columns = first.shifts[:, :, 1].reshape(-1, 2).T
-    assert abs(np.corrcoef(rows, columns)[0, 1]) < 0.15
+    first, second = (draw for _, _, _, draw, *_ in train_calls(sim, 2))
+    assert first.indices.shape == (4, 32, 3)
+    assert (first.indices != second.indices).any()
+    for one, other in ((first.shifts, second.shifts), (first.flips, second.flips)):
+        assert (one is not None) == (other is not None) == augments
+        if one is not None and other is not None:
+            assert (one[:, :, 0] == one[:, :, 2]).all()
+            assert (one[:, :, 0] != one[:, :, 1]).any()
+            assert (one != other).any()

@@ -11,27 +11,19 @@ import torch
 from benchmarks.plain import PlainNetwork
 from esper_env.config import Blend, EnvConfig, Op
 from esper_env.growth.simulation import Simulation
-from esper_env.growth.state import Request, blank
 from esper_env.population.blueprints import CNN_BLUEPRINTS
 from esper_env.population.hosts import Host
-from esper_env.population.images import Draw
-from esper_env.population.interface import SGDSettings, TrainReport
-from esper_env.population.population import Population
-from esper_env.rng import make_key
 from esper_env.tasks import TASKS
 from esper_env.tasks.instances import SET_SIZES, InstanceRanges, make_instances
-from tests.test_env import make, make_single
-from tests.test_population import (
-    BATCH_SIZE,
+from tests.builders import (
+    CONV_LIGHT,
     NAMES,
-    RATE,
     STAGES,
-    TOLERANCE,
-    draw,
-    make_images,
-    make_seeds,
-    set_stage,
-    shown,
+    SmallPopulation,
+    action,
+    make,
+    make_single,
+    train_calls,
     train_plain,
 )
 
@@ -39,29 +31,6 @@ pytestmark = pytest.mark.usefixtures("engine")
 WIDE = Host(in_channels=2, image_size=8, channels=(4, 8), num_classes=5)
 WIDTHS = (0.5, 0.75, 1.0)
 HOSTS = [WIDE.scaled(width) for width in WIDTHS]
-
-
-def make_mixed_population() -> Population:
-    """Return three members, one of each width."""
-    population = Population(
-        HOSTS, CNN_BLUEPRINTS, 3, SGDSettings(), torch.device("cpu"), BATCH_SIZE, None
-    )
-    members = np.arange(3)
-    population.reset(members, members, make_key(members))
-    return population
-
-
-def narrow_copy(population: Population, seeds: Any, member: int) -> PlainNetwork:
-    """Return the ordinary network that a member of width `member` should be."""
-    network = PlainNetwork(HOSTS[member])
-    network.load_host(population, member)
-    for slot in np.nonzero(seeds.blueprint[member] >= 0)[0].tolist():
-        blueprint, blend = int(seeds.blueprint[member, slot]), int(seeds.blend[member, slot])
-        seed = network.add_seed(population, member, slot, blueprint, blend)
-        seed.alpha = float(seeds.alpha[member, slot])
-        seed.is_training_stage = bool(seeds.alpha[member, slot] == 0)
-        seed.is_isolated = bool(seeds.is_isolated[member, slot])
-    return network
 
 
 # ------------------------------------------------------------------ narrow members
@@ -80,80 +49,59 @@ def test_narrow_members_equal_narrow_networks(index: int, blend: Blend, stage: s
 
     What lies outside a narrow member's corner is born at zero and stays exactly there.
     """
-    images = make_images(host=WIDE)
-    population, seeds = make_mixed_population(), make_seeds(3)
-    seeds.width[:] = np.arange(3)
-    members = np.arange(3)
-    for slot in range(2):
-        seeds.blueprint[:, slot], seeds.blend[:, slot] = index, blend
-        place = np.full(3, slot), np.full(3, index)
-        population.germinate(members, members, *place, make_key(members, 77 + slot))
-        for member in range(3):
-            set_stage(seeds, member, slot, stage)
-    networks = [narrow_copy(population, seeds, i) for i in range(3)]
-    rates = np.full(3, RATE)
-    for seed in (2, 3):
-        indices = draw(np.random.default_rng(seed), images, 3)
-        report = population.train(members, seeds, images, shown(images, indices), rates, rates)
+    small = SmallPopulation(3, hosts=HOSTS)
+    for member in range(3):
+        for slot in range(2):
+            small.plant(member, slot, index, stage, blend)
+    networks = small.plains()
+    both = [small.draw(seed) for seed in (2, 3)]
+    for indices in both:
+        report = small.train(indices)
     # The momentum of the plain optimiser lives for one call, so train it on both draws at once.
-    both = [draw(np.random.default_rng(seed), images, 3) for seed in (2, 3)]
     for i, network in enumerate(networks):
-        train_plain(network, images, np.concatenate(both)[:, :, i])
+        train_plain(network, small.images, np.concatenate(both)[:, :, i])
         assert np.isfinite(report.loss[i])
-        actual = narrow_copy(population, seeds, i).state_dict()
-        for name, tensor in network.state_dict().items():
-            if tensor.is_floating_point():
-                torch.testing.assert_close(actual[name], tensor, atol=TOLERANCE, rtol=TOLERANCE)
-    layout = population.layout
+        small.assert_equals(i, network)
     for width in range(3):
-        starts = [layout.host_start(width)[0]]
-        starts += [layout.seed_start(slot, index, width)[0] for slot in range(2)]
+        starts = [small.layout.host_start(width)[0]]
+        starts += [small.layout.seed_start(slot, index, width)[0] for slot in range(2)]
         for start in starts:
             outside = np.setdiff1d(start.columns, start.index)
             assert (len(outside) == 0) == (width == 2)
-            assert not population.storage.parameters[width, outside].any()
-            assert not population.storage.momentum[width, outside].any()
+            assert not small.storage.parameters[width, outside].any()
+            assert not small.storage.momentum[width, outside].any()
 
 
 @pytest.mark.parametrize("blend", list(Blend))
 def test_narrow_members_are_evaluated_like_narrow_networks(blend: Blend) -> None:
     """After training, with running statistics of features that do not exist."""
-    images = make_images(host=WIDE)
-    population, seeds = make_mixed_population(), make_seeds(3)
-    seeds.width[:] = np.arange(3)
-    members, rates = np.arange(3), np.full(3, RATE)
-    index = NAMES.index("conv_heavy")
-    seeds.blueprint[:, 0], seeds.blend[:, 0] = index, blend
-    where = np.zeros(3, dtype=np.int64), np.full(3, index)
-    population.germinate(members, members, *where, make_key(members, 77))
+    small = SmallPopulation(3, hosts=HOSTS)
     for member in range(3):
-        set_stage(seeds, member, 0, "holding")
-    indices = draw(np.random.default_rng(0), images, 3)
-    population.train(members, seeds, images, shown(images, indices), rates, rates)
-    result = population.evaluate(members, seeds.alpha, seeds, images)
-    for i in range(3):
-        network = narrow_copy(population, seeds, i).eval()
+        small.plant(member, 0, "conv_heavy", "holding", blend)
+    small.train(small.draw(0))
+    result = small.evaluate(small.seeds.alpha)
+    images = small.images
+    for i, network in enumerate(small.plains()):
         with torch.no_grad():
-            logits = network(images.normalised(0, len(images)))
+            logits = network.eval()(images.normalised(0, len(images)))
         loss = torch.nn.functional.cross_entropy(logits, images.labels)
         assert result.loss[i] == pytest.approx(float(loss), abs=1e-4)
 
 
 def test_counts_of_a_narrow_member_are_those_of_a_narrow_network() -> None:
-    population, seeds = make_mixed_population(), make_seeds(3)
-    seeds.width[:] = np.arange(3)
+    small = SmallPopulation(3, hosts=HOSTS)
+    population = small.population
     for width, host in enumerate(HOSTS):
         count = sum(p.numel() for p in PlainNetwork(host).parameters())
         assert population.host_parameters[width] == count
         for slot, channels in enumerate(host.channels):
             for index, blueprint in enumerate(CNN_BLUEPRINTS):
-                seeds.blueprint[width, slot], seeds.blend[width, slot] = index, Blend.GATE
-                seed = narrow_copy(population, seeds, width).seeds[str(slot)]
+                small.plant(width, slot, index, blend=Blend.GATE)
+                seed = small.plain(width).seeds[str(slot)]
                 count = sum(p.numel() for p in seed.parameters())
                 own = population.seed_parameters[width, slot, index]
                 assert own == blueprint.num_parameters(channels)
                 assert own + population.gate_parameters[width, slot] == count
-                seeds.blueprint[width, slot] = -1
 
 
 # ------------------------------------------------------------------ the sets
@@ -199,29 +147,6 @@ def make_simulation(**config: Any) -> Simulation:
     return sim
 
 
-def train_calls(sim: Simulation, num_steps: int) -> list[tuple[Any, ...]]:
-    """Let all members wait for some steps; return what training was called with, in its stead."""
-    calls = []
-    n, slots = sim.state.slots.stage.shape
-
-    def train(*args: Any) -> TrainReport:
-        calls.append(args)
-        report = TrainReport.empty(n, slots, 1)
-        report.loss[:], report.is_finite[:] = 1.0, True
-        return report
-
-    sim.population.train = train  # type: ignore[method-assign]
-    everyone = np.ones(n, dtype=bool)
-    for _ in range(num_steps):
-        sim.step(blank(Request, n), everyone, everyone)
-    return calls
-
-
-def draws_of(sim: Simulation, num_steps: int) -> list[Draw]:
-    """Return what some steps of all members show."""
-    return [draw for _, _, _, draw, *_ in train_calls(sim, num_steps)]
-
-
 def test_members_train_on_their_share_of_the_split_with_their_share_of_wrong_labels() -> None:
     sim = make_simulation()
     noise = sim.instances.label_noise
@@ -231,7 +156,7 @@ def test_members_train_on_their_share_of_the_split_with_their_share_of_wrong_lab
     total = len(true)
     seen: list[set[int]] = [set() for _ in range(4)]
     given: list[dict[int, int]] = [{} for _ in range(4)]
-    for drawn in draws_of(sim, 40):
+    for _, _, _, drawn, *_ in train_calls(sim, 40):
         assert drawn.indices.shape == drawn.labels.shape == (8, 64, 4)
         assert drawn.shifts is None
         for i in range(4):
@@ -252,26 +177,16 @@ def test_members_train_on_their_share_of_the_split_with_their_share_of_wrong_lab
         assert abs(wrong - share) < 4 * np.sqrt(max(share * (1 - share), 1e-3) / count)
 
 
-def test_wrong_labels_are_spread_over_all_other_classes() -> None:
-    sim = make_simulation()
-    sim.begin_episodes(np.arange(4), np.full(4, int(sim.instances.label_noise.argmax())))
-    true = sim.splits.train.labels.numpy()
-    shifts = []
-    for drawn in draws_of(sim, 20):
-        shifts.append((drawn.labels - true[drawn.indices]) % 10)
-    counts = np.bincount(np.concatenate([s.ravel() for s in shifts]), minlength=10)
-    assert (counts[1:] > 0.6 * counts[1:].mean()).all()
-
-
 def test_an_instance_sets_the_learning_rates_of_host_and_seeds() -> None:
-    """The seeds' rate keeps its ratio to the host's; both fall linearly."""
+    """The seeds' rate keeps its ratio to the host's; both fall linearly with each one's steps."""
     sim = make_simulation(host_learning_rate=0.1, seed_learning_rate=0.05, episode_steps=10)
     sim.begin_episodes(np.arange(4), np.array([0, 1, 2, 3]))
-    sim.state.progress.steps[:] = 5
-    *_, host, seeds = train_calls(sim, 1)[0]
-    np.testing.assert_allclose(host, 0.5 * sim.instances.learning_rate[:4])
-    np.testing.assert_allclose(seeds, 0.25 * sim.instances.learning_rate[:4])
-    assert len(set(host.tolist())) == 4
+    sim.state.progress.steps[:] = steps = np.array([0, 2, 5, 9])
+    ((*_, host, seeds),) = train_calls(sim, 1)
+    expected = (1 - steps / 10) * sim.instances.learning_rate[:4]
+    np.testing.assert_allclose(host, expected)
+    np.testing.assert_allclose(seeds, 0.5 * expected)
+    assert len(set(sim.instances.learning_rate[:4].tolist())) == 4
 
 
 # ------------------------------------------------------------------ in the environment
@@ -346,10 +261,9 @@ def test_prices_are_relative_to_the_members_own_host() -> None:
     widths = make_instances("train", TASKS["digits"].ranges, 0.05).width
     chosen = [int(np.nonzero(widths == w)[0][0]) for w in range(3)]
     envs.reset(seed=0, options={"instance": chosen})
-    actions = np.zeros((3, 8), dtype=np.int64)
-    actions[:, 0], actions[:, 2] = Op.GERMINATE, NAMES.index("conv_light")
-    _, _, _, _, info = envs.step(actions)
-    light = CNN_BLUEPRINTS[NAMES.index("conv_light")]
+    germinate = action(Op.GERMINATE, blueprint=CONV_LIGHT)
+    *_, info = envs.step(np.tile(germinate, (3, 1)))
+    light = CNN_BLUEPRINTS[CONV_LIGHT]
     assert info["parameters"].tolist() == [light.num_parameters(c) for c in (2, 3, 4)]
     rent = envs.config.rent_weight * np.log2(1 + info["parameters"] / info["host_parameters"])
     np.testing.assert_allclose(info["score"], info["accuracy"] - rent)

@@ -13,7 +13,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from esper_env.sb3 import Sb3VecEnv
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import FlattenObservation
@@ -33,6 +32,7 @@ from esper_env import (
     MaskInObservationVector,
     Op,
 )
+from esper_env.sb3 import Sb3VecEnv
 
 ID = "Esper-Digits-v0"
 TINY: dict[str, Any] = {

@@ -7,12 +7,10 @@ counts what it reached, so that it cannot pass by doing nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -34,45 +32,34 @@ from esper_env import EsperEnv, EsperVectorEnv, Op, Stage
 from esper_env.config import STYLES, Blend, BoolArray, IntArray
 from esper_env.growth import lifecycle
 from esper_env.growth.observation import CHANGE_SCALE
-from esper_env.growth.simulation import Simulation, load_splits
+from esper_env.growth.simulation import Simulation
 from esper_env.growth.state import DOWN, SlotState
-from esper_env.population.images import ImageSet
 from esper_env.population.layout import Layout
 from esper_env.population.numba_engine import program_cache as library
 from esper_env.population.numba_engine.engine import _pool
 from esper_env.population.population import Population
-from esper_env.tasks import Splits
 from esper_env.tasks.instances import SET_SIZES
-from tests.test_env import (
+from tests.builders import (
     CONV_LIGHT,
     INFO_KEYS,
+    TRANSITIONS,
     action,
     assert_same,
+    count_programs,
+    is_legal,
+    library_of,
     make,
+    move,
+    play,
+    poison,
+    waits,
 )
-from tests.test_governor import poison
 
-NUM_IMAGES = 12
-"""Validation images of the machine, so that its steps are cheap."""
 EPISODE_STEPS = 25
 NUM_STEPS = 3000
 """Env steps of the machine and its twin together."""
 MAX_ROLLBACKS = 2
 BATCH_SIZE = 4
-TABLE = {
-    ("DORMANT", "GERMINATED"),
-    ("GERMINATED", "TRAINING"),
-    ("TRAINING", "BLENDING"),
-    ("BLENDING", "HOLDING"),
-    ("HOLDING", "FOSSILIZED"),
-    ("HOLDING", "BLENDING"),
-    ("GERMINATED", "EMBARGOED"),
-    ("TRAINING", "EMBARGOED"),
-    ("BLENDING", "EMBARGOED"),
-    ("HOLDING", "EMBARGOED"),
-    ("EMBARGOED", "DORMANT"),
-}
-"""The transitions of the design, section 4, written out once more."""
 PREFERENCES = (
     (),
     (Op.FOSSILIZE, Op.ADVANCE, Op.GERMINATE),
@@ -93,7 +80,7 @@ class Tally:
     stages: Counter[str] = field(default_factory=Counter)
     ops: Counter[str] = field(default_factory=Counter)
     """Legal ones that were carried out."""
-    transitions: Counter[tuple[str, str]] = field(default_factory=Counter)
+    transitions: Counter[tuple[Stage, Stage]] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -118,7 +105,7 @@ class Recorder:
         self.watched: Simulation | None = None
         self.style: IntArray = np.zeros((0, 0), dtype=np.int64)
         """Styles of the watched environment at its last training."""
-        move, train = lifecycle._move, Population.train
+        train = Population.train
 
         def record_move(state: SlotState, at: tuple[IntArray, ...], target: Stage) -> None:
             for member, slot, source in zip(*at, state.stage[at], strict=True):
@@ -191,12 +178,11 @@ def check_ownership(sim: Simulation, members: IntArray, before: dict[str, torch.
         before: The matrices before training.
     """
     population, state = sim.population, sim.state.slots
-    layout, engine = population.layout, population._compiled
-    assert engine is not None
-    known = len(engine._library._numbers)
-    numbers = engine._library.training(members, sim.networks.seeds, sim.config.batch_size).tape
-    assert len(engine._library._numbers) == known, "these are the tapes that were run"
-    tapes = engine._library.tapes_of(numbers)
+    layout, programs = population.layout, library_of(population)
+    known = count_programs(population)
+    numbers = programs.training(members, sim.networks.seeds, sim.config.batch_size).tape
+    assert count_programs(population) == known, "these are the tapes that were run"
+    tapes = programs.tapes_of(numbers)
     shape = (sim.population.num_members, layout.num_parameters)
     owned, kept = np.zeros((2, *shape), dtype=bool)
     for i, t in zip(members.tolist(), numbers.tolist(), strict=True):
@@ -267,22 +253,6 @@ def check_masks(envs: EsperVectorEnv, info: dict[str, Any]) -> None:
     assert all(part.any(axis=1).all() for part in parts)
     assert np.array_equal(marginal, np.concatenate(parts, axis=1))
     assert conditional["op"][:, Op.WAIT].all()
-
-
-def is_legal(envs: EsperVectorEnv, actions: IntArray) -> BoolArray:
-    """Look every option of every joint action up in the conditional masks. (num_envs,) bool."""
-    conditional = envs.conditional_masks()
-    result = np.zeros(envs.num_envs, dtype=bool)
-    for i, (op, slot, *options) in enumerate(actions.tolist()):
-        result[i] = (
-            conditional["op"][i, op]
-            and conditional["slot"][i, op, slot]
-            and all(
-                conditional[head.name][i, op, slot, option]
-                for head, option in zip(envs.heads[2:], options, strict=True)
-            )
-        )
-    return result
 
 
 def check_info(info: dict[str, Any], ended: BoolArray, whose: BoolArray) -> None:
@@ -686,27 +656,27 @@ class Machine(RuleBasedStateMachine):
         """Check that stages changed by moves of the table alone, and as the actions asked."""
         moves = self.recorder.take(self.envs.debug_state().state.slots)
         reached = stage.copy()
-        by_slot: dict[tuple[int, int], list[tuple[str, str]]] = {}
-        for move in moves:
-            assert reached[move.member, move.slot] == move.source
-            reached[move.member, move.slot] = move.target
-            name = move.source.name, move.target.name
-            assert name in TABLE
-            by_slot.setdefault((move.member, move.slot), []).append(name)
-            self.tally.transitions[name] += 1
+        by_slot: dict[tuple[int, int], list[tuple[Stage, Stage]]] = {}
+        for made in moves:
+            assert reached[made.member, made.slot] == made.source
+            reached[made.member, made.slot] = made.target
+            change = made.source, made.target
+            assert change in TRANSITIONS
+            by_slot.setdefault((made.member, made.slot), []).append(change)
+            self.tally.transitions[change] += 1
         assert np.array_equal(shown["stage"], reached)
         speeds = self.envs.heads[6].options
         for i in range(self.envs.num_envs):
             for s in range(stage.shape[1]):
                 made = by_slot.get((i, s), [])
                 op = Op(acts[i, 0]) if acts[i, 1] == s else Op.WAIT
-                assert (("DORMANT", "GERMINATED") in made) == (op == Op.GERMINATE)
-                assert (("HOLDING", "FOSSILIZED") in made) == (op == Op.FOSSILIZE)
+                assert ((Stage.DORMANT, Stage.GERMINATED) in made) == (op == Op.GERMINATE)
+                assert ((Stage.HOLDING, Stage.FOSSILIZED) in made) == (op == Op.FOSSILIZE)
                 assert made or op != Op.ADVANCE
                 if op == Op.GERMINATE and shown["stage"][i, s] != Stage.EMBARGOED:
                     assert shown["blueprint"][i, s] == acts[i, 2]
                 if op == Op.PRUNE and speeds[acts[i, 6]] == 0:
-                    assert made[0] == (Stage(stage[i, s]).name, "EMBARGOED")
+                    assert made[0] == (Stage(stage[i, s]), Stage.EMBARGOED)
         alpha, after = shown["alpha"], shown["stage"]
         assert ((alpha >= 0) & (alpha <= 1)).all()
         assert (alpha[(after == Stage.HOLDING) | (after == Stage.FOSSILIZED)] == 1).all()
@@ -724,23 +694,6 @@ class Machine(RuleBasedStateMachine):
             counts[0, i] += size
             counts[1, i] += size * (shown["stage"][i, s] == Stage.FOSSILIZED)
         return counts[0], counts[1]
-
-
-@pytest.fixture
-def few_images(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Cut validation and test split down to what a cheap evaluation needs."""
-
-    def cut(images: ImageSet) -> ImageSet:
-        return dataclasses.replace(
-            images, images=images.images[:NUM_IMAGES], labels=images.labels[:NUM_IMAGES]
-        )
-
-    def load_few(*args: Any) -> Splits:
-        splits = load_splits(*args)
-        return dataclasses.replace(splits, validation=cut(splits.validation), test=cut(splits.test))
-
-    monkeypatch.setattr("esper_env.growth.simulation.load_splits", load_few)
-    return
 
 
 @pytest.mark.slow
@@ -776,7 +729,7 @@ def test_whatever_is_done_to_a_mixed_batch_its_invariants_hold(
     assert min(tally.stages.values()) >= 100, tally
     assert tally.ops.keys() == {op.name for op in Op}
     assert min(tally.ops.values()) >= 30, tally
-    assert tally.transitions.keys() == TABLE
+    assert tally.transitions.keys() == TRANSITIONS
     assert min(tally.transitions.values()) >= 3, tally
 
 
@@ -802,10 +755,8 @@ def test_every_feature_of_the_observation_varies(few_images: None) -> None:
     observation, _ = envs.reset(seed=0)
     lowest, highest = observation.min(axis=0), observation.max(axis=0)
     rng = np.random.default_rng(0)
-    (head, _), storage = (
-        envs.debug_state().population.layout.head,
-        envs.debug_state().population.storage,
-    )
+    population = envs.debug_state().population
+    weights = population.layout.head[0]
     options = [len(head.options) for head in envs.heads]
     for step in range(90):
         actions = envs.sample_valid_actions(rng)
@@ -817,7 +768,8 @@ def test_every_feature_of_the_observation_varies(few_images: None) -> None:
                     actions[member] = 0
                     actions[member, :2] = op, masks[member, op].argmax()
         if step % 10 == 9:
-            storage.parameters[1, head.offset : head.offset + head.spec.size] *= 1e6
+            span = slice(weights.offset, weights.offset + weights.spec.size)
+            population.storage.parameters[1, span] *= 1e6
         observation = envs.step(actions)[0]
         lowest = np.minimum(lowest, observation.min(axis=0))
         highest = np.maximum(highest, observation.max(axis=0))
@@ -840,13 +792,13 @@ def test_would_be_effect_is_that_of_the_network_at_alpha_one() -> None:
         env.observation_names.index(f"slot_1.{name}") for name in ("would_be", "would_be_valid")
     )
     assert observation[valid] == observation[value] == 0
-    (observation,) = env.step(action(Op.WAIT)[None])[0]
+    (observation,) = env.step(waits(1))[0]
     assert observation[valid] == 0
     sim = env.debug_state()
     one_image = 1 / len(sim.splits.validation)
     stages, effects = set(), []
     played = [action(Op.GERMINATE, 1, blueprint=CONV_LIGHT), action(Op.ADVANCE, 1)]
-    for act in [*played, *[action(Op.WAIT)] * 12]:
+    for act in [*played, *waits(12)]:
         (observation,), _, _, _, info = env.step(act[None])
         stages.add(Stage(info["stage"][0, 1]).name)
         assert observation[valid] == 1
@@ -906,12 +858,8 @@ def test_networks_do_not_depend_on_how_many_compositions_are_remembered(
         monkeypatch.setattr(library, "MAX_TAPES", limit)
         envs = make(8, instances="train", batches_per_step=1, batch_size=4, episode_steps=40)
         envs.reset(seed=0)
-        rng = np.random.default_rng(0)
-        steps = [envs.step(envs.sample_valid_actions(rng))[0].copy() for _ in range(39)]
-        observations.append(steps)
-        engine = envs.debug_state().population._compiled
-        assert engine is not None
-        sizes.append(len(engine._library._numbers))
+        observations.append([result[0] for result in play(envs, 39)])
+        sizes.append(count_programs(envs.debug_state().population))
     assert sizes[0] > 64 > 8 >= sizes[1]
     np.testing.assert_array_equal(*observations)
 
@@ -920,7 +868,7 @@ def test_a_copy_of_a_finished_member_is_finished_too() -> None:
     """Members that end at different times, which the machine rarely copies in that very moment."""
     envs = make(2, episode_steps=3)
     envs.reset(seed=0)
-    wait = np.zeros((2, 8), dtype=np.int64)
+    wait = waits(2)
     envs.step(wait)
     envs.reset(options={"reset_mask": np.array([False, True])})
     envs.step(wait)
@@ -953,7 +901,7 @@ def test_episodes_with_rollbacks_leave_no_tensor_behind() -> None:
         if episode in (5, 25):
             # With no seeds, so that the one cached program is that of bare hosts.
             envs.reset(seed=0)
-            envs.step(np.zeros((4, 8), dtype=np.int64))
+            envs.step(waits(4))
             # A helper that comes late, whom nobody waits for, holds tensors until it has come.
             _pool(1, os.getpid()).submit(int).result()
             measured[episode] = live_tensors()
@@ -975,7 +923,7 @@ def live_tensors() -> tuple[int, int]:
 def test_a_rollback_is_shown_when_another_member_is_reset_in_the_same_step() -> None:
     envs = make(2, autoreset_mode="SameStep", episode_steps=3)
     envs.reset(seed=0)
-    wait = np.zeros((2, 8), dtype=np.int64)
+    wait = waits(2)
     envs.step(wait)
     envs.reset(options={"reset_mask": np.array([False, True])})
     envs.step(wait)

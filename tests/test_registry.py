@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 
-from esper_env import Op, Stage, register_blueprint, register_host
+from esper_env import register_blueprint, register_host
 from esper_env.population import blueprints, hosts
 from esper_env.population.hosts import Host
 from esper_env.population.layers import Conv, Layer, Norm, Relu
-from tests.test_env import action, make, make_single
-from tests.test_population import make_images, make_population, make_seeds
+from tests.builders import SmallPopulation, grow, make, make_single, play
 
 
 @pytest.fixture(autouse=True)
-def registry_as_it_was() -> Iterator[None]:
-    known, designs = list(blueprints._registry), dict(hosts._registry)
-    yield
-    blueprints._registry[:] = known
-    hosts._registry.clear()
-    hosts._registry.update(designs)
+def registry_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blueprints, "_registry", list(blueprints.registered_blueprints()))
+    monkeypatch.setattr(hosts, "_registry", {})
 
 
 def pre_norm(c: int) -> Sequence[Layer]:
@@ -30,19 +26,15 @@ def pre_norm(c: int) -> Sequence[Layer]:
 
 
 def test_a_registered_blueprint_can_be_grown() -> None:
-    before = make_single()
+    before = make(1)
     register_blueprint("pre_norm", pre_norm)
-    env = make_single(episode_steps=60)
-    assert env.heads[2].options == (*before.heads[2].options, "pre_norm")
-    assert len(env.observation_names) == len(before.observation_names) + 2
-    env.reset(seed=0)
-    index = env.heads[2].options.index("pre_norm")
-    *_, info = env.step(action(Op.GERMINATE, 1, blueprint=index, alpha_target=2))
-    assert info["parameters"] == 2 * 8 + 8 * 8 * 9 + 8
-    while info["stage"][1] != Stage.HOLDING:
-        can_advance = env.conditional_masks()["slot"][Op.ADVANCE, 1]
-        *_, info = env.step(action(Op.ADVANCE if can_advance else Op.WAIT, int(can_advance)))
-    assert np.isfinite(info["accuracy"])
+    envs = make(1, episode_steps=60)
+    assert envs.heads[2].options == (*before.heads[2].options, "pre_norm")
+    assert len(envs.observation_names) == len(before.observation_names) + 2
+    envs.reset(seed=0)
+    infos = grow(envs, 1, envs.heads[2].options.index("pre_norm"))
+    assert infos[0]["parameters"] == 2 * 8 + 8 * 8 * 9 + 8
+    assert np.isfinite(infos[-1]["accuracy"])
 
 
 def test_environments_made_before_a_registration_keep_their_options() -> None:
@@ -110,9 +102,7 @@ def test_a_registered_host_is_trained_and_grown(instances: str) -> None:
     else:
         assert len(set(info["host_parameters"].tolist())) > 1
     start = info["loss"].mean()
-    rng = np.random.default_rng(0)
-    for _ in range(29):
-        *_, info = envs.step(envs.sample_valid_actions(rng))
+    info = play(envs, 29, seed=0)[-1][4]
     assert info["loss"].mean() < start - 0.1
     assert info["parameters"].any()
 
@@ -120,12 +110,10 @@ def test_a_registered_host_is_trained_and_grown(instances: str) -> None:
 def test_images_of_several_channels_may_meet_a_depthwise_convolution_first() -> None:
     """All members share the images in an evaluation; alone and together, the same results."""
     host = Host(in_channels=3, image_size=8, channels=(4, 6), num_classes=5, build_block=separable)
-    images = make_images(host=host)
-    population = make_population(3, host=host)
-    seeds, zeros = make_seeds(3), np.zeros((3, 2))
-    together = population.evaluate(np.arange(3), zeros, seeds, images)
+    small = SmallPopulation(3, hosts=(host,))
+    together = small.evaluate(np.zeros((3, 2)))
     for i in range(3):
-        alone = population.evaluate(np.array([i]), zeros[:1], seeds, images)
+        alone = small.evaluate([[0, 0]], [i])
         assert together.loss[i] == pytest.approx(alone.loss[0], abs=1e-5)
 
 

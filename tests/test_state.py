@@ -11,20 +11,15 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
-from esper_env import EsperEnv, EsperVectorEnv
+from esper_env import EsperEnv
 from esper_env.growth.lifecycle import is_trial
 from esper_env.growth.state import HOLD
-from tests.test_env import ID, SMALL, assert_same, make, make_single
+from tests.builders import ID, SMALL, assert_same, make, make_single, play, poison
 
 STEPS = 20
 MIXED: dict[str, Any] = {"instances": "train", "attribution": "full", "episode_steps": 18}
-
-
-def play(envs: EsperVectorEnv, steps: int, seed: int) -> list[Any]:
-    """Random legal play; the record holds everything a user sees."""
-    rng = np.random.default_rng(seed)
-    return [envs.step(envs.sample_valid_actions(rng)) for _ in range(steps)]
 
 
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
@@ -51,7 +46,7 @@ def test_a_restored_state_continues_bitwise_in_a_new_process(tmp_path: Path) -> 
     envs = make(5, **MIXED)
     envs.reset(seed=0)
     play(envs, 8, seed=1)
-    envs.debug_state().population.storage.parameters[0, 0] = float("nan")
+    poison(envs, 0)
     *_, info = play(envs, 1, seed=3)[0]
     assert info["rolled_back"].tolist() == [True, False, False, False, False]
     slots = envs.debug_state().state.slots
@@ -61,15 +56,14 @@ def test_a_restored_state_continues_bitwise_in_a_new_process(tmp_path: Path) -> 
     (tmp_path / "state.pkl").write_bytes(pickle.dumps(envs.get_state()))
     code = (
         "import pickle, sys, torch; sys.path.insert(0, sys.argv[2])\n"
-        "from tests.test_state import *\n"
+        "from pathlib import Path\n"
+        "from tests.test_state import MIXED, STEPS, make, play\n"
         "folder = Path(sys.argv[1])\n"
         "torch.set_num_threads(int(sys.argv[3]))\n"
         "envs = make(5, **MIXED)\n"
         "envs.set_state(pickle.loads((folder / 'state.pkl').read_bytes()))\n"
         "(folder / 'record.pkl').write_bytes(pickle.dumps(play(envs, STEPS, seed=2)))\n"
     )
-    import torch
-
     root = str(Path(__file__).parent.parent)
     arguments = [str(tmp_path), root, str(torch.get_num_threads())]
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=root)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -17,25 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.plain import PlainNetwork
 from esper_env.config import Blend
 from esper_env.population.blueprints import CNN_BLUEPRINTS, Blueprint
-from esper_env.population.interface import Seeds, SGDSettings
 from esper_env.population.layers import Conv, Layer, Relu
-from esper_env.population.population import Population
-from esper_env.rng import make_key
-from tests.test_population import (
-    BATCH_SIZE,
-    RATE,
-    TINY,
-    awaken,
-    draw,
-    make_images,
-    make_population,
-    make_seeds,
-    plain_copy,
-    plant,
-    set_stage,
-    shown,
-    train_plain,
-)
+from tests.builders import SmallPopulation, make, train_plain
 
 # A bfloat16 has 8 bits, a relative rounding of 0.004 per operation; the whole change of the weights
 # over three batches was within 0.13 of that of float32.
@@ -76,31 +58,22 @@ def counted_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield mode.counts
 
 
-def make_mix(num_members: int, chunk_size: int | None) -> tuple[Population, Seeds]:
-    """All blueprints, blends and stages, and a frozen seed, without compiled kernels."""
-    population, seeds = make_population(num_members, chunk_size), make_seeds(num_members)
-    population._compiled = None
-    for member in range(num_members):
-        for slot, stage in enumerate(("training", "half")):
-            seeds.blend[member, slot] = (member + slot) % 3
-            plant(population, seeds, member, slot, (member + 3 * slot) % 7)
-            set_stage(seeds, member, slot, stage)
-    seeds.is_frozen[0, 1] = True
-    return population, seeds
-
-
+@pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("chunk_size", [3, 7])
 def test_the_host_asks_for_results_once_in_training_and_once_in_evaluation(
     chunk_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images, m = make_images(), 7
-    population, seeds = make_mix(m, chunk_size)
-    members, rates = np.arange(m), np.full(m, 0.05)
-    batches = shown(images, draw(np.random.default_rng(0), images, m))
+    """All blueprints, blends and stages, and a frozen seed, without compiled kernels."""
+    small = SmallPopulation(7, chunk_size=chunk_size)
+    for member in range(7):
+        for slot, stage in enumerate(("training", "half")):
+            small.plant(member, slot, (member + 3 * slot) % 7, stage, (member + slot) % 3)
+    small.seeds.is_frozen[0, 1] = True
+    indices = small.draw(0)
     with counted_waits(monkeypatch) as training:
-        population.train(members, seeds, images, batches, rates, rates)
+        small.train(indices)
     with counted_waits(monkeypatch) as evaluation:
-        population.evaluate(members, seeds.alpha, seeds, images)
+        small.evaluate(small.seeds.alpha)
     assert training == {"cpu": 1}
     assert evaluation == {"cpu": 1}
 
@@ -125,22 +98,6 @@ def test_every_kind_of_wait_is_counted(wait: Any, monkeypatch: pytest.MonkeyPatc
 # ------------------------------------------------------------------ bfloat16
 
 
-def make_precise(num_members: int, precision: str, blueprints: Any = CNN_BLUEPRINTS) -> Population:
-    population = Population(
-        [TINY],
-        blueprints,
-        num_members,
-        SGDSettings(),
-        torch.device("cpu"),
-        BATCH_SIZE,
-        None,
-        precision,
-    )
-    members = np.arange(num_members)
-    population.reset(members, 0 * members, make_key(members))
-    return population
-
-
 def flat_weights(network: PlainNetwork) -> Tensor:
     return torch.cat([p.detach().flatten() for p in network.parameters()])
 
@@ -149,36 +106,29 @@ def flat_weights(network: PlainNetwork) -> Tensor:
 @pytest.mark.parametrize("blend", list(Blend))
 def test_bfloat16_trains_like_plain_networks(blend: Blend, stage: str) -> None:
     """The change of all weights over three batches, every blueprint in either slot."""
-    images, m = make_images(), 2 * len(CNN_BLUEPRINTS)
-    population, seeds = make_precise(m, "bfloat16"), make_seeds(m)
-    for member in range(m):
-        slot = member % 2
-        seeds.blend[member, slot] = blend
-        plant(population, seeds, member, slot, member // 2)
-        set_stage(seeds, member, slot, stage)
-    awaken(population)
-    before = [flat_weights(plain_copy(population, seeds, i)) for i in range(m)]
-    networks = [plain_copy(population, seeds, i) for i in range(m)]
-    indices, rates = draw(np.random.default_rng(1), images, m), np.full(m, RATE)
-    report = population.train(np.arange(m), seeds, images, shown(images, indices), rates, rates)
-    assert all(matrix.dtype == torch.float32 for matrix in population.storage.matrices.values())
+    small = SmallPopulation(2 * len(CNN_BLUEPRINTS), precision="bfloat16")
+    for member in small.members.tolist():
+        small.plant(member, member % 2, member // 2, stage, blend)
+    small.awaken()
+    networks = small.plains()
+    before = [flat_weights(network) for network in networks]
+    indices = small.draw(1)
+    report = small.train(indices)
+    assert all(matrix.dtype == torch.float32 for matrix in small.storage.matrices.values())
     for i, network in enumerate(networks):
-        assert report.loss[i] == pytest.approx(
-            train_plain(network, images, indices[:, :, i]), rel=BFLOAT16_TOLERANCE
-        )
+        loss = train_plain(network, small.images, indices[:, :, i])
+        assert report.loss[i] == pytest.approx(loss, rel=BFLOAT16_TOLERANCE)
         expected = flat_weights(network) - before[i]
-        actual = flat_weights(plain_copy(population, seeds, i)) - before[i]
+        actual = flat_weights(small.plain(i)) - before[i]
         assert 0 < (actual - expected).norm() < BFLOAT16_TOLERANCE * expected.norm()
 
 
 def test_bfloat16_keeps_steps_that_are_too_small_for_it() -> None:
     """Weights are float32: at a rate of 1e-5 hardly a bfloat16 weight would move."""
-    images, rates = make_images(), np.full(1, 1e-5)
-    population, seeds = make_precise(1, "bfloat16"), make_seeds(1)
-    before = population.storage.parameters.clone()
-    batches = shown(images, draw(np.random.default_rng(2), images, 1))
-    population.train(np.arange(1), seeds, images, batches, rates, rates)
-    after = population.storage.parameters
+    small = SmallPopulation(precision="bfloat16")
+    before = small.storage.parameters.clone()
+    small.train(small.draw(2), rate=1e-5)
+    after = small.storage.parameters
     has_moved = (after != before) & (before.abs() > 1e-3)
     is_visible = after.bfloat16() != before.bfloat16()
     assert has_moved.sum() > 100
@@ -197,27 +147,16 @@ def test_a_branch_that_puts_out_float32_can_be_mixed_in(blend: Blend) -> None:
     def build(c: int) -> Sequence[Layer]:
         return [Conv(c, c, 1, bias=True, zero=True), Single()]
 
-    images, rates = make_images(), np.full(1, RATE)
-    population = make_precise(1, "bfloat16", [Blueprint("single", build)])
-    seeds = make_seeds(1)
-    seeds.blend[0, 0] = blend
-    plant(population, seeds, 0, 0, 0)
-    set_stage(seeds, 0, 0, "half")
-    awaken(population)
-    batches = shown(images, draw(np.random.default_rng(3), images, 1))
-    report = population.train(np.arange(1), seeds, images, batches, rates, rates)
-    assert np.isfinite(report.loss).all()
-    result = population.evaluate(np.arange(1), seeds.alpha, seeds, images)
-    assert np.isfinite(result.loss).all()
+    small = SmallPopulation(blueprints=[Blueprint("single", build)], precision="bfloat16")
+    small.plant(0, 0, 0, "half", blend)
+    small.awaken()
+    assert np.isfinite(small.train(small.draw(3)).loss).all()
+    assert np.isfinite(small.evaluate(small.seeds.alpha).loss).all()
 
 
 def test_episodes_in_bfloat16_take_the_same_course() -> None:
     """The same actions are legal and lead to the same stages; accuracies differ by rounding."""
-    settings = {"episode_steps": 20, "max_episode_steps": 20}
-    plain, rounded = (
-        gym.make_vec("Esper-Digits-v0", num_envs=4, precision=precision, **settings).unwrapped
-        for precision in ("float32", "bfloat16")
-    )
+    plain, rounded = (make(4, precision=p, episode_steps=20) for p in ("float32", "bfloat16"))
     plain.reset(seed=3)
     rounded.reset(seed=3)
     rng = np.random.default_rng(0)

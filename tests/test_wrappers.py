@@ -9,16 +9,8 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from esper_env import EsperVectorEnv, JointAction, JointActionVector
-from tests.test_env import ID, SMALL, make, make_single
-
-
-def legal_factored(envs: EsperVectorEnv, actions: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
-    """Legality of the same factored action for every member, by the environment itself."""
-    repeated = np.repeat(actions[None], envs.num_envs, axis=0)
-    everyone = np.ones(envs.num_envs, dtype=bool)
-    masks = envs.conditional_masks()
-    return envs._actions.parse(repeated, masks, everyone, raises_on_illegal=False)[1]
+from esper_env import JointAction, JointActionVector
+from tests.builders import ID, SMALL, is_legal, make, make_single
 
 
 def test_the_table_lists_every_effective_action_once() -> None:
@@ -39,7 +31,7 @@ def test_joint_masks_equal_the_factored_legality_along_random_play() -> None:
         mask = wrapper.action_masks()
         np.testing.assert_array_equal(mask, info["action_mask"])
         for index in rng.choice(len(wrapper.table.actions), size=200, replace=False):
-            expected = legal_factored(envs, wrapper.table.actions[index])
+            expected = is_legal(envs, np.tile(wrapper.table.actions[index], (3, 1)))
             np.testing.assert_array_equal(mask[:, index], expected)
         actions = np.array([rng.choice(np.nonzero(row)[0]) for row in mask])
         *_, info = wrapper.step(actions)
