@@ -23,7 +23,6 @@ from esper_env.population.blueprints import CNN_BLUEPRINTS, Blueprint
 from esper_env.population.hosts import Host
 from esper_env.population.images import Draw, ImageSet
 from esper_env.population.interface import Evaluation, Seeds, SGDSettings, TrainReport
-from esper_env.population.numba_engine.program_cache import Library
 from esper_env.population.population import Population
 from esper_env.rng import make_key
 
@@ -35,29 +34,11 @@ SMALL: dict[str, Any] = {"batches_per_step": 2, "batch_size": 16, "episode_steps
 CONV_LIGHT, FULL_ALPHA = 5, 2
 """Options of the blueprint head and of the alpha_target head."""
 INFO_KEYS = {
-    "action_mask",
-    "action_valid",
-    "op",
-    "accuracy",
-    "loss",
-    "committed_accuracy",
-    "score",
-    "committed_score",
-    "contribution",
-    "contribution_valid",
-    "stage",
-    "alpha",
-    "blueprint",
-    "parameters",
-    "host_parameters",
-    "instance",
-    "flops",
-    "samples",
-    "reward_terms",
-    "rolled_back",
-    "test_accuracy",
-    "committed_test_accuracy",
-}
+    "action_mask", "action_valid", "op", "accuracy", "loss", "committed_accuracy", "score",
+    "committed_score", "contribution", "contribution_valid", "stage", "alpha", "blueprint",
+    "parameters", "host_parameters", "instance", "flops", "samples", "reward_terms", "rolled_back",
+    "test_accuracy", "committed_test_accuracy",
+}  # fmt: skip
 
 
 def make(num_envs: int = 3, **options: Any) -> EsperVectorEnv:
@@ -469,13 +450,8 @@ class SmallPopulation:
                 torch.testing.assert_close(actual[name], tensor, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def library_of(population: Population) -> Library:
-    """Return the programs of the compiled engine."""
-    engine = population._compiled
-    assert engine is not None
-    return engine._library
-
-
 def count_programs(population: Population) -> int:
     """Return how many programs the compiled engine remembers."""
-    return len(library_of(population)._numbers)
+    engine = population._compiled
+    assert engine is not None
+    return len(engine._library._numbers)

@@ -350,13 +350,6 @@ def test_the_marginal_mask_is_the_projection_on_each_head(truth: Truth) -> None:
         assert part.any(axis=1).all(), HEAD_NAMES[h]
 
 
-def test_waiting_is_always_legal(truth: Truth) -> None:
-    waits = np.zeros((len(truth.is_legal), len(HEAD_NAMES)), dtype=np.int64)
-    asked, is_legal = judge(truth.space, truth.masks, waits)
-    assert is_legal.all()
-    assert (asked.op == Op.WAIT).all()
-
-
 def test_a_legal_action_always_succeeds(truth: Truth) -> None:
     """Every legal joint action of every state is carried out, and its slot shows it."""
     rows, actions = np.nonzero(truth.is_legal)

@@ -118,15 +118,6 @@ def test_the_adapter_steps_like_the_vector_environment(is_joint: bool, horizon: 
     assert num_ends == 2 * NUM_ENVS
 
 
-@pytest.mark.parametrize(("horizon", "is_truncated"), [("truncate", True), ("terminal", False)])
-def test_the_end_of_an_episode_says_whether_it_was_cut(horizon: str, is_truncated: bool) -> None:
-    venv = Sb3VecEnv(make_vector(episode_steps=1, horizon=horizon))
-    venv.reset()
-    _, _, dones, infos = venv.step(np.zeros((NUM_ENVS, 8), dtype=np.int64))
-    assert dones.all()
-    assert [info["TimeLimit.truncated"] for info in infos] == [is_truncated] * NUM_ENVS
-
-
 def test_a_seed_holds_for_one_reset_and_members_go_on_with_their_own_streams() -> None:
     venv = Sb3VecEnv(make_vector())
     assert list(venv.seed(3)) == [3, 4, 5]

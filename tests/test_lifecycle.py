@@ -256,26 +256,6 @@ def test_alpha_is_set_only_while_blending_or_holding(stage: Stage) -> None:
     assert lifecycle.can_set_alpha(state)[0, 0] == (stage in (Stage.BLENDING, Stage.HOLDING))
 
 
-def test_alphas_stay_floats_whatever_the_type_of_the_request() -> None:
-    """Integer targets must not make the blend weights integers. Finding PRE-17."""
-    config = EnvConfig(min_training_steps=1)
-    state, measured = seed_in(Stage.DORMANT)
-    act(state, measured, config, Op.GERMINATE, first_target=1)
-    tick(state, measured, config)
-    measured.has_gradient[:] = True
-    measured.health[:] = 1.0
-    act(state, measured, config, Op.ADVANCE)
-    tick(state, measured, config)
-    assert abs(state.alpha[0, 0] - 1 / 3) < EXACT
-    tick(state, measured, config)
-    tick(state, measured, config)
-    act(state, measured, config, Op.PRUNE, speed=5)
-    tick(state, measured, config)
-    assert abs(state.alpha[0, 0] - 4 / 5) < EXACT
-    for name in ("alpha", "alpha_start", "alpha_target", "first_target"):
-        assert getattr(state, name).dtype == np.float64, name
-
-
 # ------------------------------------------------------------------ prune and embargo
 
 

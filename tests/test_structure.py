@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
+import torch
+
+from tests.builders import grow, make, waits
 
 ROOT = Path(__file__).parent.parent
 ROWS = {
@@ -23,6 +29,15 @@ ROWS = {
 BASE = {"config", "rng", "jit"}
 ENTRY = {"__init__", "sb3"}
 """Modules that only re-export names."""
+ORDER = ("base", "population", "tasks", "growth", "envs")
+"""The rows from the lowest to the highest: a step calls down."""
+MAX_CALLS, MAX_CHANGES = 105, 39
+"""Python calls of one env step, and how often the file changes from one call to the next."""
+MAX_PRIVATE = 20
+"""Uses of private names of this project in all tests; `debug_state` shows the rest."""
+OWN = {"esper_env", "esper_agent", "benchmarks", "docs"}
+RECORD = {"_fields", "_asdict", "_replace"}
+"""Public names of named tuples."""
 ALLOWED_LIBRARIES = {"gymnasium": {"envs", "testing"}, "torch": {"population", "tasks", "envs"}}
 """The only folders that may import these libraries."""
 
@@ -79,6 +94,65 @@ def test_the_agent_uses_only_public_names_of_the_environment(path: Path) -> None
         and not (isinstance(node.value, ast.Name) and node.value.id == "self")
     ]
     assert private == []
+
+
+def test_one_step_runs_down_the_rows_in_few_calls(threads: None) -> None:
+    """A step in which four members with seeds wait, call by call."""
+    torch.set_num_threads(1)
+    envs = make(4, episode_steps=60)
+    envs.reset(seed=0)
+    for slot in range(2):
+        grow(envs, slot)
+    envs.step(waits(4))
+    package = str(ROOT / "esper_env") + "/"
+    stack: list[str] = [""]
+    calls: list[tuple[str, str]] = []  # Files of the caller and of the function.
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        path = frame.f_code.co_filename
+        if not path.startswith(package):
+            return
+        if event == "call":
+            calls.append((stack[-1], path.removeprefix(package)))
+            stack.append(calls[-1][1])
+        elif event == "return":
+            stack.pop()
+
+    actions = waits(4)
+    sys.setprofile(profile)
+    envs.step(actions)
+    sys.setprofile(None)
+    files = [callee for _, callee in calls]
+    changes = sum(one != other for one, other in itertools.pairwise(files))
+    assert len(calls) <= MAX_CALLS, "\n".join(files)
+    assert changes <= MAX_CHANGES, "\n".join(files)
+    height = {path: ORDER.index(row_of("esper_env." + path.replace("/", "."))) for path in files}
+    assert set(height.values()) >= {1, 2, 3, 4}, "every row above the base takes part"
+    assert [(a, b) for a, b in calls[1:] if height[a] < height[b]] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_*.py")), ids=lambda p: p.name)
+def test_test_modules_share_builders_and_not_each_other(path: Path) -> None:
+    assert not any(name.startswith("tests.test_") for name in imports_of(path))
+
+
+def private_names(path: Path) -> list[str]:
+    """Return the private names of this project that a file uses, one entry per use."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "pickle"):
+            found.append(node.attr)
+        elif isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in OWN:
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "setattr":
+            strings = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            found += [str(value).split(".")[-1] for value in strings]
+    return [n for n in found if n.startswith("_") and not n.startswith("__") and n not in RECORD]
+
+
+def test_tests_use_few_private_names() -> None:
+    used = {path.name: private_names(path) for path in sorted((ROOT / "tests").glob("*.py"))}
+    assert sum(map(len, used.values())) <= MAX_PRIVATE, used
 
 
 def test_exported_names_are_those_of_the_design() -> None:
