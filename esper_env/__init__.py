@@ -1,6 +1,6 @@
-"""Esper: decide when, where and what a neural network grows while it trains.
+"""Gymnasium environments in which an agent grows a neural network while it trains.
 
-Importing this package registers the ids of `registration.ENVIRONMENTS`.
+Importing this package registers the environment ids of `esper_env.envs.registration`.
 """
 
 from esper_env.config import EnvConfig, Op, Stage

@@ -1,1 +1,1 @@
-"""Gymnasium's side: the environments, wrappers, info, rendering and registration."""
+"""Gymnasium interface: environments, wrappers, info, rendering and registration."""

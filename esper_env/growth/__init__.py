@@ -1,1 +1,1 @@
-"""The decision process: slot state, lifecycle, actions and masks, observation, reward, rollback."""
+"""Decision process: state, lifecycle, actions, masks, observation, reward, rollback, env step."""

@@ -1,8 +1,9 @@
-"""The factored action space, its exact masks, and the decoding of actions.
+"""Factored action space: heads, exact masks, and decoding of actions.
 
-`True` in a mask means legal. Two forms of the same mask are kept: the conditional one (legal ops;
-legal slots given an op; legal options of every other head given op and slot), which is exact, and
-the marginal one (an option is legal if some legal joint action contains it).
+`True` in a mask means legal. The *conditional* masks are exact. They contain the legal ops, the
+legal slots of each op, and the legal options of every other head for each op and slot. The
+*marginal* mask is flat over the options of all heads. An option is legal in it if at least one
+legal joint action contains the option.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from esper_env.growth.state import Measurements, Request, SlotState
 from esper_env.jit import entry_point, shared
 
 TEMPOS = (3, 5, 8)
-"""Lengths of the first ramp [env steps]."""
+"""Options of the tempo head: length of the first ramp [env steps]."""
 ALPHA_TARGETS = (0.5, 0.7, 1.0)
-"""Where a ramp may end."""
+"""Options of the alpha_target head: alpha at the end of a ramp."""
 ALPHA_SPEEDS = (0, 3, 5, 8)
-"""Lengths of later ramps [env steps]; 0 acts at once."""
+"""Options of the alpha_speed head: length of a later ramp [env steps]; 0 changes alpha at once."""
 
 HEAD_NAMES = (
     "op",
@@ -36,6 +37,7 @@ HEAD_NAMES = (
     "alpha_speed",
     "alpha_curve",
 )
+"""Names of the heads in the order of an action."""
 
 RELEVANT_HEADS: dict[Op, frozenset[str]] = {
     Op.WAIT: frozenset({"op"}),
@@ -45,27 +47,28 @@ RELEVANT_HEADS: dict[Op, frozenset[str]] = {
     Op.PRUNE: frozenset({"op", "slot", "alpha_speed", "alpha_curve"}),
     Op.FOSSILIZE: frozenset({"op", "slot"}),
 }
-"""Heads that an op reads. A head that is not read has one legal option, 0."""
+"""Heads that each op uses. An unused head has one legal option, 0."""
 
 
 @dataclass(frozen=True)
 class ActionHead:
-    """One component of the action: its name and the values its options stand for."""
+    """Head of the factored action: its name and the values of its options."""
 
     name: str
     options: tuple[Any, ...]
 
 
 class ActionSpace:
-    """The heads of one environment, with mask computation and decoding.
+    """Heads of an environment, with mask computation and decoding of actions.
 
     Args:
-        num_slots: Slots of the host.
-        blueprints: Names of the task's registry, in order.
-        config: Gate rules, and restrictions of the heads.
+        num_slots: Number of slots of the host.
+        blueprints: Names of the registered blueprints, in order.
+        config: Thresholds of the gates, and restrictions of the heads (`heads`).
 
     Raises:
-        ValueError: If a restriction names an unknown head or option, repeats one, or forbids WAIT.
+        ValueError: If a restriction names an unknown head or option, repeats an option, or excludes
+            WAIT.
     """
 
     def __init__(self, num_slots: int, blueprints: Sequence[str], config: EnvConfig) -> None:
@@ -86,18 +89,20 @@ class ActionSpace:
         self.num_slots = num_slots
         self.index: dict[str, IntArray] = {}
         options: dict[str, tuple[Any, ...]] = {}
+        # A restriction renumbers the options of a head. `index` maps them to canonical indices,
+        # which the state uses.
         for name, values in canonical.items():
             options[name] = _restrict(name, values, heads.get(name, values))
             self.index[name] = np.array([values.index(value) for value in options[name]])
         if Op.WAIT not in self.index["op"]:
-            raise ValueError("heads: expected WAIT among the options of 'op', it is always legal")
+            raise ValueError("heads: expected WAIT among the options of 'op'; it is always legal")
         self.heads = tuple(ActionHead(name, options[name]) for name in HEAD_NAMES)
         self.nvec = np.array([len(head.options) for head in self.heads])
         ops = [Op(i) for i in self.index["op"]]
         self.is_relevant = np.array(
             [[name in RELEVANT_HEADS[op] for name in HEAD_NAMES] for op in ops]
         )
-        """(ops, heads) bool."""
+        """True where the op uses the head. (ops, heads) bool."""
         self._config = config
         self._rules = _Rules(*[getattr(config, name) for name in _Rules._fields])
         self._germinate_key = b""
@@ -107,14 +112,15 @@ class ActionSpace:
         self._tempos = np.array(TEMPOS)[self.index["tempo"]]
         self._speeds = np.array(ALPHA_SPEEDS)[self.index["alpha_speed"]]
         self._style_curves = np.array([style.curve for style in STYLES])[self.index["style"]]
-        # All heads but op and slot side by side: every option for the ops that read the head,
-        # option 0 for the others. (ops, sum of options)
+        # Options of all heads but op and slot, concatenated. An op allows all options of a head
+        # that it uses, and option 0 of the others. (ops, sum of options)
         rest = [
             self.is_relevant[:, h, None] | (np.arange(len(head.options)) == 0)
             for h, head in enumerate(self.heads)
             if h >= 2
         ]
         self._unconditional = np.concatenate(rest, axis=1)
+        # Columns of each head in the concatenated options.
         stops = np.cumsum([part.shape[1] for part in rest]).tolist()
         self._columns = {
             head.name: slice(stop - len(head.options), stop)
@@ -138,20 +144,22 @@ class ActionSpace:
         budget_table: IntArray,
         host_parameters: IntArray,
     ) -> dict[str, BoolArray]:
-        """Return the exact legal actions, conditioned on op and slot.
+        """Return the exact masks, conditioned on op and slot.
 
         Args:
-            slots: Lifecycle of the slots.
-            measured: Measurements of the last step.
-            budget_table: See `lifecycle.can_germinate`.
-            host_parameters: Parameters of each host. (num_envs,).
+            slots: State of the slots.
+            measured: Measurements of the last env step.
+            budget_table: Parameters that each blueprint uses of the budget, the largest number over
+                the styles. (num_envs, num_slots, num_blueprints) int64.
+            host_parameters: Number of parameters of each host. (num_envs,) int64.
 
         Returns:
-            "op" (N, O), "slot" (N, O, S), every other head (N, O, S, options), all bool. A joint
-            action is legal exactly if its op, its slot given the op, and every other option given
-            op and slot are True. Rows of an illegal op or (op, slot) are all False.
+            "op" (num_envs, ops), "slot" (num_envs, ops, slots) and every other head
+            (num_envs, ops, slots, options), all bool. A joint action is legal if and only if its
+            op, its slot for the op, and all other options for op and slot are True. Rows of an
+            illegal op, or of an illegal slot for the op, are all False.
         """
-        # Gate G0 depends on what is in the slots alone, which changes in few steps.
+        # Gate G0 depends only on these arrays. They change in few env steps, so its result is kept.
         parts = slots.stage, slots.blueprint, budget_table, host_parameters
         key = b"".join(map(np.ndarray.tobytes, parts))
         if key != self._germinate_key:
@@ -159,6 +167,7 @@ class ActionSpace:
             self._germinate = lifecycle.can_germinate(
                 slots, budget_table, host_parameters, self._config
             )
+        # `rest` is (num_envs, ops, slots, sum of options): all heads but op and slot, concatenated.
         num_envs, (num_ops, width) = len(slots.stage), self._unconditional.shape
         is_op = np.zeros((num_envs, num_ops), dtype=np.bool_)
         is_slot = np.zeros((num_envs, num_ops, len(self.index["slot"])), dtype=np.bool_)
@@ -180,12 +189,15 @@ class ActionSpace:
         return masks
 
     def marginal_mask(self, conditional: dict[str, BoolArray]) -> BoolArray:
-        """Return, for every option of every head, whether some legal joint action contains it.
+        """Return the marginal mask: an option is legal if a legal joint action contains it.
 
         Every head has at least one legal option.
 
+        Args:
+            conditional: Masks returned by `conditional_masks`.
+
         Returns:
-            (num_envs, sum(nvec)) bool, heads in order.
+            Options of all heads in order, True where legal. (num_envs, sum(nvec)) bool.
         """
         op, slot, *rest = conditional.values()
         marginal = np.zeros((len(op), self._num_options), dtype=np.bool_)
@@ -200,28 +212,30 @@ class ActionSpace:
         *,
         raises_on_illegal: bool,
     ) -> tuple[Request, BoolArray]:
-        """Check, judge and decode actions.
+        """Validate actions, compare them with the masks, and decode them.
 
         Args:
-            actions: Option indices. (num_envs, heads) integers.
-            conditional: Masks of the state that is acted on.
-            active: Sub-environments that take part in the step; the others WAIT. (num_envs,).
-            raises_on_illegal: Whether an illegal action of an active one is an error; otherwise it
-                becomes WAIT.
+            actions: Option indices in the order of `heads`. (num_envs, heads) integers.
+            conditional: Conditional masks of the current state.
+            active: True for sub-environments that take part in the env step. The others WAIT.
+                (num_envs,) bool.
+            raises_on_illegal: Whether an illegal action of an active sub-environment is an error.
+                Otherwise it becomes WAIT.
 
         Returns:
-            The decoded actions, and which of the given ones were legal, (num_envs,) bool.
+            Decoded actions, and True where the given action was legal, (num_envs,) bool.
 
         Raises:
             TypeError: If the actions are not integers.
-            ValueError: If shape or range are wrong, or for an illegal action.
+            ValueError: If the shape is wrong or an index is out of range; with
+                `raises_on_illegal` also if an action is illegal.
         """
         array = np.asarray(actions)
         shape = (len(active), len(HEAD_NAMES))
         if array.dtype.kind not in "iu":
             raise TypeError(
                 f"actions: expected integers of shape {shape}, got dtype {array.dtype}; "
-                "pass option indices, for example from sample_valid_actions"
+                "pass option indices, e.g. those that sample_valid_actions returns"
             )
         if array.shape != shape:
             raise ValueError(
@@ -246,9 +260,12 @@ class ActionSpace:
                 head.name: head.options[o] for head, o in zip(self.heads, array[row], strict=True)
             }
             raise ValueError(
-                f"actions[{row}] is illegal in the current state: {chosen}. Choose by "
-                "conditional_masks() or sample_valid_actions(rng), or set illegal_actions='wait'"
+                f"actions[{row}] is illegal in the current state: {chosen}; choose a legal action "
+                "with conditional_masks() or sample_valid_actions(rng), or set "
+                "illegal_actions='wait'"
             )
+        # Option 0 of every head is WAIT, so illegal actions and inactive rows become WAIT.
+        # (num_envs, heads) -> one (num_envs,) array per head
         op, slot, blueprint, style, tempo, target, speed, curve = (array * acts[:, None]).T
         targets = self._targets[target]
         request = Request(
@@ -268,10 +285,14 @@ class ActionSpace:
     def sample(
         self, conditional: dict[str, BoolArray], rng: np.random.Generator
     ) -> npt.NDArray[np.int64]:
-        """Draw legal actions: uniform over ops, then slots, then the options of each head.
+        """Sample legal actions: uniform over ops, then slots, then the options of each head.
+
+        Args:
+            conditional: Masks returned by `conditional_masks`.
+            rng: Source of randomness.
 
         Returns:
-            (num_envs, 8) int64.
+            Option indices in the order of `heads`. (num_envs, 8) int64.
         """
         rows = np.arange(len(conditional["op"]))
         op = _choose(conditional["op"], rng)
@@ -281,7 +302,7 @@ class ActionSpace:
 
 
 class _Rules(NamedTuple):
-    """Fields of `EnvConfig` that gates read."""
+    """Fields of `EnvConfig` that the gates read."""
 
     min_training_steps: int
     min_gradient_health: float
@@ -292,7 +313,7 @@ class _Rules(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """What the options stand for, and where those of a head begin among all but op and slot."""
+    """Values of the options, and the first column of three heads in the concatenated options."""
 
     op: IntArray
     slot: IntArray
@@ -305,7 +326,7 @@ class _Options(NamedTuple):
 
 
 class _Slot(NamedTuple):
-    """What gates read of the state of a slot."""
+    """State of one slot, as far as the gates read it."""
 
     stage: int
     stage_steps: int
@@ -315,7 +336,7 @@ class _Slot(NamedTuple):
 
 
 class _Measured(NamedTuple):
-    """What gates read of the measurements of a slot."""
+    """Measurements of one slot, as far as the gates read them."""
 
     has_gradient: bool
     exploding: float
@@ -324,6 +345,7 @@ class _Measured(NamedTuple):
     contribution: float
 
 
+# The same gates serve the transitions, as NumPy formulas, and the masks, compiled for single slots.
 for _formula in (
     lifecycle.is_at,
     lifecycle.is_trial,
@@ -350,7 +372,19 @@ def _fill_masks(
     options: _Options,
     unconditional: BoolArray,
 ) -> None:
-    """Write `conditional_masks`, False before; `rest` has the other heads side by side."""
+    """Write the conditional masks, which are False before the call.
+
+    Args:
+        is_op: Mask of the ops. (num_envs, ops) bool.
+        is_slot: Mask of the slots of each op. (num_envs, ops, slots) bool.
+        rest: Masks of all other heads, concatenated. (num_envs, ops, slots, sum of options) bool.
+        state: State of the slots.
+        measured: Measurements of the last env step.
+        germinate: Result of gate G0. (num_envs, num_slots, num_blueprints) bool.
+        rules: Fields of the configuration that the gates read, a `_Rules`.
+        options: Values of the options.
+        unconditional: Options that each op allows if its gate passes. (ops, sum of options) bool.
+    """
     width = unconditional.shape[1]
     for i in range(len(is_op)):
         for k, s in enumerate(options.slot):
@@ -372,7 +406,7 @@ def _fill_masks(
                 mask = rest[i, o, k]
                 is_legal: Any = False
                 if op == Op.WAIT:
-                    is_legal = k == 0  # WAIT reads no slot, so its slot is option 0.
+                    is_legal = k == 0  # WAIT uses no slot, so only option 0 is legal.
                 elif op == Op.GERMINATE:
                     is_legal = True
                 elif op == Op.ADVANCE:
@@ -387,7 +421,8 @@ def _fill_masks(
                     continue
                 for c in range(width):
                     mask[c] = unconditional[o, c]
-                # What an option needs beyond its op's gate, and then the op needs one of them.
+                # In three ops an option has a condition of its own. Such an op is legal in the slot
+                # only if at least one option is.
                 if op == Op.GERMINATE:
                     is_legal = False
                     for c, blueprint in enumerate(options.blueprint):
@@ -402,10 +437,11 @@ def _fill_masks(
                 elif op == Op.PRUNE:
                     is_legal = False
                     for c, speed in enumerate(options.speed):
-                        # A seed without weight has no ramp to run.
+                        # At alpha 0 there is no ramp to 0, so only an immediate PRUNE is legal.
                         has_ramp = speed == 0 or state.alpha[i, s] > 0
                         mask[options.first_speed + c] = has_ramp
                         is_legal = is_legal or has_ramp
+                # Rows of an illegal slot stay all False.
                 if is_legal:
                     is_slot[i, o, k] = True
                     is_op[i, o] = True
@@ -418,7 +454,14 @@ def _fill_masks(
 def _project(
     marginal: BoolArray, is_op: BoolArray, is_slot: BoolArray, rest: tuple[BoolArray, ...]
 ) -> None:
-    """Write the marginal mask, which is False before."""
+    """Write the marginal mask, which is False before the call.
+
+    Args:
+        marginal: Marginal mask. (num_envs, sum(nvec)) bool.
+        is_op: Mask of the ops. (num_envs, ops) bool.
+        is_slot: Mask of the slots of each op. (num_envs, ops, slots) bool.
+        rest: Mask of each other head. (num_envs, ops, slots, options) bool.
+    """
     _, num_ops, num_slots = is_slot.shape
     for i in range(len(marginal)):
         for o in range(num_ops):
@@ -442,6 +485,7 @@ def _check_legal(
     slot_mask: BoolArray,
     rest: tuple[BoolArray, ...],
 ) -> None:
+    """Write True where an action is legal by the conditional masks. (num_envs,) bool."""
     for i in range(len(legal)):
         op, slot = actions[i, 0], actions[i, 1]
         legal[i] = op_mask[i, op] and slot_mask[i, op, slot]
@@ -450,18 +494,19 @@ def _check_legal(
 
 
 def _restrict(name: str, canonical: tuple[Any, ...], wanted: Any) -> tuple[Any, ...]:
+    """Return the wanted options of a head in canonical order."""
     values = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
     unknown = [value for value in values if value not in canonical]
     if unknown or not values or len(set(values)) != len(values):
         raise ValueError(
-            f"heads[{name!r}]: expected one or several distinct options of {canonical}, "
+            f"heads[{name!r}]: expected one option or a list of distinct options of {canonical}, "
             f"got {wanted!r}"
         )
     return tuple(value for value in canonical if value in values)
 
 
 def _choose(mask: BoolArray, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Draw one True position per row, uniformly."""
+    """Sample one True position per row, uniformly."""
     keys = np.where(mask, rng.random(mask.shape), -1.0)
     choice: npt.NDArray[np.int64] = keys.argmax(axis=1)
     return choice

@@ -1,8 +1,9 @@
-"""The life of a seed: one table of transitions, one gate function per transition, arrays only.
+"""Lifecycle of seeds: the table of legal transitions, one gate function for each, and the tick.
 
-All state is arrays of shape (num_envs, num_slots). The masks of `actions` and the transitions here
-call the same gates, so a legal action always succeeds. Nothing here knows torch, rewards or
-telemetry.
+An op (`apply`), the passing of an env step (`tick`) or a rollback (`roll_back`) moves a slot from
+one `Stage` to another. Masks and transitions call the same gates, so a legal action always
+succeeds. A *trial seed* is a seed that is not fossilized. All state consists of arrays of shape
+(num_envs, num_slots). The networks are trained elsewhere; see `simulation`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TRANSITIONS = frozenset(
         (Stage.EMBARGOED, Stage.DORMANT),
     }
 )
-"""Every legal change of stage; anything else raises."""
+"""Legal transitions (from, to); every other one raises an error."""
 
 _IS_LEGAL = np.zeros((len(Stage), len(Stage)), dtype=bool)
 for _source, _target in TRANSITIONS:
@@ -36,10 +37,18 @@ for _source, _target in TRANSITIONS:
 
 
 def ease(curve: IntArray, t: FloatArray) -> FloatArray:
-    """Compute the share of a ramp that is done at time `t`: monotone, 0 at 0 and 1 at 1.
+    """Compute the share of the way to the target that alpha has covered at time `t` of a ramp.
 
-    Source: design, section 4: linear t; cosine (1 - cos(pi t)) / 2;
-    sigmoid (s(k(t - 1/2)) - s(-k/2)) / (s(k/2) - s(-k/2)) with k = 6, 12, 24.
+    LINEAR is t, COSINE is (1 - cos(pi t)) / 2, and SIGMOID_k is
+    (s(k (t - 1/2)) - s(-k/2)) / (s(k/2) - s(-k/2)) with the logistic function s. All increase from
+    0 at t = 0 to 1 at t = 1.
+
+    Args:
+        curve: Values of `Curve`, of any shape.
+        t: Share of the ramp's env steps that have passed, 0 to 1. Same shape as `curve`.
+
+    Returns:
+        Share of the way, 0 to 1. Same shape as `curve`, float64.
     """
     result = t.copy()
     here = curve == Curve.COSINE.value
@@ -58,23 +67,24 @@ def can_germinate(
     host_parameters: npt.ArrayLike,
     config: EnvConfig,
 ) -> BoolArray:
-    """Gate G0: the slot is empty, and neither `max_seeds` nor the budget would be exceeded.
+    """Gate G0: the slot is empty, and a new seed exceeds neither `max_seeds` nor the budget.
 
     Args:
-        state: The slots.
-        seed_parameters: Parameters of each blueprint in each slot, the largest over styles.
-            (num_envs, num_slots, num_blueprints) int64, or what broadcasts to it.
-        host_parameters: Parameters of each host. (num_envs,), or one for all.
-        config: Limits.
+        state: State of the slots.
+        seed_parameters: Parameters that each blueprint uses of the budget, the largest number over
+            the styles. (num_envs, num_slots, num_blueprints) int64, or broadcastable to it.
+        host_parameters: Number of parameters of each host. (num_envs,), or one number for all.
+        config: Source of `max_seeds` and `parameter_budget`.
 
     Returns:
-        (num_envs, num_slots, num_blueprints) bool.
+        True where the blueprint can germinate. (num_envs, num_slots, num_blueprints) bool.
     """
     num_slots, is_empty = state.stage.shape[1], is_at(state, Stage.DORMANT)
     if not is_empty.any():
         return np.zeros((*is_empty.shape, seed_parameters.shape[-1]), dtype=bool)
     limit = num_slots if config.max_seeds is None else config.max_seeds
     has_room = is_live(state.stage).sum(axis=1) < limit
+    # (num_envs,) -> (num_envs, 1, 1), to broadcast over slots and blueprints
     used = used_parameters(state, seed_parameters)
     total = used[:, None, None] + seed_parameters
     limits = config.parameter_budget * np.reshape(host_parameters, (-1, 1, 1))
@@ -85,7 +95,7 @@ def can_germinate(
 
 
 def used_parameters(state: SlotState, seed_parameters: IntArray) -> IntArray:
-    """Return what the live seeds take from the parameter budget. (num_envs,) int64."""
+    """Return the parameters that all seeds use of the budget. (num_envs,) int64."""
     members, slots = state.stage.shape
     table = np.broadcast_to(seed_parameters, (members, slots, seed_parameters.shape[-1]))
     at = np.arange(members)[:, None], np.arange(slots), np.maximum(state.blueprint, 0)
@@ -94,17 +104,17 @@ def used_parameters(state: SlotState, seed_parameters: IntArray) -> IntArray:
     return total
 
 
-# The gates below are formulas of arrays, for the transitions; for the masks they are compiled for
-# single slots: `state` and `measured` then hold the numbers of one slot.
+# The transitions call the gates below with arrays. The masks call them in compiled code, where
+# `state` and `measured` hold the numbers of a single slot.
 
 
 def can_train(state: SlotState) -> BoolArray:
-    """Gate G1: the module is built, which germination guarantees."""
+    """Gate G1: the seed is GERMINATED, so its module has been built."""
     return is_at(state, Stage.GERMINATED)
 
 
 def can_blend(state: SlotState, measured: Measurements, config: EnvConfig) -> BoolArray:
-    """Gate G2: trained long enough, with a gradient measured in the step itself, and healthy."""
+    """Gate G2: the seed has trained long enough, with healthy gradients in the last env step."""
     is_ready: BoolArray = (
         is_at(state, Stage.TRAINING)
         & (state.stage_steps >= config.min_training_steps)
@@ -116,33 +126,33 @@ def can_blend(state: SlotState, measured: Measurements, config: EnvConfig) -> Bo
 
 
 def can_hold(state: SlotState) -> BoolArray:
-    """Gate G3: alpha reached its target, and the target is 1."""
+    """Gate G3: no ramp is running, and alpha is 1."""
     is_done: BoolArray = (state.mode == HOLD) & (state.alpha == 1.0)
     return is_at(state, Stage.BLENDING) & is_done
 
 
 def can_advance(state: SlotState, measured: Measurements, config: EnvConfig) -> BoolArray:
-    """Whether ADVANCE leads from the present stage to the next."""
+    """Return True where ADVANCE is legal: gate G1, G2 or G3 passes."""
     return can_train(state) | can_blend(state, measured, config) | can_hold(state)
 
 
 def can_set_alpha(state: SlotState) -> BoolArray:
-    """Whether alpha may be given a new target: blended or blending, controller in HOLD."""
+    """Return True where SET_ALPHA is legal: BLENDING or HOLDING, and no ramp is running."""
     is_blended = is_at(state, Stage.BLENDING) | is_at(state, Stage.HOLDING)
     is_still: BoolArray = state.mode == HOLD
     return is_blended & is_still
 
 
 def can_prune(state: SlotState, config: EnvConfig) -> BoolArray:
-    """Whether a seed may be removed: on trial, old enough, controller in HOLD."""
+    """Return True where PRUNE is legal: a trial seed, old enough, and no ramp is running."""
     is_old_enough: BoolArray = (state.age >= config.min_prune_age) & (state.mode == HOLD)
     return is_trial(state.stage) & is_old_enough
 
 
 def can_fossilize(state: SlotState, measured: Measurements, config: EnvConfig) -> BoolArray:
-    """Gate G5: holding, contribution measured, and in strict mode large enough.
+    """Gate G5: HOLDING, contribution measured, and large enough with `strict_fossilize`.
 
-    With `attribution="none"` no contribution is ever measured, and holding suffices.
+    With `attribution="none"` contributions are not measured, so HOLDING is enough.
     """
     is_holding = is_at(state, Stage.HOLDING)
     if not config.measures_contributions:
@@ -154,46 +164,53 @@ def can_fossilize(state: SlotState, measured: Measurements, config: EnvConfig) -
 
 
 def is_at(state: SlotState, stage: Stage) -> BoolArray:
-    """Where a slot is in a stage.
+    """Return True where a slot is in the stage.
 
-    The plain number is compared: NumPy takes ten times as long for a member of an enumeration.
+    The comparison uses the plain number. NumPy takes ten times as long for a member of an
+    enumeration.
     """
     is_there: BoolArray = state.stage == stage.value
     return is_there
 
 
 def is_live(stage: IntArray) -> BoolArray:
-    """Return where a slot holds a seed module: GERMINATED to FOSSILIZED."""
+    """Return True where a slot holds a seed: GERMINATED to FOSSILIZED."""
     is_between: BoolArray = (stage >= Stage.GERMINATED.value) & (stage <= Stage.FOSSILIZED.value)
     return is_between
 
 
 def is_trial(stage: IntArray) -> BoolArray:
-    """Where a seed exists that is not fossilized."""
+    """Return True where a slot holds a trial seed: GERMINATED to HOLDING."""
     is_between: BoolArray = (stage >= Stage.GERMINATED.value) & (stage <= Stage.HOLDING.value)
     return is_between
 
 
 def apply(state: SlotState, measured: Measurements, request: Request, config: EnvConfig) -> None:
-    """Carry out legal requests in place.
+    """Apply one legal action per sub-environment to its slots.
 
     Args:
-        state: The slots, changed in place.
-        measured: What the last step measured; forgotten for slots that get or lose a seed.
-        request: One decoded action per member, already checked against the masks; anything else
-            is a defect of the caller.
-        config: Timing rules.
+        state: State of the slots, changed in place.
+        measured: Measurements of the last env step. Those of slots that get or lose a seed are
+            cleared.
+        request: Decoded actions. The caller has checked them against the masks.
+        config: Thresholds of the gates, and `embargo_steps`.
+
+    Raises:
+        RuntimeError: If an action causes a transition that is not in `TRANSITIONS`.
     """
     if not request.op.any():
-        return  # All wait, the most frequent case of all.
+        return  # All sub-environments WAIT, the most frequent case.
     rows = np.arange(len(request.op))
 
     def chosen(op: Op) -> tuple[IntArray, IntArray]:
+        """Return the sub-environments with this op, and the slot of each, as an index pair."""
         members = rows[request.op == op.value]
         return members, request.slot[members]
 
     at = chosen(Op.GERMINATE)
     if len(at[0]):
+        # An empty slot has alpha 0 and no ramp. Style, tempo and target are stored for the first
+        # ramp, which starts when the seed enters BLENDING.
         _move(state, at, Stage.GERMINATED)
         measured.clear(at)
         state.age[at] = 0
@@ -205,6 +222,7 @@ def apply(state: SlotState, measured: Measurements, request: Request, config: En
 
     at = chosen(Op.ADVANCE)
     if len(at[0]):
+        # The masks test the same gate, so this fails only if the caller did not check the action.
         assert can_advance(state, measured, config)[at].all()
         _advance(state, at)
 
@@ -214,6 +232,7 @@ def apply(state: SlotState, measured: Measurements, request: Request, config: En
         state.style[at] = request.style[at[0]]
         state.curve[at] = request.curve[at[0]]
         _retarget(state, at, request.target[at[0]], request.speed[at[0]])
+        # A seed in HOLDING has alpha 1. The new target is below 1, so the seed blends again.
         leaves = state.stage[at] == Stage.HOLDING
         _move(state, (at[0][leaves], at[1][leaves]), Stage.BLENDING)
 
@@ -221,6 +240,8 @@ def apply(state: SlotState, measured: Measurements, request: Request, config: En
     if len(at[0]):
         assert can_prune(state, config)[at].all()
         state.curve[at] = request.curve[at[0]]
+        # Speed 0 removes the seed now. Otherwise alpha starts a ramp to 0 in BLENDING, and `tick`
+        # removes the seed at the end of the ramp.
         is_immediate = request.speed[at[0]] == 0
         _remove(state, measured, (at[0][is_immediate], at[1][is_immediate]), config)
         slow = (at[0][~is_immediate], at[1][~is_immediate])
@@ -236,18 +257,21 @@ def apply(state: SlotState, measured: Measurements, request: Request, config: En
 
 
 def tick(state: SlotState, measured: Measurements, active: BoolArray, config: EnvConfig) -> None:
-    """Let one env step pass: cooldowns, alpha ramps, automatic transitions, then ages.
+    """Advance slots by one env step: cooldowns, alpha ramps, automatic transitions, ages.
 
     Args:
-        state: The slots, changed in place.
-        measured: What the last step measured.
-        active: Members that take part in the step. (num_envs,) bool.
-        config: Timing rules.
+        state: State of the slots, changed in place.
+        measured: Measurements of the last env step. Those of slots that lose a seed are cleared.
+        active: True for sub-environments that take part in the env step. (num_envs,) bool.
+        config: Thresholds of the gates, and the settings `automatic_*`.
     """
+    # An empty slot has nothing to tick. `here` is not updated below, so a slot that becomes empty
+    # in this tick is still in it.
     here = active[:, None] & ~is_at(state, Stage.DORMANT)
     if not here.any():
         return
-    # A slot embargoed by this step's own action has stage_steps 0 and does not count down yet.
+    # The op of this env step may have embargoed a slot. Then stage_steps is 0, and the cooldown
+    # starts with the next tick.
     is_cooling = here & is_at(state, Stage.EMBARGOED) & (state.stage_steps > 0)
     if is_cooling.any():
         state.cooldown[is_cooling] -= 1
@@ -258,15 +282,20 @@ def tick(state: SlotState, measured: Measurements, active: BoolArray, config: En
     is_ramping = here & (state.mode != HOLD)
     if is_ramping.any():
         state.ramp_step[is_ramping] += 1
+        # Slots that are not ramping may have length 0. Their share is not used.
         length = np.maximum(state.ramp_length, 1)
         share = ease(state.curve, state.ramp_step / length)
         alpha = state.alpha_start + (state.alpha_target - state.alpha_start) * share
         has_landed = is_ramping & (state.ramp_step == state.ramp_length)
         state.alpha[is_ramping] = alpha[is_ramping]
+        # The end of a ramp is the target itself, without the rounding errors of the formula.
         state.alpha[has_landed] = state.alpha_target[has_landed]
         state.mode[has_landed] = HOLD
+        # PRUNE with a ramp removes the seed here.
         _remove(state, measured, np.nonzero(has_landed & state.is_pruning), config)
 
+    # A seed makes at most one of these transitions per tick: TRAINING lasts at least one env step,
+    # and the first ramp at least three.
     if config.automatic_training:
         _advance(state, np.nonzero(here & can_train(state)))
     if config.automatic_blending:
@@ -274,6 +303,7 @@ def tick(state: SlotState, measured: Measurements, active: BoolArray, config: En
     if config.automatic_holding:
         _advance(state, np.nonzero(here & can_hold(state)))
 
+    # A stage that was entered in this env step has now lasted one step.
     state.stage_steps[:] += here & ~is_at(state, Stage.DORMANT)
     state.age[:] += here & is_live(state.stage)
 
@@ -281,18 +311,26 @@ def tick(state: SlotState, measured: Measurements, active: BoolArray, config: En
 def roll_back(
     state: SlotState, measured: Measurements, members: IntArray, config: EnvConfig
 ) -> None:
-    """Remove all trial seeds of some members after a step's training; fossils stay."""
+    """Remove all trial seeds of some sub-environments after the training of an env step.
+
+    Args:
+        state: State of the slots, changed in place.
+        measured: Measurements of the last env step. Those of removed seeds are cleared.
+        members: Indices of the sub-environments. (m,) int64.
+        config: Source of `embargo_steps`.
+    """
     where = np.zeros(state.stage.shape, dtype=bool)
     where[members] = is_trial(state.stage[members])
     _remove(state, measured, np.nonzero(where), config)
-    # The tick of this step is past, so the next one already counts.
+    # The tick of this env step is over. At 1 the next tick already counts down the cooldown.
     state.stage_steps[where] = 1
 
 
 def _advance(state: SlotState, at: tuple[IntArray, ...]) -> None:
-    """Move slots to the next stage; entering BLENDING starts the first ramp."""
+    """Move slots to their next stage; a seed that enters BLENDING starts its first ramp."""
     if not len(at[0]):
         return
+    # The stages are read before the first move, so no slot moves twice.
     stage = state.stage[at]
     for source, target in (
         (Stage.GERMINATED, Stage.TRAINING),
@@ -308,7 +346,7 @@ def _advance(state: SlotState, at: tuple[IntArray, ...]) -> None:
 def _retarget(
     state: SlotState, at: tuple[IntArray, ...], target: FloatArray, length: IntArray
 ) -> None:
-    """Start a ramp from HOLD; a ramp of length 0 lands at once."""
+    """Start ramps of slots in mode HOLD; at length 0 alpha changes at once."""
     if not len(at[0]):
         return
     assert (state.mode[at] == HOLD).all()
@@ -325,9 +363,10 @@ def _retarget(
 def _remove(
     state: SlotState, measured: Measurements, at: tuple[IntArray, ...], config: EnvConfig
 ) -> None:
-    """Take seeds out of their slots and close the slots for a while."""
+    """Remove the seeds of slots and close the slots for `embargo_steps` env steps."""
     if not len(at[0]):
         return
+    # `_move` checks the transition. `clear` then resets the stage too, so it is set again.
     _move(state, at, Stage.EMBARGOED)
     state.clear(at)
     measured.clear(at)
@@ -336,7 +375,11 @@ def _remove(
 
 
 def _move(state: SlotState, at: tuple[IntArray, ...], target: Stage) -> None:
-    """Change stages, refusing what the table does not list."""
+    """Change the stage of slots and set their time in the stage to 0.
+
+    Raises:
+        RuntimeError: If a transition is not in `TRANSITIONS`.
+    """
     if not len(at[0]):
         return
     source = state.stage[at]
@@ -349,4 +392,5 @@ def _move(state: SlotState, at: tuple[IntArray, ...], target: Stage) -> None:
 
 
 def _sigmoid(x: FloatArray | float) -> FloatArray:
+    """Return the logistic function of x."""
     return np.asarray(1.0 / (1.0 + np.exp(-np.asarray(x, dtype=np.float64))))
