@@ -1,7 +1,8 @@
-"""Which coalitions of seeds are evaluated, and what follows from their accuracies.
+"""Contributions of seeds: the networks to evaluate, and the measurements from their accuracies.
 
-A coalition is the live network with some seeds left out. Each distinct one is evaluated once per
-env step; the population computes what they share once.
+A *coalition* is the live network with other blend weights: seeds are left out (weight 0) or a seed
+at alpha 0 gets alpha 1. Each distinct coalition of a sub-environment is evaluated once per env
+step. The population evaluates the layers that coalitions share only once.
 """
 
 from __future__ import annotations
@@ -16,28 +17,31 @@ from esper_env.growth.state import HISTORY, Measurements, Progress, SlotState
 from esper_env.jit import entry_point, inlined
 
 PLATEAU_MARGIN = 0.003
-"""Improvement of the best accuracy that resets the plateau counter [accuracy, 0 to 1]."""
+"""Rise of the best accuracy above which the plateau counter restarts [accuracy, 0 to 1]."""
 
 
 class Coalitions(NamedTuple):
-    """Distinct networks to evaluate, and the row of each in the arrays."""
+    """Distinct coalitions to evaluate, one per row, and the rows of m sub-environments.
+
+    All integers are int64.
+    """
 
     member: IntArray
-    """Sub-environment of each row. (rows,)."""
+    """Index of the sub-environment. (rows,)."""
     alpha: FloatArray
-    """Blend weights of each row, 0 for a seed that is left out. (rows, slots)."""
+    """Blend weight of each slot, 0 for a seed that is left out. (rows, num_slots)."""
     live: IntArray
     """Row of the live network. (m,)."""
     committed: IntArray
-    """Row of the network with only the fossilized seeds. (m,)."""
+    """Row of the committed network, which has only the fossilized seeds. (m,)."""
     without: IntArray
-    """Row of the network without one trial seed, -1 where it is not evaluated. (m, slots)."""
+    """Row of the live network without one trial seed, -1 if not evaluated. (m, num_slots)."""
     would_be: IntArray
-    """Row of the network with one trial seed of alpha 0 at alpha 1, -1 where it is not evaluated.
-    (m, slots)."""
+    """Row of the live network with one trial seed at alpha 1 instead of 0, -1 if not evaluated.
+    (m, num_slots)."""
     subsets: IntArray
-    """Row of the network without the trial seeds whose slots are the set bits of k.
-    (m, 2**slots), or (m, 0) unless all subsets are evaluated."""
+    """Row of the live network without a subset of the trial seeds. Entry k leaves out the slots
+    that are the set bits of k. (m, 2**num_slots), or (m, 0) if subsets are not evaluated."""
 
 
 def plan_coalitions(
@@ -46,17 +50,18 @@ def plan_coalitions(
     """List the distinct coalitions of some sub-environments.
 
     Args:
-        members: Indices of the sub-environments. (m,).
-        slots: Slots of all sub-environments.
-        leave_one_out: Whether to leave out each seed with alpha > 0 that is not fossilized, and to
-            try each seed with alpha 0 at alpha 1.
-        all_subsets: Whether to leave out every subset of the seeds with alpha > 0 too.
+        members: Indices of the sub-environments. (m,) int64.
+        slots: State of the slots of all sub-environments.
+        leave_one_out: Whether to leave out each trial seed with alpha > 0, and to evaluate each
+            trial seed with alpha 0 at alpha 1.
+        all_subsets: Whether to also leave out every subset of the trial seeds.
 
     Returns:
-        Rows to evaluate.
+        Coalitions to evaluate.
     """
     m, num_slots = len(members), slots.stage.shape[1]
     num_subsets = 2**num_slots if all_subsets else 0
+    # Upper limit of the rows: live, committed, two per slot, subsets. `_plan` skips duplicates.
     most = m * (2 + 2 * num_slots * leave_one_out + num_subsets)
     plan = Coalitions(
         member=np.empty(most, dtype=np.int64),
@@ -79,7 +84,17 @@ def _plan(
     present: FloatArray,
     leave_one_out: bool,
 ) -> int:
-    """Fill the plan, rows of one sub-environment one after the other; return the rows."""
+    """Write the plan and return the number of rows.
+
+    The rows of a sub-environment are contiguous, so `_row_of` searches only these for a duplicate.
+
+    Args:
+        plan: Arrays to write, with as many rows as can be needed.
+        members: Indices of the sub-environments. (m,) int64.
+        stage: Values of `Stage`. (num_envs, num_slots) int64.
+        present: Current blend weights. (num_envs, num_slots) float64.
+        leave_one_out: As in `plan_coalitions`.
+    """
     num_slots, rows = stage.shape[1], 0
     wanted, alpha = np.empty(num_slots), plan.alpha
     for n, i in enumerate(members):
@@ -88,6 +103,7 @@ def _plan(
         for s in range(num_slots):
             wanted[s] = present[i, s] if stage[i, s] == Stage.FOSSILIZED else 0.0
         plan.committed[n], rows = _row_of(wanted, alpha, first, rows)
+        # Without a trial seed, or with one at alpha 1 instead of 0; all others at their alpha.
         for s in range(num_slots):
             is_trial = Stage.GERMINATED <= stage[i, s] < Stage.FOSSILIZED
             if leave_one_out and (is_trial or present[i, s] > 0):
@@ -100,6 +116,7 @@ def _plan(
                     else:
                         wanted[s] = 1.0
                         plan.would_be[n, s], rows = _row_of(wanted, alpha, first, rows)
+        # Bits of slots without a trial seed change nothing, so many subsets share a row.
         for k in range(plan.subsets.shape[1]):
             for s in range(num_slots):
                 is_out = k >> s & 1 and stage[i, s] != Stage.FOSSILIZED
@@ -112,7 +129,17 @@ def _plan(
 
 @inlined
 def _row_of(wanted: FloatArray, alpha: FloatArray, first: int, rows: int) -> tuple[int, int]:
-    """Find weights among the rows from `first` on, or append them; return row and new length."""
+    """Find blend weights in the rows from `first` on, or append them.
+
+    Args:
+        wanted: Blend weights to find. (num_slots,) float64.
+        alpha: Blend weights of all rows, changed in place. (most rows, num_slots) float64.
+        first: First row of the sub-environment.
+        rows: Number of rows in use.
+
+    Returns:
+        Row of the weights, and the new number of rows.
+    """
     for row in range(first, rows):
         is_same = True
         for s in range(len(wanted)):
@@ -125,25 +152,27 @@ def _row_of(wanted: FloatArray, alpha: FloatArray, first: int, rows: int) -> tup
 
 
 def shapley_values(value: FloatArray, num_slots: int) -> FloatArray:
-    """Return the exact Shapley value of every slot.
+    """Compute the exact Shapley value of every slot.
 
     phi_i = sum over S without i of |S|! (n - |S| - 1)! / n! * (v(S with i) - v(S)). Slots without a
-    trial seed are null players: they get 0 and do not change what the others get.
-
-    Args:
-        value: v of the coalition without the slots that are the set bits of k. (m, 2**slots).
-        num_slots: n.
-
-    Returns:
-        (m, slots).
+    trial seed are null players. Their value is 0, and they do not affect the values of the others.
 
     Source: Shapley (1953), equation 11.
+
+    Args:
+        value: v of the coalition without the slots that are the set bits of k.
+            (m, 2**num_slots) float64.
+        num_slots: Number n of players.
+
+    Returns:
+        Shapley values in the unit of `value`. (m, num_slots) float64.
     """
     result = np.zeros((len(value), num_slots))
     for k in range(2**num_slots):
         num_absent = k.bit_count()
         for slot in range(num_slots):
             if k >> slot & 1:
+                # S is the coalition without the slots of k. Clearing the slot's bit adds it to S.
                 present = num_slots - num_absent
                 weight = factorial(present) * factorial(num_absent - 1) / factorial(num_slots)
                 result[:, slot] += weight * (value[:, k & ~(1 << slot)] - value[:, k])
@@ -158,22 +187,23 @@ def record_evaluation(
     accuracy: FloatArray,
     loss: FloatArray,
 ) -> None:
-    """Write accuracies, contributions, pair interactions and would-be effects into the state.
+    """Write accuracies, contributions, interactions and counterfactual effects into the state.
 
-    contribution_i = acc(live) - acc(without i), or the Shapley value of seed i where all subsets
-    were evaluated. With exactly two trial seeds i and j, the network without both is the committed
-    one, and their interaction by inclusion and exclusion is
-    acc(live) - acc(without i) - acc(without j) + acc(committed). A seed of alpha 0 contributes
-    nothing yet; its would-be effect is acc(live with it at alpha 1) - acc(live).
+    The contribution of seed i is acc(live) - acc(live without i), or its Shapley value if all
+    subsets were evaluated. If exactly two trial seeds i and j have alpha > 0, the live network
+    without both equals the committed network. By inclusion and exclusion their interaction is
+    acc(live) - acc(live without i) - acc(live without j) + acc(committed). The counterfactual
+    effect of a seed at alpha 0 is acc(live with it at alpha 1) - acc(live).
 
     Args:
-        progress: Changed in place for `members`.
-        measured: Changed in place for `members`.
-        members: Sub-environments that were evaluated. (m,).
-        coalitions: The evaluated networks.
-        accuracy: Accuracy of each row of `coalitions`, 0 to 1. (rows,).
-        loss: Mean loss of each row [nats]. (rows,).
+        progress: Progress of the episodes, changed in place for `members`.
+        measured: Measurements of the seeds, changed in place for `members`.
+        members: Indices of the evaluated sub-environments. (m,) int64.
+        coalitions: Evaluated coalitions of `members`.
+        accuracy: Accuracy of each coalition, 0 to 1. (rows,) float64.
+        loss: Mean loss of each coalition [nats]. (rows,) float64.
     """
+    # (m, 2**num_slots) rows -> (m, 2**num_slots) accuracies -> (m, num_slots) Shapley values
     shapley = np.zeros((0, coalitions.without.shape[1]))
     if coalitions.subsets.shape[1]:
         shapley = shapley_values(accuracy[coalitions.subsets], coalitions.without.shape[1])
@@ -190,10 +220,15 @@ def _record(
     loss: FloatArray,
     shapley: FloatArray,
 ) -> None:
+    """Write the measurements of `record_evaluation`; `shapley` is (m, num_slots) or (0, num_slots).
+
+    The changes are differences from the values that the state holds before the call.
+    """
     without, would_be = coalitions.without, coalitions.would_be
     for n, i in enumerate(members):
         live, committed = coalitions.live[n], coalitions.committed[n]
         own = accuracy[live]
+        # Shift the histories by one env step; index 0 is the latest change.
         for past in range(HISTORY - 1, 0, -1):
             progress.accuracy_history[i, past] = progress.accuracy_history[i, past - 1]
             progress.loss_history[i, past] = progress.loss_history[i, past - 1]
@@ -224,8 +259,10 @@ def _record(
                 measured.contribution[i, s] = contribution
                 measured.contribution_age[i, s] = 0
                 measured.has_contribution[i, s] = True
+            # A fossilized seed keeps its last contribution, whose age grows.
             elif measured.has_contribution[i, s]:
                 measured.contribution_age[i, s] += 1
+        # `lost` is the sum of the accuracies without one seed each.
         for s in range(without.shape[1]):
             is_pair = num_tested == 2 and without[n, s] >= 0
             measured.has_interaction[i, s] = is_pair

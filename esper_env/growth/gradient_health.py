@@ -1,4 +1,4 @@
-"""How healthy the gradients of seeds are, judged per tensor on a log scale."""
+"""Gradient health of seeds, computed from the gradient norm of each tensor on a log scale."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from esper_env.growth.state import Measurements
 from esper_env.jit import entry_point
 
 DECADES = 2.0
-"""Factors of ten beyond a threshold at which a severity has risen from 0 to 1."""
+"""Factors of ten beyond a threshold at which a severity reaches 1."""
 LARGEST_NORM = 1e9
-"""What an infinite norm is written down as."""
+"""Upper limit of the norm of a tensor, so that an infinite gradient has a finite norm."""
 
 
 def record_gradients(
     measured: Measurements, members: IntArray, tensor_norms: FloatArray, config: EnvConfig
 ) -> None:
-    """Write norm, severities and health of the gradients of all seeds of some members.
+    """Write norm, severities and health of the gradients of all seeds of some sub-environments.
 
-    A tensor's vanishing severity rises from 0 at the threshold to 1 two decades below it, and its
-    exploding severity from 0 at the threshold to 1 two decades above; thresholds are multiples of
-    the clip norm. Health is the mean over tensors of 1 - vanishing, times 1 - the largest exploding
-    severity. A seed without any tensor has no gradient, and 0 everywhere.
+    The vanishing severity of a tensor is 0 at the threshold and above, and rises to 1 two decades
+    below it. The exploding severity is 0 at its threshold and below, and rises to 1 two decades
+    above it. The thresholds are multiples of the clip norm. The health of a seed is
+    (1 - mean vanishing severity) * (1 - largest exploding severity) over its tensors. A slot
+    without a seed has no gradient, and all its values are 0.
 
     Args:
-        measured: Changed in place for `members`.
-        members: (m,).
-        tensor_norms: L2 norm of each tensor's gradient, NaN where the seed has no such tensor.
+        measured: Measurements of the seeds, changed in place for `members`.
+        members: Indices of the sub-environments. (m,) int64.
+        tensor_norms: L2 norm of the gradient of each tensor, NaN where the seed has no such tensor.
             (m, num_slots, max_tensors) float64.
-        config: Thresholds.
+        config: Source of the thresholds and the clip norm.
     """
     floor, ceiling = config.vanishing_gradient_norm, config.exploding_gradient_norm
     _record(
@@ -54,11 +55,16 @@ def _record(
     floor: float,
     ceiling: float,
 ) -> None:
-    """Write the measurements; `floor` and `ceiling` are decimal logarithms of clip norms."""
+    """Write the measurements of `record_gradients`.
+
+    `floor` and `ceiling` are the thresholds as log10 of multiples of the clip norm. `floor` is -inf
+    if no norm counts as vanishing.
+    """
     for n, i in enumerate(members):
         for s in range(tensor_norms.shape[1]):
             count, square, vanishing, exploding = 0, 0.0, 0.0, 0.0
             for norm in tensor_norms[n, s]:
+                # NaN marks a tensor that the seed does not have.
                 if not np.isnan(norm):
                     count += 1
                     square += min(norm, LARGEST_NORM) ** 2

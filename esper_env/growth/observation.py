@@ -1,6 +1,6 @@
-"""The observation: a flat vector of features with fixed scales, each within [-1, 1].
+"""Observation: a flat vector of features with fixed scales, each clipped to [-1, 1].
 
-A missing value is 0 with a validity bit 0. What is charged is observed.
+A missing value is 0, and its validity bit is 0. Every quantity that enters the reward is observed.
 """
 
 from __future__ import annotations
@@ -33,96 +33,106 @@ from esper_env.growth.state import (
 from esper_env.jit import entry_point, inlined
 
 CHANGE_SCALE = 10.0
-"""Factor on changes of accuracy, so that 0.1 becomes 1."""
+"""Factor of changes of accuracy; it scales a change of 0.1 to 1."""
 TEMPO_SCALE = 8.0
-"""Number of env steps that the length of the first ramp is divided by."""
+"""Divisor of the length of the first ramp [env steps]."""
 STEPS_SCALE = 20.0
-"""Number of env steps that ages and counters divide by."""
+"""Divisor of ages and counters [env steps]."""
 DOUBLINGS_SCALE = 4.0
-"""Doublings of the parameters that growth divides by."""
+"""Divisor of growth [doublings of the parameters]."""
 _NUM_STAGES, _NUM_OPS, _NUM_STYLES = len(Stage), len(Op), len(STYLES)
 
 
 def episode_features() -> dict[str, str]:
-    """Return the features of the episode block in order, and what each means."""
+    """Return the features of the episode block in order, each with its description."""
     past = range(1, HISTORY + 1)
     return {
-        "budget_left": "share of the episode's env steps that are left",
+        "budget_left": "share of the episode's env steps that remains",
         "accuracy": "validation accuracy of the live network",
-        "committed_accuracy": "validation accuracy with only the fossilized seeds",
+        "committed_accuracy": "validation accuracy of the committed network",
         "best_accuracy": "best validation accuracy of the live network in this episode",
-        "loss": "validation loss / (2 ln classes)",
-        "train_loss": "mean training loss of the last env step / (2 ln classes)",
-        "plateau_steps": f"env steps since the best accuracy rose by {PLATEAU_MARGIN}, "
-        f"/ {STEPS_SCALE:.0f}",
-        "growth": f"log2(1 + live seed / host parameters) / {DOUBLINGS_SCALE:.0f}",
-        "committed_growth": "the same of the fossilized seeds",
-        "rent": f"what the live seeds cost the score, x {CHANGE_SCALE:.0f}",
-        "parameter_budget_left": "1 - live seed parameters, with a gate for each, / "
-        "(parameter_budget x host parameters)",
+        "loss": "validation loss of the live network / (2 ln(classes))",
+        "train_loss": "mean training loss of the last env step / (2 ln(classes))",
+        "plateau_steps": "env steps since the best accuracy rose by more than "
+        f"{PLATEAU_MARGIN}, / {STEPS_SCALE:.0f}",
+        "growth": "log2(1 + parameters of all seeds / parameters of the host) / "
+        f"{DOUBLINGS_SCALE:.0f}",
+        "committed_growth": "log2(1 + parameters of the fossilized seeds / parameters of the host) "
+        f"/ {DOUBLINGS_SCALE:.0f}",
+        "rent": "accuracy minus score of the live network: the price of its seeds, "
+        f"x {CHANGE_SCALE:.0f}",
+        "parameter_budget_left": "share of the parameter budget that remains; each seed is counted "
+        "with a gate",
         **{
-            f"accuracy_change_{i}": "change of accuracy over the env step that ended "
-            f"{i - 1} steps ago, x {CHANGE_SCALE:.0f}"
+            f"accuracy_change_{i}": f"change of the accuracy in env step t - {i - 1}, where t is "
+            f"the last env step, x {CHANGE_SCALE:.0f}"
             for i in past
         },
         **{
-            f"loss_change_{i}": f"the same of the loss / ln classes, x {CHANGE_SCALE:.0f}"
+            f"loss_change_{i}": f"change of the validation loss in env step t - {i - 1}, where t "
+            f"is the last env step, / ln(classes), x {CHANGE_SCALE:.0f}"
             for i in past
         },
-        **{f"slots_{s.name.lower()}": f"share of slots that are {s.name}" for s in Stage},
+        **{f"slots_{s.name.lower()}": f"share of the slots in stage {s.name}" for s in Stage},
         **{f"last_op_{op.name.lower()}": f"1 if the last op was {op.name}" for op in Op},
         "last_action_valid": "1 if the last action was legal",
-        "instance_learning_rate": "log10 of the host's first learning rate, + 1.5",
-        "instance_train_fraction": "1 + log10 of the share of the training split in use",
-        "instance_width": "log2 of the multiple of the host's features",
+        "instance_learning_rate": "log10(initial learning rate of the host) + 1.5",
+        "instance_train_fraction": "log10(share of the training split in use) + 1",
+        "instance_width": "log2(width of the host / width of the task's host)",
     }
 
 
 def slot_features(blueprints: Sequence[str]) -> dict[str, str]:
-    """Return the features of one slot in order, and what each means."""
+    """Return the features of one slot in order, each with its description."""
     return {
-        **{f"stage_{s.name.lower()}": f"1 if the slot is {s.name}" for s in Stage},
+        **{f"stage_{s.name.lower()}": f"1 if the slot is in stage {s.name}" for s in Stage},
         "alpha": "blend weight",
-        "alpha_target": "where the present or last ramp ends, or the first one will",
-        "tempo": f"env steps of the first ramp / {TEMPO_SCALE:.0f}",
-        "mode_hold": "1 if alpha keeps still",
-        "mode_up": "1 if alpha rises",
-        "mode_down": "1 if alpha falls",
-        "is_pruning": "1 if the seed is removed when the ramp ends",
-        "ramp_progress": "share of the ramp that is done",
+        "alpha_target": "alpha at the end of the latest ramp; before BLENDING at the end of the "
+        "first ramp",
+        "tempo": f"length of the first ramp [env steps] / {TEMPO_SCALE:.0f}",
+        "mode_hold": "1 if no ramp is running",
+        "mode_up": "1 if a ramp raises alpha",
+        "mode_down": "1 if a ramp lowers alpha",
+        "is_pruning": "1 if the seed is removed at the end of the ramp",
+        "ramp_progress": "share of the latest ramp that has passed",
         "age": f"env steps since germination / {STEPS_SCALE:.0f}",
-        "stage_steps": f"env steps in the stage / {STEPS_SCALE:.0f}",
-        "cooldown": "share of the embargo that is left",
-        "contribution": "accuracy minus accuracy without the seed (or its Shapley value), "
+        "stage_steps": f"env steps in the current stage / {STEPS_SCALE:.0f}",
+        "cooldown": "share of the embargo that remains",
+        "contribution": "last measured contribution: accuracy minus accuracy without the seed, or "
+        f"Shapley value, x {CHANGE_SCALE:.0f}",
+        "contribution_valid": "1 if the contribution has been measured",
+        "contribution_freshness": "1 / (1 + env steps since the contribution was measured)",
+        "contribution_velocity": "change of the contribution since the previous measurement, "
         f"x {CHANGE_SCALE:.0f}",
-        "contribution_valid": "1 if it has been measured",
-        "contribution_freshness": "1 / (1 + env steps since then)",
-        "contribution_velocity": f"change since the measurement before, x {CHANGE_SCALE:.0f}",
-        "would_be": "effect on accuracy of a seed of alpha 0 if its alpha were 1, "
-        f"x {CHANGE_SCALE:.0f}",
-        "would_be_valid": "1 if it was measured in the last step",
-        "interaction": "of the only two weighted trial seeds: acc(live) - acc(without one) - "
-        f"acc(without the other) + acc(without both), x {CHANGE_SCALE:.0f}",
-        "interaction_valid": "1 if it was measured in the last step",
-        "gradient_norm": "(log10 of the seed's gradient norm + 1.5) / 4.5",
-        "gradient_vanishing": "mean severity over its tensors",
-        "gradient_exploding": "largest severity over its tensors",
-        "gradient_health": "(1 - vanishing) (1 - exploding)",
-        "gradient_valid": "1 if a gradient reached the seed in the last step",
-        **{f"blueprint_{name}": f"1 if the seed is of blueprint {name}" for name in blueprints},
-        **{f"style_{s.name.lower()}": f"1 if its style is {s.name}" for s in STYLES},
-        "seed_growth": f"log2(1 + seed / host parameters) / {DOUBLINGS_SCALE:.0f}",
+        "would_be": "counterfactual effect on the accuracy of setting a zero-alpha seed to alpha "
+        f"1, x {CHANGE_SCALE:.0f}",
+        "would_be_valid": "1 if `would_be` was measured in the last env step",
+        "interaction": "interaction of two blended seeds that are not fossilized, if there are "
+        "exactly two: accuracy - accuracy without one - accuracy without the other + accuracy "
+        f"without both, x {CHANGE_SCALE:.0f}",
+        "interaction_valid": "1 if `interaction` was measured in the last env step",
+        "gradient_norm": "(log10(gradient norm of the seed) + 1.5) / 4.5",
+        "gradient_vanishing": "mean severity over the tensors of the seed; 0 where the gradient "
+        "norm is at least `vanishing_gradient_norm`",
+        "gradient_exploding": "largest severity over the tensors of the seed; 0 where the gradient "
+        "norm is at most `exploding_gradient_norm`",
+        "gradient_health": "(1 - gradient_vanishing) x (1 - gradient_exploding)",
+        "gradient_valid": "1 if a gradient reached the seed in the last env step",
+        **{f"blueprint_{name}": f"1 if the blueprint of the seed is {name}" for name in blueprints},
+        **{f"style_{s.name.lower()}": f"1 if the style of the seed is {s.name}" for s in STYLES},
+        "seed_growth": "log2(1 + parameters of the seed / parameters of the host) / "
+        f"{DOUBLINGS_SCALE:.0f}",
     }
 
 
 class ObservationBuilder:
-    """Names and computes the features.
+    """Builder of the observations; `names` lists the features in order.
 
     Args:
-        num_slots: Slots of the host.
-        blueprints: Names of the registry.
-        num_classes: Classes of the task; ln(num_classes) scales losses.
-        config: Episode length, prices and budget.
+        num_slots: Number of slots of the host.
+        blueprints: Names of the registered blueprints.
+        num_classes: Number of classes of the task; ln(num_classes) scales the losses.
+        config: Source of episode length, rent weight, parameter budget and embargo length.
     """
 
     def __init__(
@@ -146,15 +156,15 @@ class ObservationBuilder:
         sizes: Sizes,
         conditions: Conditions,
     ) -> npt.NDArray[np.float32]:
-        """Compute the observations of all environments.
+        """Compute the observations of all sub-environments.
 
         Args:
-            state: The state.
-            sizes: Parameters of the networks.
-            conditions: Training conditions.
+            state: State of the decision process.
+            sizes: Numbers of parameters of the networks.
+            conditions: Training conditions of the episodes.
 
         Returns:
-            (num_envs, len(names)) float32 within [-1, 1].
+            Features within [-1, 1]. (num_envs, len(names)) float32.
         """
         observation = np.empty((len(sizes.host), len(self.names)), dtype=np.float32)
         _observe(
@@ -170,7 +180,7 @@ class ObservationBuilder:
 
 
 class _Scales(NamedTuple):
-    """What features are divided by, and how many of a kind there are."""
+    """Numbers that the features need besides the state."""
 
     episode_steps: int
     initial_loss: float
@@ -190,7 +200,10 @@ def _observe(
     conditions: Conditions,
     scales: _Scales,
 ) -> None:
-    """Write all features in the order of `episode_features` and `slot_features`."""
+    """Write all features in the order of `episode_features` and `slot_features`.
+
+    `at` is the index of the next feature. The helpers write features and return the new index.
+    """
     num_slots = state.stage.shape[1]
     for i in range(len(observation)):
         row, host = observation[i], sizes.host[i]
@@ -217,6 +230,7 @@ def _observe(
         for past in range(HISTORY):
             change = CHANGE_SCALE * progress.loss_history[i, past] / scales.initial_loss
             at = _put(row, at, (change,))
+        # A one-hot average: the share of the slots in each stage.
         for stage in range(_NUM_STAGES):
             count = 0
             for s in range(num_slots):
@@ -235,10 +249,11 @@ def _observe(
         )
         for s in range(num_slots):
             stage, mode = state.stage[i, s], state.mode[i, s]
+            # Before BLENDING no ramp has started, so `alpha_target` is not set yet.
             target = state.first_target if stage < Stage.BLENDING else state.alpha_target
             has_contribution = _bit(measured.has_contribution[i, s])
             has_gradient = _bit(measured.has_gradient[i, s])
-            # symlog of a norm, so that 1e-6 and 1e3 stay apart: log10 from -6..3 to -1..1
+            # Norms differ by orders of magnitude, so log10 from [-6, 3] is scaled to [-1, 1].
             norm = (np.log10(max(measured.gradient_norm[i, s], 1e-7)) + 1.5) / 4.5
             at = _put_one_hot(row, at, _NUM_STAGES, stage)
             at = _put(
@@ -279,12 +294,13 @@ def _observe(
 
 @inlined
 def _bit(is_set: bool) -> float:
+    """Return 1.0 for True and 0.0 for False."""
     return 1.0 if is_set else 0.0
 
 
 @inlined
 def _put(row: npt.NDArray[np.float32], at: int, features: tuple[float, ...]) -> int:
-    """Write features, clipped, and return where the next one goes."""
+    """Write features, clipped to [-1, 1], and return the index of the next one."""
     for feature in features:
         row[at] = min(max(feature, -1.0), 1.0)
         at += 1
@@ -293,7 +309,10 @@ def _put(row: npt.NDArray[np.float32], at: int, features: tuple[float, ...]) -> 
 
 @inlined
 def _put_one_hot(row: npt.NDArray[np.float32], at: int, size: int, index: int) -> int:
-    """Write which of `size` options holds, none if `index` is none of them."""
+    """Write `size` features, 1 at `index` and 0 elsewhere, and return the index of the next one.
+
+    All of them are 0 if `index` is -1.
+    """
     for option in range(size):
         row[at + option] = option == index
     return at + size

@@ -1,8 +1,8 @@
 """State of the decision process: named tuples of arrays with one row per sub-environment.
 
 Compiled functions read the fields; methods and properties are for Python callers. Arrays are
-changed in place and never replaced, so a view of the state stays valid. What can be computed from
-the state (`Networks`, `Scores`) is not part of it; see `simulation`.
+changed in place and never replaced, so a view of the state stays valid. Values computed from the
+state (`Networks`, `Scores`) are not part of it; see `simulation`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray
 from esper_env.rng import KeyArray
 
 HISTORY = 3
-"""Past env steps whose change of accuracy and loss is observed."""
+"""Number of past env steps whose changes of accuracy and loss are observed."""
 HOLD, UP, DOWN = 0, 1, 2
-"""Modes of the alpha controller."""
+"""Modes of a slot's alpha: no ramp is running, a ramp rises, a ramp falls."""
 
 Record = TypeVar("Record")
 
 
 class SlotState(NamedTuple):
-    """Lifecycle of every slot. All arrays have shape (num_envs, num_slots)."""
+    """Lifecycle state of the slots. All arrays have shape (num_envs, num_slots)."""
 
     stage: IntArray
     """Values of `Stage`."""
@@ -35,9 +35,9 @@ class SlotState(NamedTuple):
     stage_steps: IntArray
     """Time in the current stage [env steps]."""
     blueprint: IntArray
-    """Index into the registry, -1 where there is no seed."""
+    """Index of the registered blueprint, -1 in a slot without a seed."""
     style: IntArray
-    """Index into `STYLES`, -1 where there is no seed."""
+    """Index into `STYLES`, -1 in a slot without a seed."""
     tempo: IntArray
     """Length of the first ramp, chosen at germination [env steps]."""
     first_target: FloatArray
@@ -49,17 +49,17 @@ class SlotState(NamedTuple):
     alpha_target: FloatArray
     """Alpha at the end of the current ramp."""
     mode: IntArray
-    """HOLD, UP or DOWN."""
+    """Mode of alpha: HOLD, UP or DOWN."""
     ramp_step: IntArray
-    """Completed ticks of the current ramp."""
+    """Env steps of the current or last ramp that have passed."""
     ramp_length: IntArray
-    """Total ticks of the current ramp."""
+    """Length of the current or last ramp [env steps]."""
     curve: IntArray
-    """Values of `Curve`."""
+    """Curve of the current or next ramp, values of `Curve`."""
     is_pruning: BoolArray
-    """Whether the seed is removed at the end of its down-ramp."""
+    """Whether the seed is removed at the end of its ramp."""
     cooldown: IntArray
-    """Decisions left until an embargoed slot opens."""
+    """Env steps until an embargoed slot opens."""
 
     @classmethod
     def empty(cls, num_envs: int, num_slots: int) -> SlotState:
@@ -67,14 +67,18 @@ class SlotState(NamedTuple):
         return blank(cls, num_envs, (num_slots,), blueprint=-1, style=-1)
 
     def clear(self, where: BoolArray | tuple[IntArray, ...]) -> None:
-        """Empty slots: a (num_envs, num_slots) mask, or indices of environments and slots."""
+        """Remove the seeds of slots and reset all fields.
+
+        Args:
+            where: Mask, (num_envs, num_slots) bool, or the indices of sub-environments and slots.
+        """
         for array in self:
             array[where] = 0
         self.blueprint[where] = self.style[where] = -1
 
 
 class Measurements(NamedTuple):
-    """Measurements of each seed in the last env step. Arrays have shape (num_envs, num_slots).
+    """Measurements of the seeds. All arrays have shape (num_envs, num_slots).
 
     The gates and the observation read them.
     """
@@ -82,43 +86,44 @@ class Measurements(NamedTuple):
     has_gradient: BoolArray
     """Whether a gradient reached the seed in the last env step."""
     gradient_norm: FloatArray
-    """L2 norm over all tensors of the seed, root mean square over the batches of the step."""
+    """L2 norm of the gradient of all tensors of the seed, root mean square over the batches."""
     vanishing: FloatArray
-    """Mean vanishing severity over tensors, 0 to 1."""
+    """Mean vanishing severity over the tensors of the seed, 0 to 1."""
     exploding: FloatArray
-    """Largest exploding severity over tensors, 0 to 1."""
+    """Largest exploding severity over the tensors of the seed, 0 to 1."""
     health: FloatArray
     """Gradient health, 0 to 1; 0 where `has_gradient` is False."""
     has_contribution: BoolArray
-    """Whether a contribution of this seed has been measured."""
+    """Whether the contribution of the seed has been measured."""
     contribution: FloatArray
-    """acc(live) - acc(live without this seed), last measured."""
+    """Last measured contribution: acc(live) - acc(live without this seed), or Shapley value."""
     contribution_velocity: FloatArray
-    """Change of the contribution between the last two consecutive measurements."""
+    """Contribution minus the previously measured one; 0 if not measured in the last env step."""
     contribution_age: IntArray
-    """Time since the contribution was measured [env steps]."""
+    """Time since the last measurement of the contribution [env steps]."""
     has_would_be: BoolArray
-    """Whether `would_be` was measured in the last step: the seed has alpha 0."""
+    """Whether `would_be` was measured in the last env step; only at alpha 0."""
     would_be: FloatArray
-    """acc(live with this seed at alpha 1) - acc(live), of a seed with alpha 0."""
+    """Counterfactual effect of a seed at alpha 0: acc(live with it at alpha 1) - acc(live)."""
     interaction: FloatArray
-    """acc(live) - acc(without i) - acc(without j) + acc(without both)."""
+    """Interaction of two trial seeds with alpha > 0, if there are no others:
+    acc(live) - acc(live without one) - acc(live without the other) + acc(live without both)."""
     has_interaction: BoolArray
-    """Whether the interaction was measured in the last step."""
+    """Whether the interaction was measured in the last env step."""
 
     @classmethod
     def empty(cls, num_envs: int, num_slots: int) -> Measurements:
-        """Return measurements of nothing."""
+        """Return the measurements of slots without seeds."""
         return blank(cls, num_envs, (num_slots,))
 
     def clear(self, where: BoolArray | tuple[IntArray, ...]) -> None:
-        """Forget the measurements of slots; see `SlotState.clear`."""
+        """Reset the measurements of slots; `where` is as in `SlotState.clear`."""
         for array in self:
             array[where] = 0
 
 
 class Progress(NamedTuple):
-    """Course of the episodes. Arrays have shape (num_envs,) unless stated."""
+    """Progress of the episodes. Arrays have shape (num_envs,) unless stated."""
 
     steps: IntArray
     """Completed env steps."""
@@ -129,32 +134,38 @@ class Progress(NamedTuple):
     committed_accuracy: FloatArray
     """Validation accuracy with only the fossilized seeds, 0 to 1."""
     accuracy_history: FloatArray
-    """Changes of accuracy in the last steps, latest first. (num_envs, HISTORY)."""
+    """Changes of `accuracy` in the last env steps, latest first. (num_envs, HISTORY)."""
     loss_history: FloatArray
-    """Changes of loss in the last steps, latest first. (num_envs, HISTORY) [nats]."""
+    """Changes of `loss` in the last env steps, latest first. (num_envs, HISTORY) [nats]."""
     best_accuracy: FloatArray
     """Best validation accuracy of the live network so far, 0 to 1."""
     plateau_steps: IntArray
-    """Time since the best accuracy rose by the margin [env steps]."""
+    """Time since the best accuracy rose by more than `PLATEAU_MARGIN` [env steps]."""
     train_loss: FloatArray
     """Mean training loss of the last env step [nats]."""
     last_op: IntArray
-    """Values of `Op`."""
+    """Op of the last action, values of `Op`."""
     last_valid: BoolArray
     """Whether the last action was legal."""
     samples: FloatArray
-    """Training images seen."""
+    """Training images of the episode so far, repeated ones included."""
     flops: FloatArray
-    """Floating-point operations of training: 2 per multiply-add, backward twice the forward."""
+    """Floating-point operations of training in the episode so far. The forward pass counts 2 per
+    multiply-add, the backward pass twice as many."""
 
     @classmethod
     def empty(cls, num_envs: int) -> Progress:
-        """Return the state before any episode."""
+        """Return the progress before the first episode."""
         histories = {"accuracy_history": (HISTORY,), "loss_history": (HISTORY,)}
         return blank(cls, num_envs, shapes=histories, last_valid=True)
 
     def begin(self, rows: IntArray, initial_loss: float) -> None:
-        """Forget the past of environments that start an episode."""
+        """Reset sub-environments that start an episode.
+
+        Args:
+            rows: Indices of the sub-environments. (m,) int64.
+            initial_loss: Value of `train_loss` before the first env step [nats].
+        """
         for array in self:
             array[rows] = 0
         self.last_valid[rows] = True
@@ -162,14 +173,19 @@ class Progress(NamedTuple):
 
 
 class RollbackState(NamedTuple):
-    """Memory of the rollback rule. Arrays have shape (num_envs,) unless stated."""
+    """State of the rollback rule. Arrays have shape (num_envs,) unless stated.
+
+    An env step is *healthy* if the loss and all weights are finite and the loss has neither
+    collapsed nor diverged.
+    """
 
     losses: FloatArray
-    """Last healthy losses, newest first. (num_envs, panic_window) [nats]."""
+    """Training losses of the last healthy env steps, latest first. (num_envs, panic_window)
+    [nats]."""
     num_losses: IntArray
-    """Number of healthy losses so far."""
+    """Healthy env steps since the episode started or was rolled back."""
     streak: IntArray
-    """Consecutive env steps of collapse or divergence."""
+    """Consecutive collapsed or diverged env steps."""
     rollbacks: IntArray
     """Rollbacks in this episode."""
     since_snapshot: IntArray
@@ -177,11 +193,11 @@ class RollbackState(NamedTuple):
 
     @classmethod
     def empty(cls, num_envs: int, config: EnvConfig) -> RollbackState:
-        """Return the memory before any episode."""
+        """Return the state before the first episode."""
         return blank(cls, num_envs, shapes={"losses": (config.panic_window,)})
 
     def begin(self, rows: IntArray) -> None:
-        """Forget the past of environments that start an episode."""
+        """Reset sub-environments that start an episode; `rows` is (m,) int64."""
         for array in self:
             array[rows] = 0
 
@@ -190,17 +206,17 @@ class EpisodeState(NamedTuple):
     """Random streams, instances and results of the episodes. All arrays have shape (num_envs,)."""
 
     stream_key: KeyArray
-    """Stream of each environment, a function of its reset seed."""
+    """Key of each sub-environment's random stream, derived from its reset seed."""
     key: KeyArray
-    """Stream of the current episode."""
+    """Key of the current episode's random stream."""
     num_episodes: IntArray
     """Episodes started since the stream was seeded."""
     instance: IntArray
     """Index of the instance in the configured set."""
     is_rolled_back: BoolArray
-    """Whether the environment was rolled back in the last step."""
+    """Whether the last env step included a rollback."""
     has_test: BoolArray
-    """Whether the episode has just ended, so that its test accuracies are known."""
+    """Whether the last env step ended the episode, so the test accuracies are valid."""
     test_accuracy: FloatArray
     """Test accuracy of the live network at the end of the episode, 0 to 1."""
     committed_test_accuracy: FloatArray
@@ -208,7 +224,7 @@ class EpisodeState(NamedTuple):
 
 
 class State(NamedTuple):
-    """The whole state of the decision process."""
+    """State of the decision process; the population holds the weights of the networks."""
 
     slots: SlotState
     measured: Measurements
@@ -218,7 +234,7 @@ class State(NamedTuple):
 
     @classmethod
     def empty(cls, num_envs: int, num_slots: int, config: EnvConfig) -> State:
-        """Return the state before any episode."""
+        """Return the state before the first episode."""
         return cls(
             SlotState.empty(num_envs, num_slots),
             Measurements.empty(num_envs, num_slots),
@@ -228,75 +244,90 @@ class State(NamedTuple):
         )
 
     def arrays(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-        """Yield every array by a unique name, such as "slots.stage". No copies."""
+        """Yield every array, not copied, after its unique name, e.g. "slots.stage"."""
         for part, arrays in self._asdict().items():
             for name, array in arrays._asdict().items():
                 yield f"{part}.{name}", array
 
 
 class Request(NamedTuple):
-    """Decoded actions in canonical values. All arrays have shape (num_envs,)."""
+    """Decoded actions. All arrays have shape (num_envs,); an op leaves some of them unused."""
 
     op: IntArray
+    """Values of `Op`."""
     slot: IntArray
+    """Index of the slot."""
     blueprint: IntArray
+    """Index of the registered blueprint."""
     style: IntArray
+    """Index into `STYLES`."""
     style_curve: IntArray
+    """Curve of the style, values of `Curve`."""
     tempo: IntArray
+    """Length of the first ramp [env steps]."""
     first_target: FloatArray
+    """Alpha at the end of the first ramp."""
     target: FloatArray
+    """Alpha at the end of a later ramp."""
     speed: IntArray
+    """Length of a later ramp [env steps]."""
     curve: IntArray
+    """Curve of a later ramp, values of `Curve`."""
 
 
 class Sizes(NamedTuple):
-    """Parameters of the networks."""
+    """Numbers of parameters of the networks."""
 
     host: IntArray
-    """Parameters of each host. (num_envs,)."""
+    """Parameters of the host. (num_envs,)."""
     seeds: IntArray
-    """Parameters of the live seed in each slot, 0 where there is none. (num_envs, num_slots)."""
+    """Parameters of the seed in each slot, 0 in a slot without a seed. (num_envs, num_slots)."""
     grown: IntArray
-    """Parameters of all live seeds. (num_envs,)."""
+    """Parameters of all seeds. (num_envs,)."""
     committed: IntArray
     """Parameters of the fossilized seeds. (num_envs,)."""
     budgeted: IntArray
-    """Parameters that the live seeds use of the budget, each with a gate. (num_envs,)."""
+    """Parameters that the seeds use of the budget, each counted with a gate. (num_envs,)."""
 
 
 class Conditions(NamedTuple):
-    """Training conditions that a practitioner would know. Arrays have shape (num_envs,)."""
+    """Training conditions that the agent observes. Arrays have shape (num_envs,).
+
+    A practitioner would know them. The share of wrong labels is not among them.
+    """
 
     learning_rate: FloatArray
     """Learning rate of the host at the start of the episode."""
     train_fraction: FloatArray
     """Share of the training split in use, 0 to 1."""
     width: FloatArray
-    """Multiple of the features of the task's host."""
+    """Width of the host [multiples of the width of the task's host]."""
 
 
 class Scores(NamedTuple):
     """Quantities of a state that enter the reward. All arrays have shape (num_envs,)."""
 
     score: FloatArray
-    """Live score: all seeds count."""
+    """Score of the live network, which has all seeds [accuracy]."""
     committed_score: FloatArray
-    """Score of the network with only its fossilized seeds."""
+    """Score of the committed network, which has only the fossilized seeds [accuracy]."""
     potential: FloatArray
-    """Potential of the lifecycle state, for shaping."""
+    """Potential of the lifecycle state for reward shaping."""
 
 
 class Transition(NamedTuple):
-    """State before and after a step, and whether the episode ends. Flags have shape (num_envs,)."""
+    """Inputs of the reward of an env step. Flags have shape (num_envs,)."""
 
     before: Scores
+    """Scores of the state before the env step."""
     after: Scores
+    """Scores of the state after the env step, before any autoreset."""
     is_last: BoolArray
-    """Whether the episode ends here, terminated or truncated."""
+    """Whether the episode is done after this env step, terminated or truncated."""
     is_terminated: BoolArray
-    """Whether the next state has no value."""
+    """Whether the episode is terminated, so the state after it has no value."""
     is_rolled_back: BoolArray
-    """Whether the last snapshot was restored in this step."""
+    """Whether the env step included a rollback."""
 
 
 def blank(
@@ -311,10 +342,13 @@ def blank(
 
     Args:
         kind: Named tuple whose fields are annotated with array types.
-        num_envs: Rows of every array.
+        num_envs: Number of rows of every array.
         shape: Shape of a row.
-        shapes: Shape of a row of the fields that have another one.
-        **values: Initial value of the fields that do not start at 0.
+        shapes: Shapes of a row that differ from `shape`, by field.
+        **values: Initial values that differ from 0, by field.
+
+    Returns:
+        Arrays (num_envs, *shape of a row) of the annotated dtypes.
     """
     rows = shapes or {}
     arrays: dict[str, Any] = {
@@ -326,6 +360,6 @@ def blank(
 
 @functools.cache
 def _dtypes(kind: Any) -> dict[str, type]:
-    """Return the scalar type of each field: NDArray[T] is ndarray[Any, dtype[T]]."""
+    """Return the scalar type of each field; NDArray[T] is ndarray[Any, dtype[T]]."""
     hints = get_type_hints(kind)
     return {name: cast(type, get_args(get_args(hint)[1])[0]) for name, hint in hints.items()}
