@@ -230,7 +230,7 @@ def _observe(
         for past in range(HISTORY):
             change = CHANGE_SCALE * progress.loss_history[i, past] / scales.initial_loss
             at = _put(row, at, (change,))
-        # A one-hot average: the share of the slots in each stage.
+        # Share of the slots in each stage.
         for stage in range(_NUM_STAGES):
             count = 0
             for s in range(num_slots):

@@ -1,4 +1,7 @@
-"""Scores, reward terms (pure functions of a transition), their potential, and preset weights."""
+"""Reward: scores, terms, the potential for shaping, and presets of weights.
+
+Every term is a pure function of a transition.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ STAGE_POTENTIAL = {
     Stage.FOSSILIZED: 1.0,
     Stage.EMBARGOED: 0.0,
 }
-"""Potential on entering a stage."""
+"""Potential of a slot that has just entered the stage."""
 
 STAGE_PROGRESS = {
     Stage.DORMANT: 0.0,
@@ -31,10 +34,10 @@ STAGE_PROGRESS = {
     Stage.FOSSILIZED: 0.0,
     Stage.EMBARGOED: 0.0,
 }
-"""What time within the stage adds at most; less than the step to the next stage."""
+"""Maximum that time in the stage adds to the potential; less than entering the next stage adds."""
 
 PROGRESS_HALF_LIFE_STEPS = 4.0
-"""Time in a stage after which half of its progress is reached [env steps]."""
+"""Time in a stage that adds half of its `STAGE_PROGRESS` [env steps]."""
 
 _STAGE = np.array([STAGE_POTENTIAL[stage] for stage in Stage])
 _PROGRESS = np.array([STAGE_PROGRESS[stage] for stage in Stage])
@@ -43,7 +46,14 @@ _PROGRESS = np.array([STAGE_PROGRESS[stage] for stage in Stage])
 def compute_scores(
     slots: SlotState, progress: Progress, sizes: Sizes, rent_weight: float
 ) -> Scores:
-    """Compute the scores and the potential of a state; `rent_weight` as in `score`."""
+    """Compute the scores and the potential of a state.
+
+    Args:
+        slots: State of the slots.
+        progress: Source of the accuracies.
+        sizes: Numbers of parameters of the networks.
+        rent_weight: Price of growth [accuracy per doubling of the parameters].
+    """
     values = np.empty((3, len(sizes.host)))
     _compute_scores(values, slots, progress, sizes, rent_weight)
     return Scores(*values)
@@ -53,7 +63,7 @@ def compute_scores(
 def _compute_scores(
     values: FloatArray, slots: SlotState, progress: Progress, sizes: Sizes, rent_weight: float
 ) -> None:
-    """Write score, committed score and potential. (3, num_envs)."""
+    """Write score, committed score and potential, the rows of `values`. (3, num_envs) float64."""
     for i in range(len(sizes.host)):
         host = sizes.host[i]
         values[0, i] = score(progress.accuracy[i], sizes.grown[i], host, rent_weight)
@@ -70,25 +80,28 @@ def score(
     """Return accuracy - rent_weight * log2(1 + parameters / host_parameters).
 
     Args:
-        accuracy: 0 to 1. (num_envs,).
-        parameters: Parameters of the seeds that are paid for. (num_envs,).
-        host_parameters: Parameters of each host. (num_envs,), or one for all.
-        rent_weight: Price per doubling [accuracy].
+        accuracy: Validation accuracy of the network, 0 to 1. (num_envs,) float64.
+        parameters: Parameters of its seeds. (num_envs,) int64.
+        host_parameters: Parameters of its host. (num_envs,) int64, or one number for all.
+        rent_weight: Price of growth [accuracy per doubling of the parameters].
     """
     return accuracy - rent_weight * np.log2(1.0 + parameters / host_parameters)
 
 
 def gain(transition: Transition, config: EnvConfig) -> FloatArray:
-    """Live score after minus live score before; sums to the live score's rise in an episode."""
+    """Live score after the env step minus live score before it.
+
+    The sum over an episode is the final live score minus the initial live score.
+    """
     del config
     return transition.after.score - transition.before.score
 
 
 def commit(transition: Transition, config: EnvConfig) -> FloatArray:
-    """Committed minus live score on the last step: what is not fossilized is not kept.
+    """Committed score minus live score in the last env step of an episode, 0 before it.
 
-    With `gain` the sum over an episode is the committed score at its end minus the score at its
-    start, so there is nothing to farm.
+    The sum of `gain` and `commit` over an episode is the final committed score minus the initial
+    score. Seeds that are not fossilized add nothing to it.
     """
     del config
     difference = transition.after.committed_score - transition.after.score
@@ -96,22 +109,22 @@ def commit(transition: Transition, config: EnvConfig) -> FloatArray:
 
 
 def final(transition: Transition, config: EnvConfig) -> FloatArray:
-    """Committed score on the last step: the objective itself, all at once."""
+    """Committed score in the last env step of an episode, 0 before it."""
     del config
     return np.where(transition.is_last, transition.after.committed_score, 0.0)
 
 
 def pbrs(transition: Transition, config: EnvConfig) -> FloatArray:
-    """Potential-based shaping gamma * Phi(after) - Phi(before), with Phi = 0 at a true terminal.
+    """Potential-based shaping gamma * Phi(after) - Phi(before); Phi is 0 after a termination.
 
-    Source: Ng, Harada, Russell (1999), theorem 1; terminal rule: Grzes (2017), section 4.
+    Source: Ng, Harada, Russell (1999), theorem 1; Grzes (2017), section 4, for terminations.
     """
     after = np.where(transition.is_terminated, 0.0, transition.after.potential)
     return config.gamma * after - transition.before.potential
 
 
 def rollback(transition: Transition, config: EnvConfig) -> FloatArray:
-    """Minus `rollback_penalty` on the very transition that was rolled back."""
+    """Minus `rollback_penalty` in an env step with a rollback, 0 in the others."""
     return np.where(transition.is_rolled_back, -config.rollback_penalty, 0.0)
 
 
@@ -122,18 +135,18 @@ TERMS: dict[str, Callable[[Transition, EnvConfig], FloatArray]] = {
     "pbrs": pbrs,
     "rollback": rollback,
 }
-"""Terms by name."""
+"""Reward terms by name."""
 
 
 PRESETS: dict[str, dict[str, float]] = {
     "gain": {"gain": 1.0, "commit": 1.0, "pbrs": 0.0, "rollback": 1.0},
     "sparse": {"final": 1.0, "pbrs": 0.0, "rollback": 1.0},
 }
-"""Weights by preset; `EnvConfig.reward_weights` replaces single ones."""
+"""Weights of the terms, by preset; `EnvConfig.reward_weights` replaces single weights."""
 
 
 def resolve_weights(config: EnvConfig) -> dict[str, float]:
-    """Return the weight of every term of the configured preset.
+    """Return the weights of the configured preset, updated with `reward_weights`.
 
     Raises:
         ValueError: If the preset or a term is unknown, or a weight is not finite.
@@ -151,16 +164,16 @@ def resolve_weights(config: EnvConfig) -> dict[str, float]:
 def compute_reward(
     transition: Transition, weights: dict[str, float], config: EnvConfig
 ) -> tuple[FloatArray, dict[str, FloatArray]]:
-    """Return the reward and its weighted terms.
+    """Compute the reward and its weighted terms.
 
     Args:
-        transition: State before and after.
-        weights: From `resolve_weights`.
-        config: For gamma.
+        transition: Scores before and after the env step, and how it ended.
+        weights: Weights returned by `resolve_weights`.
+        config: Source of `gamma` and `rollback_penalty`.
 
     Returns:
-        reward (num_envs,) float64, and each term's part of it by name; the parts sum to it. A term
-        of weight 0 is not worked out.
+        Reward, (num_envs,) float64, and the weighted terms by name, (num_envs,) float64 each. The
+        reward is the sum of the terms. A term with weight 0 is not computed and is all 0.
     """
     shape, terms = transition.is_last.shape, {}
     reward = np.zeros(shape)
@@ -172,14 +185,14 @@ def compute_reward(
 
 @shared
 def slot_potential(stage: Any, stage_steps: Any) -> Any:
-    """Return Phi of slots, a function of the lifecycle state alone; Phi(s) is their sum.
+    """Return the potential of slots. The potential Phi of a state is the sum over its slots.
 
     Args:
         stage: Values of `Stage`, an array or a number.
-        stage_steps: Time in the stage [env steps].
+        stage_steps: Time in the stage [env steps], of the same shape.
 
     Returns:
-        From 0 to 1.
+        Potential of each slot, 0 to 1.
     """
     share = 1.0 - 0.5 ** (stage_steps / PROGRESS_HALF_LIFE_STEPS)
     return _STAGE[stage] + _PROGRESS[stage] * share

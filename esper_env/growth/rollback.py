@@ -1,7 +1,8 @@
-"""Watches training losses and says which members must go back to their last good snapshot.
+"""Rollback rule: decides after training which sub-environments are restored from a snapshot.
 
-All thresholds are in `EnvConfig`, relative to the loss of guessing, ln(classes), or to the member's
-own past. Only healthy losses enter that past, so a disaster does not become the norm.
+All thresholds are in `EnvConfig`. They are relative to ln(classes), the loss of random guessing, or
+to the recent losses of the episode. Collapsed, diverged and non-finite losses are not among the
+recent losses, so they do not shift the thresholds.
 """
 
 from __future__ import annotations
@@ -21,24 +22,28 @@ def judge(
     guess_loss: float,
     config: EnvConfig,
 ) -> BoolArray:
-    """Take in one env step of training and return who panics.
+    """Update the state of the rule with one env step of training and return the rollbacks.
 
-    A member panics at once if its loss or a weight is not finite; and after `panic_patience` steps
-    in succession of collapse (the mean of its healthy losses is below `collapse_fraction` of the
-    loss of guessing, and the loss is back within `collapse_margin` of it) or of divergence (the
-    loss is above the mean by `divergence_sigma` standard deviations, and above `divergence_factor`
-    times the mean). Those two need a full window. After a panic the past is forgotten.
+    A loss or weight that is not finite causes a rollback at once. `panic_patience` consecutive
+    collapsed or diverged env steps cause one too:
+
+    - Training has collapsed if the mean of the recent losses is below
+      `collapse_fraction * guess_loss` and the loss is above `(1 - collapse_margin) * guess_loss`.
+    - Training has diverged if the loss is above the mean of the recent losses by more than
+      `divergence_sigma` standard deviations, and above `divergence_factor` times that mean.
+
+    Both need `panic_window` recent losses. A rollback discards the recent losses.
 
     Args:
-        state: Changed in place for `members`.
-        members: Which members were trained. (m,).
-        loss: Their mean training loss. (m,) [nats].
-        is_finite: Whether all their weights are finite. (m,).
-        guess_loss: ln(classes).
-        config: Thresholds.
+        state: State of the rule, changed in place for `members`.
+        members: Indices of the trained sub-environments. (m,) int64.
+        loss: Mean training loss of the env step [nats]. (m,) float64.
+        is_finite: True where all weights are finite. (m,) bool.
+        guess_loss: Loss of random guessing, ln(classes) [nats].
+        config: Source of the thresholds.
 
     Returns:
-        (m,) bool.
+        True where a rollback is due. (m,) bool.
     """
     panics = np.empty(len(members), dtype=np.bool_)
     _judge(
@@ -68,10 +73,16 @@ def _judge(
     patience: int,
     limits: tuple[float, float, float, float],
 ) -> None:
+    """Write `panics` and update the state as described in `judge`.
+
+    `limits` are the loss below which a network has learned, the loss at which it is back at
+    guessing, `divergence_sigma` and `divergence_factor`.
+    """
     learned, back_at_guessing, sigma, factor = limits
     window = state.losses.shape[1]
     for n, i in enumerate(members):
         past, new = state.losses[i], loss[n]
+        # Mean and standard deviation of the recent losses, once there are enough of them.
         is_sane, is_bad = np.isfinite(new) and is_finite[n], False
         if is_sane and state.num_losses[i] >= window:
             total, squares = 0.0, 0.0
@@ -84,6 +95,7 @@ def _judge(
             collapses = mean < learned and new > back_at_guessing
             diverges = new > mean + sigma * std and new > factor * mean
             is_bad = collapses or diverges
+        # A healthy env step ends the streak.
         streak = state.streak[i] + 1 if is_bad else 0
         panics[n] = not is_sane or streak >= patience
         state.streak[i] = 0 if panics[n] else streak
@@ -94,6 +106,7 @@ def _judge(
             state.since_snapshot[i] = 0
             state.rollbacks[i] += 1
         elif not is_bad:
+            # Shift the window by one env step; index 0 is the latest loss.
             for k in range(window - 1, 0, -1):
                 past[k] = past[k - 1]
             past[0] = new

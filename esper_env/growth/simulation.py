@@ -1,8 +1,8 @@
-"""One env step of all sub-environments: act, tick, train, guard, evaluate.
+"""Env step of all sub-environments: act, tick, train, guard, evaluate.
 
-The state is in `state`. Values that follow from it, `networks` and `scores`, are computed on access
-whenever the part of the state that they depend on has changed, so they are never out of date.
-Gymnasium's side (spaces, masks, autoreset, info) is in `esper_env.envs`.
+`state` holds the state of the decision process. `networks` and `scores` are computed from it. Each
+access compares the arrays that they depend on with those of the last computation and computes them
+again after a change. Spaces, masks, autoreset and info are in `esper_env.envs`.
 """
 
 from __future__ import annotations
@@ -40,44 +40,46 @@ _STYLE_BLEND = np.array([style.blend for style in STYLES])
 
 
 class Networks(NamedTuple):
-    """Composition and size of the networks, which follow from the slots and the instances."""
+    """Composition and size of the networks, computed from the slots and the instances."""
 
     seeds: Seeds
-    """Contents of the slots in the population's terms."""
+    """Seed table in the format of the population."""
     has_seeds: bool
     """Whether any slot holds a seed."""
     sizes: Sizes
-    """Parameters of the networks."""
+    """Numbers of parameters of the networks."""
     budget_table: IntArray
-    """Parameters that each blueprint would use of the budget, a gate included, so that no style
-    exceeds it. (num_envs, slots, blueprints)."""
+    """Parameters that each blueprint uses of the budget. A gate is included for every style.
+    (num_envs, num_slots, num_blueprints) int64."""
     multiply_adds: IntArray
-    """Multiply-adds of each network per image. (num_envs,)."""
+    """Multiply-adds of the forward pass of host and seeds, per image. (num_envs,) int64."""
     conditions: Conditions
-    """Training conditions."""
+    """Training conditions of the episodes."""
 
 
 class StepResult(NamedTuple):
     """Result of `Simulation.step`. Arrays have shape (num_envs,)."""
 
     reward: FloatArray
-    """0 for sub-environments that took no part."""
+    """Reward, 0 for sub-environments that did not take part."""
     reward_terms: dict[str, FloatArray]
-    """Weighted terms, which sum to the reward."""
+    """Weighted terms by name; their sum is the reward."""
     terminated: BoolArray
+    """Whether the episode is done by termination."""
     truncated: BoolArray
+    """Whether the episode is done by truncation."""
 
 
 class Simulation:
-    """All sub-environments: their state and their networks.
+    """State and networks of all sub-environments, and the env step.
 
-    The constructor reads the data and allocates the population.
+    The constructor loads the data and allocates the population.
 
     Args:
         num_envs: Number of sub-environments.
-        device: Device of all tensors.
+        device: Torch device of all tensors.
         config: Settings of the environment.
-        blueprints: The registry, in the order of the blueprint head.
+        blueprints: Registered blueprints, in order.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class Simulation:
 
     @property
     def networks(self) -> Networks:
-        """Composition and size of the networks."""
+        """Composition and size of the current networks."""
         slots, instance = self.state.slots, self.state.episode.instance
         parts = slots.stage, slots.blueprint, slots.style, slots.alpha, slots.mode, instance
         key = b"".join(map(np.ndarray.tobytes, parts))
@@ -136,7 +138,7 @@ class Simulation:
         return self._scores[2]
 
     def _describe_networks(self) -> Networks:
-        """Compute what follows from the slots and the instances."""
+        """Compute composition and size of the networks from the slots and the instances."""
         slots, population, instances = self.state.slots, self.population, self.instances
         stage, is_live, instance = (
             slots.stage,
@@ -147,16 +149,17 @@ class Simulation:
         is_mixed = (stage >= Stage.BLENDING) & (stage <= Stage.FOSSILIZED)
         alpha = np.where(is_mixed, slots.alpha, 0.0)
         seeds = Seeds(
-            # A copy: the engines may keep it while the slots change.
+            # Copied, because an engine may keep the array while the slots change.
             blueprint=slots.blueprint.copy(),
             blend=_STYLE_BLEND[slots.style],
             alpha=alpha,
-            # While a seed trains, the backward pass treats it as if alpha were 1.
+            # A seed in TRAINING has alpha 0. Its backward pass uses alpha 1, so it learns.
             beta=np.where(stage == Stage.TRAINING, 1.0, alpha),
             is_isolated=self._isolates[stage],
             is_frozen=slots.mode == DOWN,
             width=width,
         )
+        # Tables (widths, num_slots, num_blueprints) -> one entry per slot (num_envs, num_slots)
         at = (width[:, None], np.arange(stage.shape[1]), np.maximum(slots.blueprint, 0))
         gate = population.gate_parameters[width] * (seeds.blend == Blend.GATE)
         parameters = np.where(is_live, population.seed_parameters[at] + gate, 0)
@@ -186,16 +189,23 @@ class Simulation:
     # ------------------------------------------------------------------ episodes
 
     def seed(self, row: int, value: int) -> None:
-        """Make the coming episodes of a sub-environment a function of `value` alone."""
+        """Start the random stream of a sub-environment; later episodes depend only on `value`.
+
+        Args:
+            row: Index of the sub-environment.
+            value: Random seed.
+        """
         self.state.episode.stream_key[row] = make_key(value % 2**64)[0]
         self.state.episode.num_episodes[row] = 0
 
     def begin_episodes(self, rows: IntArray, instance: IntArray | None = None) -> None:
-        """Start a new episode for some sub-environments.
+        """Start a new episode in some sub-environments.
+
+        The host gets new weights and is evaluated before any training.
 
         Args:
-            rows: Indices of the sub-environments. (m,).
-            instance: Index of each one's instance; None samples them. (m,).
+            rows: Indices of the sub-environments. (m,) int64.
+            instance: Index of the instance of each sub-environment, (m,) int64. None samples them.
         """
         slots, measured, progress, rollback, episode = self.state
         episode.key[rows] = make_key(episode.stream_key[rows], episode.num_episodes[rows])
@@ -214,6 +224,7 @@ class Simulation:
         key = make_key(episode.key[rows], Stream.HOST)
         self.population.reset(rows, self.instances.width[instance], key)
         self.population.storage.save(rows)
+        # All slots are empty, so the live and the committed network are the same coalition.
         _, result = self._evaluate_coalitions(rows, self.splits.validation, "none")
         for accuracy in (progress.accuracy, progress.committed_accuracy, progress.best_accuracy):
             accuracy[rows] = result.accuracy
@@ -222,12 +233,15 @@ class Simulation:
     # ------------------------------------------------------------------ one env step
 
     def step(self, request: Request, is_valid: BoolArray, active: BoolArray) -> StepResult:
-        """Run one env step.
+        """Run one env step: act, tick, train, guard, evaluate, then compute the reward.
 
         Args:
             request: One legal decoded action per sub-environment, WAIT for those not active.
-            is_valid: Whether the given action was legal. (num_envs,).
-            active: Sub-environments that take part in the step. (num_envs,).
+            is_valid: True where the original action was legal. (num_envs,) bool.
+            active: True for sub-environments that take part in the env step. (num_envs,) bool.
+
+        Returns:
+            Reward and end flags of all sub-environments.
         """
         slots, measured, progress, rollback, episode = self.state
         config, rows = self.config, np.nonzero(active)[0]
@@ -239,11 +253,13 @@ class Simulation:
             is_finite = self._train(rows)
             self._guard(rows, is_finite)
             self._evaluate(rows)
+        # An episode ends after `episode_steps`, or earlier at `max_rollbacks`.
         is_lost = active & (rollback.rollbacks >= config.max_rollbacks)
         is_last = active & (progress.steps >= config.episode_steps) | is_lost
         episode.has_test[:] = is_last
         if is_last.any():
             self._test(np.nonzero(is_last)[0])
+        # The time limit truncates an episode, unless the horizon is "terminal".
         terminated = is_last if config.horizon == "terminal" else is_lost
         transition = Transition(
             before, self.scores, is_last, terminated, episode.is_rolled_back.copy()
@@ -255,7 +271,7 @@ class Simulation:
         return StepResult(reward, terms, terminated.copy(), is_last & ~terminated)
 
     def _act(self, request: Request, is_valid: BoolArray, active: BoolArray) -> None:
-        """Apply the actions to the slots and to the population."""
+        """Apply the actions to the slots, create new seeds, save snapshots of fossilized ones."""
         slots, measured, progress, _, episode = self.state
         lifecycle.apply(slots, measured, request, self.config)
         np.copyto(progress.last_op, request.op, where=active)
@@ -267,14 +283,17 @@ class Simulation:
             self.population.germinate(new, width, request.slot[new], request.blueprint[new], key)
         fossilized = np.nonzero(request.op == Op.FOSSILIZE.value)[0]
         if len(fossilized):
-            # Before this step's training, so that no snapshot lacks a seed that is kept.
+            # Before the training of this env step: a rollback must not lose a fossilized seed.
             self._save(fossilized)
 
     def _train(self, rows: IntArray) -> BoolArray:
-        """Train on each one's own batches and measure the gradients of the seeds.
+        """Train the networks of some sub-environments and measure the gradients of their seeds.
+
+        Args:
+            rows: Indices of the sub-environments. (m,) int64.
 
         Returns:
-            Whether all weights are finite afterwards. (m,).
+            True where all weights are finite after training. (m,) bool.
         """
         config, progress, episode, networks = (
             self.config, self.state.progress, self.state.episode, self.networks,
@@ -294,6 +313,7 @@ class Simulation:
         progress.train_loss[rows] = report.loss
         size = config.batches_per_step * config.batch_size
         progress.samples[rows] += size
+        # 2 operations per multiply-add; the backward pass costs twice the forward pass.
         progress.flops[rows] += 6.0 * networks.multiply_adds[rows] * size
         if networks.has_seeds:
             record_gradients(self.state.measured, rows, report.seed_gradient_norms, config)
@@ -302,6 +322,8 @@ class Simulation:
     def draw_batches(self, rows: IntArray) -> Draw:
         """Sample the coming training batches of some sub-environments; see `draw_batches`."""
         config, episode = self.config, self.state.episode
+        # Batches are a function of the episode's key and the step counter, so a copy of the state
+        # trains on the same images.
         return draw_batches(
             episode.key[rows],
             self.state.progress.steps[rows],
@@ -315,7 +337,12 @@ class Simulation:
         )
 
     def _guard(self, rows: IntArray, is_finite: BoolArray) -> None:
-        """Restore snapshots where training diverged or collapsed, and take those that are due."""
+        """Restore snapshots where training diverged or collapsed; save snapshots that are due.
+
+        Args:
+            rows: Indices of the sub-environments. (m,) int64.
+            is_finite: True where all weights are finite. (m,) bool.
+        """
         slots, measured, progress, rollback, episode = self.state
         config, storage = self.config, self.population.storage
         loss = progress.train_loss[rows]
@@ -325,14 +352,15 @@ class Simulation:
             episode.is_rolled_back[panicked] = True
             storage.restore(panicked)
             lifecycle.roll_back(slots, measured, panicked, config)
+            # The measured loss belongs to discarded weights, and it may not be finite.
             progress.train_loss[panicked] = self._initial_loss
-        # A rollback restarts the count, so an environment that was rolled back is not due.
+        # A rollback restarts the count, so no snapshot of a sub-environment is due after one.
         due = rows[rollback.since_snapshot[rows] >= config.snapshot_interval]
         if len(due):
             self._save(due)
 
     def _evaluate(self, rows: IntArray) -> None:
-        """Evaluate the coalitions on the validation split."""
+        """Count the env step and evaluate all coalitions on the validation split."""
         self.state.progress.steps[rows] += 1
         coalitions, result = self._evaluate_coalitions(
             rows, self.splits.validation, self.config.attribution
@@ -341,7 +369,7 @@ class Simulation:
         record_evaluation(progress, measured, rows, coalitions, result.accuracy, result.loss)
 
     def _test(self, rows: IntArray) -> None:
-        """Evaluate the final networks on the test split."""
+        """Evaluate the live and the committed network on the test split."""
         coalitions, result = self._evaluate_coalitions(rows, self.splits.test, "none")
         episode = self.state.episode
         episode.test_accuracy[rows] = result.accuracy[coalitions.live]
@@ -350,6 +378,7 @@ class Simulation:
     def _evaluate_coalitions(
         self, rows: IntArray, images: ImageSet, attribution: str
     ) -> tuple[Coalitions, Evaluation]:
+        """Return the coalitions for a mode of `attribution`, and their accuracies and losses."""
         seeds = self.networks.seeds
         coalitions = plan_coalitions(
             rows,
@@ -362,6 +391,6 @@ class Simulation:
         )
 
     def _save(self, rows: IntArray) -> None:
-        """Take snapshots."""
+        """Save snapshots of some sub-environments; `rows` is (m,) int64."""
         self.population.storage.save(rows)
         self.state.rollback.since_snapshot[rows] = 0
