@@ -1,4 +1,4 @@
-"""The info dictionary: copies in NumPy arrays only, with Gymnasium's `_key` masks."""
+"""Info dictionary: NumPy arrays copied from the state, with Gymnasium's `_key` masks."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ def build_info(
     action_mask: BoolArray,
     terms: dict[str, FloatArray],
 ) -> dict[str, Any]:
-    """Describe the current state of all sub-environments.
+    """Return the info dictionary of the current state.
 
     Args:
-        state: Their state.
-        scores: Their scores.
-        sizes: Parameters of their networks.
-        action_mask: Marginal masks of the next actions. (num_envs, sum(nvec)).
-        terms: Weighted terms of the last reward. (num_envs,) each.
+        state: State of the decision process.
+        scores: Scores of the networks.
+        sizes: Numbers of parameters of the networks.
+        action_mask: Marginal masks of the next actions. (num_envs, sum(nvec)) bool.
+        terms: Weighted reward terms of the last env step by name. (num_envs,) float64 each.
 
     Returns:
-        Arrays of (num_envs, ...), and for each key a mask of the sub-environments that have it:
-        all, except that test accuracies exist only at the end of an episode.
+        Arrays (num_envs, ...), and for each key k a mask `_k`, (num_envs,) bool, that is True for
+        the sub-environments that have the value. All have it, except for the test accuracies, which
+        exist only at the end of an episode.
     """
     slots, measured, progress, _, episode = state
     values: dict[str, Any] = {
@@ -52,7 +53,7 @@ def build_info(
         "rolled_back": episode.is_rolled_back,
         "instance": episode.instance,
     }
-    # One array for all masks; each key gets a row of its own.
+    # Allocated together, because that is faster. No two keys share a row, so callers can write.
     everyone = iter(np.ones((len(values) + len(terms) + 1, len(action_mask)), dtype=bool))
     info: dict[str, Any] = {}
     for name, value in values.items():
@@ -68,7 +69,15 @@ def build_info(
 
 
 def masked_info(info: dict[str, Any], mask: BoolArray) -> dict[str, Any]:
-    """Restrict the `_key` masks of an info dictionary to some members."""
+    """Restrict the `_key` masks of an info dictionary to some sub-environments.
+
+    Args:
+        info: Info dictionary of a vector environment.
+        mask: True for the sub-environments to keep. (num_envs,) bool.
+
+    Returns:
+        New dictionary with the same values and new masks.
+    """
     result: dict[str, Any] = {}
     for name, value in info.items():
         if isinstance(value, dict):
@@ -81,10 +90,15 @@ def masked_info(info: dict[str, Any], mask: BoolArray) -> dict[str, Any]:
 
 
 def member_info(info: dict[str, Any], index: int) -> dict[str, Any]:
-    """Return what a vector info has for one member, without masks."""
+    """Return the info dictionary of one sub-environment, without masks.
+
+    Args:
+        info: Info dictionary of a vector environment.
+        index: Index of the sub-environment.
+    """
     result: dict[str, Any] = {}
     for name, value in info.items():
-        has_it = info.get(f"_{name}")  # Gymnasium's own wrappers leave it out in nested parts.
+        has_it = info.get(f"_{name}")  # Gymnasium's wrappers add nested keys without one.
         if name.startswith("_") or (has_it is not None and not has_it[index]):
             continue
         result[name] = member_info(value, index) if isinstance(value, dict) else value[index]

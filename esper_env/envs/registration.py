@@ -1,4 +1,4 @@
-"""Environment ids."""
+"""Environment ids and their registration."""
 
 import gymnasium as gym
 
@@ -12,7 +12,7 @@ ENVIRONMENTS = {
 
 
 def register_environments() -> None:
-    """Register every id with single and vector entry points; repeated calls change nothing."""
+    """Register every id for `gym.make` and `gym.make_vec`; registered ids are skipped."""
     for name, (task, episode_steps) in ENVIRONMENTS.items():
         if name not in gym.registry:
             gym.register(

@@ -1,4 +1,4 @@
-"""What `reset` of the vector environment was asked for, checked before anything changes."""
+"""Arguments of the vector environment's `reset`, validated before any change of state."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from esper_env.config import IntArray
 
 @dataclass(frozen=True)
 class ResetRequest:
-    """Which members start anew, and how."""
+    """Validated arguments of `reset`."""
 
     members: IntArray
-    """(m,)."""
+    """Indices of the sub-environments to reset. (m,) int64."""
     seeds: list[int | None]
-    """One per member of the batch; None goes on with the member's stream."""
+    """Random seed of each sub-environment; None keeps its current random stream. (num_envs,)."""
     instance: IntArray | None
-    """Index of each starting member's instance, (m,); None draws them."""
+    """Index of the instance of each entry of `members`, (m,) int64. None samples them."""
 
 
 def check_reset(
@@ -31,17 +31,24 @@ def check_reset(
     num_instances: int,
     is_first: bool,
 ) -> ResetRequest:
-    """Check the arguments of `EsperVectorEnv.reset`.
+    """Validate the arguments of `EsperVectorEnv.reset`.
+
+    Args:
+        seed: Argument of `reset`.
+        options: Argument of `reset`, not changed.
+        num_envs: Number of sub-environments.
+        num_instances: Number of instances in the configured set.
+        is_first: Whether this is the first `reset`.
 
     Raises:
-        gymnasium.error.ResetNeeded: If the first reset leaves members out.
-        ValueError: If anything else is wrong with the arguments.
+        gymnasium.error.ResetNeeded: If the first reset does not reset all sub-environments.
+        ValueError: If a seed or an option is invalid.
     """
     rest = dict(options or {})
     mask, instance = rest.pop("reset_mask", None), rest.pop("instance", None)
     if rest:
         raise ValueError(
-            f"options: expected only 'reset_mask' and 'instance', got also {sorted(rest)}"
+            f"options: expected only 'reset_mask' and 'instance', got {sorted(rest)} as well"
         )
     members = np.arange(num_envs) if mask is None else _members_of(mask, num_envs, is_first)
     if instance is not None:
@@ -50,6 +57,7 @@ def check_reset(
 
 
 def _check_seeds(seed: Any, num_envs: int) -> list[int | None]:
+    """Return a random seed or None for each sub-environment."""
     if seed is None:
         return [None] * num_envs
     if isinstance(seed, (int, np.integer)):
@@ -66,18 +74,19 @@ def _check_seeds(seed: Any, num_envs: int) -> list[int | None]:
 
 
 def _check_instance(instance: Any, num_envs: int, num_instances: int) -> IntArray:
-    """Return one index per member of the batch."""
+    """Return the index of an instance for each sub-environment. (num_envs,) int64."""
     array = np.asarray(instance)
     is_integer = np.issubdtype(array.dtype, np.integer) and array.shape in ((), (num_envs,))
     if not is_integer or ((array < 0) | (array >= num_instances)).any():
         raise ValueError(
             f"options['instance']: expected integers from 0 to {num_instances - 1}, one or "
-            f"({num_envs},) of them, got {instance!r}; `instances` says which set they index"
+            f"({num_envs},) of them, got {instance!r}; `instances` selects the set that they index"
         )
     return np.broadcast_to(array, (num_envs,)).astype(np.int64)
 
 
 def _members_of(mask: Any, num_envs: int, is_first: bool) -> IntArray:
+    """Return the indices of the sub-environments that a reset mask selects. (m,) int64."""
     array = np.asarray(mask)
     if array.dtype != np.bool_ or array.shape != (num_envs,) or not array.any():
         raise ValueError(
@@ -85,5 +94,7 @@ def _members_of(mask: Any, num_envs: int, is_first: bool) -> IntArray:
             f"got {array!r}"
         )
     if is_first and not array.all():
-        raise gym.error.ResetNeeded("the first reset must start all members: leave out the mask")
+        raise gym.error.ResetNeeded(
+            "the first reset must reset all sub-environments; call it without reset_mask"
+        )
     return np.nonzero(array)[0]

@@ -93,6 +93,7 @@ class Simulation:
         self.instances = make_instances(
             config.instances, self.task.ranges, config.host_learning_rate
         )
+        # One host per width that occurs. The instance of an episode selects one of them.
         self.population = Population(
             [self.host.scaled(width) for width in self.instances.widths],
             blueprints,
@@ -109,8 +110,10 @@ class Simulation:
         )
         self.state = State.empty(num_envs, self.host.num_slots, config)
         self._weights = resolve_weights(config)
+        # Loss of random guessing
         self._initial_loss = float(np.log(self.host.num_classes))
         self._isolates = np.array([stage.name in config.isolated_stages for stage in Stage])
+        # Cached values, after a copy of the arrays that they were computed from
         self._networks: tuple[bytes, Networks] | None = None
         self._scores: tuple[Networks, bytes, Scores] | None = None
 
@@ -223,6 +226,7 @@ class Simulation:
         episode.instance[rows] = instance
         key = make_key(episode.key[rows], Stream.HOST)
         self.population.reset(rows, self.instances.width[instance], key)
+        # A rollback before the first regular snapshot restores the initial weights.
         self.population.storage.save(rows)
         # All slots are empty, so the live and the committed network are the same coalition.
         _, result = self._evaluate_coalitions(rows, self.splits.validation, "none")
