@@ -445,7 +445,7 @@ def test_a_refused_reset_leaves_nothing_behind(arguments: dict[str, Any], text: 
 
 def test_the_first_reset_starts_all_members() -> None:
     envs = make(2)
-    with pytest.raises(gym.error.ResetNeeded, match="the first reset must start all members"):
+    with pytest.raises(gym.error.ResetNeeded, match="first reset must reset all sub-env"):
         envs.reset(options={"reset_mask": np.array([True, False])})
     with pytest.raises(gym.error.ResetNeeded):
         envs.step(waits(2))

@@ -53,7 +53,7 @@ def build_info(
         "rolled_back": episode.is_rolled_back,
         "instance": episode.instance,
     }
-    # Allocated together, because that is faster. No two keys share a row, so callers can write.
+    # One allocation for all masks. Each key has its own row, so a write to one changes no other.
     everyone = iter(np.ones((len(values) + len(terms) + 1, len(action_mask)), dtype=bool))
     info: dict[str, Any] = {}
     for name, value in values.items():

@@ -1,7 +1,7 @@
-"""The course of an episode, as a picture and as text: what the render modes show.
+"""Rendering of an episode as an image (`draw`) and as text (`describe`).
 
-`draw` and `describe` show the `History` of one member. They change nothing outside: no pyplot, no
-rcParams, no random numbers.
+Both render the `History` of one sub-environment. They use neither pyplot nor rcParams nor random
+numbers, so they change no global state.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HEIGHT, WIDTH = 600, 960
-"""Size of every picture [pixels]."""
+"""Size of every image [pixels]."""
 DPI = 150
-"""So a picture is 6.4 x 4 inches, the width of a text column, with fonts of 6 to 7.5 points."""
+"""Resolution. An image is 6.4 x 4 inches, as wide as a text column; fonts are 6 to 7.5 points."""
 RENDER_MODES = ("rgb_array", "ansi")
-"""What `render_mode` may be, besides None."""
+"""Values of `render_mode` besides None."""
 RENDER_FPS = 10
-"""Frames per second of a video [env steps]."""
+"""Frames per second of a video; a frame is an env step."""
 
 STAGE_COLORS = {
     Stage.DORMANT: "#f0f0f0",
@@ -38,46 +38,51 @@ STAGE_COLORS = {
     Stage.FOSSILIZED: "#009e73",
     Stage.EMBARGOED: "#a6a6a6",
 }
-"""Safe for colour-blind readers. Source: Okabe and Ito (2008), with greys for empty slots."""
+"""Colours that colour-blind readers can distinguish, with greys for slots without a seed.
+
+Source: Okabe and Ito (2008).
+"""
 STAGE_LETTERS = ".gtbhFx"
 """One character per stage, in the order of `Stage`."""
 ROLLBACK_LETTER = "!"
 OP_MARKERS = {Op.GERMINATE: ("^", 5.0), Op.PRUNE: ("X", 5.2), Op.FOSSILIZE: ("D", 4.0)}
-"""Shape and size [points]; the other ops show in the colours and in alpha."""
+"""Shape and size [points] of the marker of an op. Other ops are visible in colours and alpha."""
 
 _LIVE_COLOR, _COMMITTED_COLOR, _ROLLBACK_COLOR = "#000000", "#0072b2", "#d55e00"
 _SIZE_COLOR, _FONT = "#707070", "DejaVu Sans"
 _LEFT, _RIGHT = 0.075, 0.935
 _PANELS = {"lanes": (0.5, 0.35), "accuracy": (0.295, 0.15), "score": (0.085, 0.15)}
-"""Bottom and height of each panel; like `_LEFT` and `_RIGHT`, shares of the picture's size."""
+"""Bottom and height of each panel. Like `_LEFT` and `_RIGHT` they are shares of the image size."""
 _KEYS = {"live": 0.687, "committed": 0.809}
-"""Where the names of the curves begin, above each panel."""
+"""Left end of the curve names above each panel, as a share of the image width."""
 _NAME_ROWS = 17
-"""Height of the strip above a lane's bar where names stand [pixels]."""
+"""Height of the strip for blueprint names above the bar of a lane [pixels]."""
 _LANE_CHARACTERS = 108
-"""Characters of a name that a whole lane has room for."""
+"""Number of characters that fit into the width of a lane."""
 _TINT = 0.38
-"""Strength of a stage's colour above the level of alpha."""
+"""Strength of a stage's colour above the level of alpha, 0 to 1."""
 
 
 class Frame(NamedTuple):
-    """What the axes of a picture depend on."""
+    """Quantities that determine the axes of an image."""
 
     num_slots: int
+    """Number of slots of the host."""
     last_step: int
+    """Length of the episode [env steps]."""
     score_floor: float
-    """Lower end of the score's axis [accuracy]."""
+    """Lower limit of the score axis [accuracy]."""
     size_top: int
-    """Upper end of the size's axis [doublings of the host]."""
+    """Upper limit of the size axis [doublings of the host]."""
 
     @property
     def bar_rows(self) -> int:
-        """Height of a lane's bar, below the strip where names stand [pixels]."""
+        """Height of the bar of a lane, without the strip for names [pixels]."""
         return max(1, int(HEIGHT * _PANELS["lanes"][1]) // self.num_slots - _NAME_ROWS)
 
     @property
     def bar_top(self) -> float:
-        """Where the bar begins below the top of the lane [lanes]."""
+        """Distance of the bar from the top of its lane [lanes]."""
         return _NAME_ROWS / (_NAME_ROWS + self.bar_rows)
 
 
@@ -89,20 +94,20 @@ def draw(
     host_parameters: int,
     instance: str | None = None,
 ) -> npt.NDArray[np.uint8]:
-    """Draw the episode of one member so far: slots, accuracy and score over env steps.
+    """Draw the current episode of one sub-environment: slots, accuracy and score over env steps.
 
-    The same history gives the same picture bitwise. Axes are those of the whole episode; the lower
-    end of the score and the upper end of the size only ever widen.
+    Images of the same history are bitwise the same. The axes span the whole episode. During an
+    episode only the lower limit of the score and the upper limit of the size can change.
 
     Args:
-        history: Recorded rows; the member has at least one row.
-        member: Whose episode to show.
-        blueprints: Names in the order of the registry.
-        host_parameters: Of the host without seeds.
-        instance: What to call the instance, if there is more than one.
+        history: Recorded rows, at least one of the sub-environment.
+        member: Index of the sub-environment.
+        blueprints: Names of the registered blueprints, in order.
+        host_parameters: Number of parameters of the host.
+        instance: Name of the instance; None if the set has only one.
 
     Returns:
-        (HEIGHT, WIDTH, 3) uint8.
+        Image. (HEIGHT, WIDTH, 3) uint8.
     """
     course, last_step = history.course(member), history.rows.stage.shape[1] - 1
     lowest = float(min(course.score.min(), course.committed_score.min(), 0))
@@ -113,6 +118,7 @@ def draw(
         score_floor=float(np.floor(lowest * 4)) / 4,
         size_top=max(1, int(np.ceil(doublings.max()))),
     )
+    # The background is cached as an image, so only curves and names are drawn for each image.
     figure, panels = _blank_figure(frame)
     figure.figimage(_background(frame), zorder=-1)
     for axes in panels.values():
@@ -120,6 +126,7 @@ def draw(
         for step in np.nonzero(course.rolled_back)[0].tolist():
             axes.axvline(step, color=_ROLLBACK_COLOR, linewidth=1, linestyle=":")
     _draw_lanes(panels["lanes"], course, blueprints, frame)
+    # The size axis overlays the score axis: 1 x host is at `score_floor`, 2**size_top x host at 1.
     share = frame.score_floor + doublings / frame.size_top * (1 - frame.score_floor)
     steps = np.arange(len(share))
     panels["score"].fill_between(
@@ -129,7 +136,7 @@ def draw(
         ("accuracy", course.accuracy, course.committed_accuracy),
         ("score", course.score, course.committed_score),
     ):
-        # Unclipped, because the limit 1 would halve a line that runs along it.
+        # Not clipped, because clipping would halve the width of a line at the limit 1.
         style: dict[str, Any] = {"linewidth": 1.1, "clip_on": False}
         panels[name].plot(steps, live, color=_LIVE_COLOR, **style)
         panels[name].plot(steps, committed, "--", color=_COMMITTED_COLOR, **style)
@@ -152,20 +159,21 @@ def describe(
     host_parameters: int,
     instance: str | None = None,
 ) -> str:
-    """Describe the episode of one member so far in a line for the whole and one per slot.
+    """Describe the current episode of one sub-environment: a summary line and a line per slot.
 
-    A lane has one character per env step (`STAGE_LETTERS`, ! for a rollback) and blanks for those
-    to come, so that every description of an episode is laid out alike.
+    The line of a slot has one character per env step, a letter of `STAGE_LETTERS` or
+    `ROLLBACK_LETTER`. Future env steps are blank, so all descriptions of an episode have the same
+    layout.
 
     Args:
-        history: Recorded rows; the member has at least one row.
-        member: Whose episode to show.
-        blueprints: Names in the order of the registry.
-        host_parameters: Of the host without seeds.
-        instance: What to call the instance, if there is more than one.
+        history: Recorded rows, at least one of the sub-environment.
+        member: Index of the sub-environment.
+        blueprints: Names of the registered blueprints, in order.
+        host_parameters: Number of parameters of the host.
+        instance: Name of the instance; None if the set has only one.
 
     Returns:
-        Lines separated by newlines, without one at the end.
+        Lines separated by newlines, without a final newline.
     """
     course, last_step = history.course(member), history.rows.stage.shape[1] - 1
     step, width = len(course.op) - 1, len(str(last_step))
@@ -176,6 +184,7 @@ def describe(
         f"  parameters {host_parameters} + {course.parameters[-1]}"
         f"  {_op_text(course)}" + ("" if instance is None else f"  instance {instance}")
     ]
+    # (steps, num_slots) stages -> (steps, num_slots) letters; a rollback marks all slots
     letters = np.array(list(STAGE_LETTERS))[course.stage]
     letters[course.rolled_back] = ROLLBACK_LETTER
     for slot in range(course.stage.shape[1]):
@@ -188,16 +197,22 @@ def describe(
 
 
 def _draw_lanes(axes: Axes, course: Course, blueprints: Sequence[str], frame: Frame) -> None:
-    """One lane per slot: a strip for names; a bar with the stages as colours, pale above alpha."""
+    """Draw a lane for each slot: a strip for blueprint names and a bar.
+
+    The bar shows the stages as colours. It is pale above the level of alpha.
+    """
     end, bar_rows = len(course.stage), frame.bar_rows
     colors = np.array([_rgb(color) for color in STAGE_COLORS.values()])
+    # A slot without a seed has alpha 0. Its bar is not pale, but has its colour in full height.
     is_tinted = ~np.isin(list(STAGE_COLORS), (Stage.DORMANT, Stage.EMBARGOED))
     tints = np.where(is_tinted[:, None], _tint(colors), colors)
     level = (np.arange(bar_rows, 0, -1) - 0.5) / bar_rows
+    # (steps, num_slots) -> (num_slots, 1, steps), to broadcast over the rows of a bar
     stage, alpha = course.stage.T[:, None], course.alpha.T[:, None]
     is_below = (alpha > level[:, None])[..., None]
     lanes = np.ones((frame.num_slots, _NAME_ROWS + bar_rows, end, 3))
     lanes[:, _NAME_ROWS:] = np.where(is_below, colors[stage], tints[stage])
+    # (num_slots, rows of a lane, steps, 3) -> (num_slots * rows of a lane, steps, 3)
     axes.imshow(
         lanes.reshape(-1, end, 3),
         extent=(-0.5, end - 0.5, frame.num_slots, 0),
@@ -214,7 +229,7 @@ def _draw_lanes(axes: Axes, course: Course, blueprints: Sequence[str], frame: Fr
     width = frame.last_step + 1
     for slot in range(frame.num_slots):
         births = np.nonzero((course.op == Op.GERMINATE) & (course.op_slot == slot))[0].tolist()
-        # The last name may run into the margin of the picture.
+        # A name is cut where the next one begins. The last one may extend into the margin.
         for birth, following in zip(births, [*births, 1.06 * width][1:], strict=True):
             room = int((following - birth) / width * _LANE_CHARACTERS)
             index = course.blueprint[birth, slot]
@@ -226,7 +241,10 @@ def _draw_lanes(axes: Axes, course: Course, blueprints: Sequence[str], frame: Fr
 
 @functools.lru_cache(maxsize=64)
 def _background(frame: Frame) -> npt.NDArray[np.uint8]:
-    """Draw all that is the same in every picture with these axes, which takes longest."""
+    """Draw all that images with the same axes share: axes, labels, grid and legend.
+
+    It is cached, because it takes most of the time of an image.
+    """
     from matplotlib.lines import Line2D
 
     figure, panels = _blank_figure(frame)
@@ -240,6 +258,7 @@ def _background(frame: Frame) -> npt.NDArray[np.uint8]:
         axes.grid(axis="y", color="#cccccc", linewidth=0.5)
         axes.set_ylabel(name, size=7, family=_FONT)
         for key, line, color in (("live", "-", _LIVE_COLOR), ("committed", "--", _COMMITTED_COLOR)):
+            # The line of a key is drawn left of its name, which `draw` writes with the value.
             ends = np.array([-0.038, -0.008]) + _KEYS[key]
             figure.add_artist(Line2D(ends, [_above(name)] * 2, ls=line, lw=1.1, color=color))
     lanes, score = panels["lanes"], panels["score"]
@@ -248,6 +267,7 @@ def _background(frame: Frame) -> npt.NDArray[np.uint8]:
     lanes.tick_params(axis="y", length=0)
     lanes.spines["left"].set_visible(False)
     score.set_xlabel("env step", size=7, family=_FONT, labelpad=1)
+    # The size has its own axis on the right of the score panel, with at most five ticks.
     size = score.twinx()
     size.set_ylim(0, frame.size_top)
     stride = -(-frame.size_top // 4)
@@ -261,12 +281,13 @@ def _background(frame: Frame) -> npt.NDArray[np.uint8]:
 
 
 def _draw_legend(figure: Figure) -> None:
-    """Stages in one row, ops and the rest in the next, between title and lanes."""
+    """Draw the legend between title and lanes: a row of stages, a row of ops and other marks."""
     from matplotlib.legend_handler import HandlerTuple
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     def patch(color: Any) -> Patch:
+        """Return a legend entry for a colour."""
         return Patch(facecolor=color, edgecolor="#777777", linewidth=0.4)
 
     marks: list[Any] = [
@@ -291,7 +312,7 @@ def _draw_legend(figure: Figure) -> None:
 
 
 def _blank_figure(frame: Frame) -> tuple[Figure, dict[str, Axes]]:
-    """Return a figure outside pyplot, and its panels with their limits set."""
+    """Return a figure, created without pyplot, and its panels with their limits set."""
     from matplotlib.figure import Figure
 
     figure = Figure((WIDTH / DPI, HEIGHT / DPI), dpi=DPI, facecolor="white")
@@ -306,39 +327,45 @@ def _blank_figure(frame: Frame) -> tuple[Figure, dict[str, Axes]]:
 
 
 def _rasterize(figure: Figure) -> npt.NDArray[np.uint8]:
+    """Return a figure as an image. (HEIGHT, WIDTH, 3) uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
+    # RGBA -> RGB
     picture = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
     return picture[..., :3].copy()
 
 
 def _style_ticks(axes: Axes, color: str) -> None:
+    """Set fonts, sizes and colours of the ticks and the frame of axes."""
     axes.tick_params(labelsize=6.5, labelfontfamily=_FONT, length=2, pad=2, width=0.6, colors=color)
     for spine in axes.spines.values():
         spine.set(linewidth=0.6, color=color)
 
 
 def _write(figure: Figure, x: float, y: float, text: str, size: float = 6.5, **style: Any) -> None:
+    """Write text at a position given in shares of the image size."""
     figure.text(x, y, text, size=size, family=_FONT, va="center", **style)
 
 
 def _above(panel: str) -> float:
-    """Height of the line of text above a panel, as a share of the picture."""
+    """Return the vertical position of the text above a panel, as a share of the image height."""
     return sum(_PANELS[panel]) + 0.022
 
 
 def _op_text(course: Course) -> str:
-    """Name what the last step began with, its slot, and a rollback."""
+    """Return the op of the last env step, its slot, and a rollback, as text."""
     op, slot = Op(course.op[-1]), course.op_slot[-1]
     text = op.name if op == Op.WAIT else f"{op.name} slot {slot}"
     return text + (", rolled back" if course.rolled_back[-1] else "")
 
 
 def _rgb(color: str) -> npt.NDArray[np.float64]:
+    """Return the components of a colour "#rrggbb", 0 to 1. (3,) float64."""
     return np.frombuffer(bytes.fromhex(color[1:]), dtype=np.uint8) / 255
 
 
 def _tint(color: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return pale versions of colours. (..., 3) float64, 0 to 1."""
     return 1 - _TINT * (1 - color)

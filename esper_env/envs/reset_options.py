@@ -48,7 +48,7 @@ def check_reset(
     mask, instance = rest.pop("reset_mask", None), rest.pop("instance", None)
     if rest:
         raise ValueError(
-            f"options: expected only 'reset_mask' and 'instance', got {sorted(rest)} as well"
+            f"options: expected only 'reset_mask' and 'instance', got also {sorted(rest)}"
         )
     members = np.arange(num_envs) if mask is None else _members_of(mask, num_envs, is_first)
     if instance is not None:

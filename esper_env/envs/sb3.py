@@ -1,8 +1,8 @@
-"""An adapter that makes a vector environment a `VecEnv` of Stable-Baselines3.
+"""Adapter from an Esper vector environment to a `VecEnv` of Stable-Baselines3.
 
-Stable-Baselines3 has its own kind of vector environment; its usual way to one is a Python loop over
-single environments. Here all members still train as one tensor program. The package does not import
-this module: Stable-Baselines3 is an optional dependency.
+A `VecEnv` usually loops over single environments in Python. With this adapter one engine call still
+trains all sub-environments. Stable-Baselines3 is an optional dependency, so `import esper_env` does
+not import this module.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ except ModuleNotFoundError as error:
     ) from error
 
 MEMBER_METHODS = ("action_masks", "conditional_masks", "sample_valid_actions")
-"""Methods that return one row per member, callable through `env_method`."""
+"""Methods that `env_method` can call; each returns one row per sub-environment."""
 
 
 class Sb3VecEnv(VecEnv):
-    """The members of a vector environment, as Stable-Baselines3 expects them.
+    """`VecEnv` of Stable-Baselines3 that steps an Esper vector environment.
 
-    The info dictionary of a member has its own values of Esper's info. At the end of an episode it
-    is that of the final state, with `terminal_observation`, and `reset_infos` has that of the new
-    episode. `TimeLimit.truncated` says whether to bootstrap. For returns and lengths of episodes
-    put `VecMonitor` around it.
+    Entry i of the info list is the info of sub-environment i. If its episode is done, the entry is
+    the info of the final state with `terminal_observation` added, and `reset_infos[i]` is the info
+    of the new episode. `TimeLimit.truncated` is True if the episode was truncated and not
+    terminated, so that agents bootstrap. Wrap the adapter in `VecMonitor` to record the returns and
+    lengths of episodes.
 
     Args:
         vector_env: An `EsperVectorEnv` with `autoreset_mode="SameStep"`, possibly wrapped.
 
     Raises:
-        TypeError: If it is no `EsperVectorEnv`.
-        ValueError: If its autoreset mode is another one.
+        TypeError: If `vector_env` does not contain an `EsperVectorEnv`.
+        ValueError: If its autoreset mode is not SAME_STEP.
     """
 
     def __init__(self, vector_env: VectorEnv[Any, Any, Any]) -> None:
@@ -55,13 +56,13 @@ class Sb3VecEnv(VecEnv):
         if not isinstance(inner, EsperVectorEnv):
             raise TypeError(
                 f"Sb3VecEnv: expected an EsperVectorEnv, got {type(inner).__name__}; "
-                "Stable-Baselines3 takes a single environment as it is"
+                "pass a single environment to Stable-Baselines3 directly"
             )
         if inner.autoreset_mode != AutoresetMode.SAME_STEP:
             raise ValueError(
-                "autoreset_mode: expected SAME_STEP, because Stable-Baselines3 never steps a "
-                f"finished episode, got {inner.autoreset_mode.name}; make the environment with "
-                'autoreset_mode="SameStep"'
+                "autoreset_mode: expected SAME_STEP, because Stable-Baselines3 expects the reset "
+                f"in the step that ends an episode, got {inner.autoreset_mode.name}; make the "
+                'environment with autoreset_mode="SameStep"'
             )
         self.vector_env = vector_env
         self._actions: npt.NDArray[Any] | None = None
@@ -72,19 +73,23 @@ class Sb3VecEnv(VecEnv):
         )
 
     def reset(self) -> VecEnvObs:
-        """Start new episodes with the seeds and options of `seed` and `set_options`, if any.
+        """Start new episodes with the arguments of `seed` and `set_options`, if they were called.
+
+        Returns:
+            Observations. (num_envs, features) float32.
 
         Raises:
-            ValueError: If `set_options` was given anything but an "instance" for every member.
+            ValueError: If the options are not {"instance": k} for every sub-environment.
         """
         is_seeded = any(seed is not None for seed in self._seeds)
-        # Gymnasium's annotation of `seed` forgets that vector environments take lists.
+        # Gymnasium annotates `seed` as an integer, but vector environments also accept a list.
         seed: Any = self._seeds if is_seeded else None
         options = None
         if any(self._options):
             if any(set(own) != {"instance"} for own in self._options):
                 raise ValueError(
-                    f"options: expected {{'instance': k}} for every member, got {self._options}"
+                    "options: expected {'instance': k} for every sub-environment, "
+                    f"got {self._options}"
                 )
             options = {"instance": np.array([own["instance"] for own in self._options])}
         observations, info = self.vector_env.reset(seed=seed, options=options)
@@ -94,23 +99,25 @@ class Sb3VecEnv(VecEnv):
         return observations  # type: ignore[no-any-return]
 
     def step_async(self, actions: npt.NDArray[Any]) -> None:
-        """Keep the actions for `step_wait`."""
+        """Store the actions for `step_wait`."""
         self._actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Take the step.
+        """Step with the stored actions.
 
         Returns:
-            Observations, rewards (num_envs,) float32, dones (num_envs,) bool, one info dictionary
-            per member.
+            Observations (num_envs, features) float32, rewards (num_envs,) float32, dones
+            (num_envs,) bool, and a list of one info dictionary per sub-environment.
         """
-        assert self._actions is not None, "step_async comes before step_wait"
+        assert self._actions is not None, "call step_async before step_wait"
         observations, rewards, terminations, truncations, info = self.vector_env.step(self._actions)
         self._actions = None
         final_observations = info.pop("final_obs", None)
         final_info = info.pop("final_info", None)
         infos = [member_info(info, i) for i in range(self.num_envs)]
         dones = terminations | truncations
+        # After autoreset `infos` describes the new episodes. Stable-Baselines3 expects the final
+        # state of the old one.
         for i in np.nonzero(dones)[0].tolist():
             self.reset_infos[i] = infos[i]
             infos[i] = member_info(final_info, i)
@@ -120,20 +127,20 @@ class Sb3VecEnv(VecEnv):
         return observations, rewards.astype(np.float32), dones, infos
 
     def get_images(self) -> list[npt.NDArray[np.uint8] | None]:
-        """Return a picture of each member's episode, with `render_mode="rgb_array"`."""
+        """Return an image of each current episode, with `render_mode="rgb_array"`."""
         return list(self.vector_env.render() or ())  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """Release the tensors."""
+        """Close the vector environment, which releases its tensors."""
         self.vector_env.close()
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """Return an attribute of members: of the outermost wrapper that has it.
+        """Return an attribute of the outermost wrapper that has it, once per sub-environment.
 
-        Members share all attributes but the methods in `MEMBER_METHODS`.
+        Sub-environments share all attributes except the methods in `MEMBER_METHODS`.
 
         Raises:
-            AttributeError: If there is none.
+            AttributeError: If no wrapper has the attribute.
         """
         members = self._get_indices(indices)
         if attr_name in MEMBER_METHODS:
@@ -144,15 +151,16 @@ class Sb3VecEnv(VecEnv):
         return [value for _ in members]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Set an existing attribute, for all members.
+        """Set an existing attribute for all sub-environments.
 
         Raises:
-            AttributeError: If there is none of that name.
-            ValueError: If `indices` leaves members out: they share it.
+            AttributeError: If no wrapper has the attribute.
+            ValueError: If `indices` does not select all sub-environments, which share it.
         """
         if set(self._get_indices(indices)) != set(range(self.num_envs)):
             raise ValueError(
-                f"indices: expected all members, because they share {attr_name!r}, got {indices}"
+                f"indices: expected all sub-environments, because they share {attr_name!r}, "
+                f"got {indices}"
             )
         setattr(self._layer_with(attr_name), attr_name, value)
 
@@ -163,15 +171,15 @@ class Sb3VecEnv(VecEnv):
         indices: VecEnvIndices = None,
         **method_kwargs: Any,
     ) -> list[Any]:
-        """Call a method once for all members and return the results of some.
+        """Call a method once and return its results for the selected sub-environments.
 
         Raises:
             AttributeError: If the method is not one of `MEMBER_METHODS`.
         """
         if method_name not in MEMBER_METHODS:
             raise AttributeError(
-                f"env_method: expected one of {MEMBER_METHODS}, got {method_name!r}; call methods "
-                "that concern all members on `vector_env`"
+                f"env_method: expected one of {MEMBER_METHODS}, got {method_name!r}; call other "
+                "methods on `vector_env`"
             )
         method = getattr(self._layer_with(method_name), method_name)
         result = method(*method_args, **method_kwargs)
@@ -180,21 +188,23 @@ class Sb3VecEnv(VecEnv):
     def env_is_wrapped(
         self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
     ) -> list[bool]:
-        """Say whether a wrapper of this class is around the vector environment, per member."""
+        """Return, for each sub-environment, whether a wrapper of this class is applied."""
         is_wrapped = any(isinstance(layer, wrapper_class) for layer in self._layers())
         return [is_wrapped for _ in self._get_indices(indices)]
 
     def _call_one(self, name: str, index: int, *args: Any, **kwargs: Any) -> Any:
+        """Call a method and return its result for one sub-environment."""
         return self.env_method(name, *args, indices=index, **kwargs)[0]
 
     def _layers(self) -> list[VectorEnv[Any, Any, Any]]:
-        """Return the wrappers from the outermost on, and the environment itself."""
+        """Return the wrappers, outermost first, followed by the environment."""
         layers = [self.vector_env]
         while isinstance(layers[-1], VectorWrapper):
             layers.append(layers[-1].env)
         return layers
 
     def _layer_with(self, name: str) -> VectorEnv[Any, Any, Any]:
+        """Return the outermost wrapper that has an attribute, or the environment."""
         for layer in self._layers():
             if hasattr(layer, name):
                 return layer
@@ -202,7 +212,7 @@ class Sb3VecEnv(VecEnv):
 
 
 def _member(values: Any, index: int) -> Any:
-    """Return one member's part of an array, or of a dictionary of arrays."""
+    """Return the row of one sub-environment in an array, or in each array of a dictionary."""
     if isinstance(values, dict):
         return {name: _member(value, index) for name, value in values.items()}
     return values[index]

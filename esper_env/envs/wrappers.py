@@ -1,4 +1,4 @@
-"""Wrappers: the joint action space with its exact mask, and masks inside observations."""
+"""Wrappers: joint action space with an exact mask, and masks in observations."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Inner = TypeVar("Inner", EsperEnv, EsperVectorEnv)
 
 
 class JointTable:
-    """All distinct effective actions: heads that an op does not read stay at option 0.
+    """Table of the distinct actions. Heads that the op does not use have option 0.
 
     Args:
-        heads: The factored action's components.
+        heads: Heads of the factored action.
     """
 
     def __init__(self, heads: tuple[ActionHead, ...]) -> None:
@@ -33,19 +33,20 @@ class JointTable:
             ranges = [range(len(h.options)) if h.name in relevant else (0,) for h in heads[1:]]
             rows += [(index, *rest) for rest in itertools.product(*ranges)]
         self.actions: npt.NDArray[np.int64] = np.array(rows)
-        """The factored action of each integer. (n, heads)."""
+        """Factored action of each joint action. (n, heads) int64."""
         self._names = [head.name for head in heads]
 
     def mask(self, conditional: dict[str, BoolArray]) -> BoolArray:
-        """Return which integers are legal; True is legal.
+        """Return the mask of the joint actions; True means legal.
 
         Args:
-            conditional: Conditional masks of all members.
+            conditional: Conditional masks of all sub-environments.
 
         Returns:
-            (num_envs, n) bool. A joint action is legal exactly if its mask is True.
+            Exact mask. (num_envs, n) bool.
         """
         op, slot, *rest = self.actions.T
+        # "slot" (num_envs, ops, slots) -> (num_envs, n); it is False for all slots of an illegal op
         legal = conditional["slot"][:, op, slot]
         for name, options in zip(self._names[2:], rest, strict=True):
             legal = legal & conditional[name][:, op, slot, options]
@@ -53,9 +54,9 @@ class JointTable:
 
 
 class JointAction(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
-    """A single environment whose action is one integer.
+    """Wrapper of a single environment that makes the action one integer.
 
-    `action_masks()` and `info["action_mask"]` hold the mask of the integers, (n,) bool.
+    `action_masks()` and `info["action_mask"]` are the exact mask of the n actions, (n,) bool.
 
     Args:
         env: An `EsperEnv`, possibly wrapped.
@@ -63,7 +64,7 @@ class JointAction(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorAr
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
         self._inner = _unwrap(env, EsperEnv, "JointAction", "JointActionVector")
-        _refuse_mask_of_factors(env, env.observation_space)
+        _reject_mask_of_factors(env, env.observation_space)
         gym.utils.RecordConstructorArgs.__init__(self)
         gym.Wrapper.__init__(self, env)
         self.table = JointTable(self._inner.heads)
@@ -72,12 +73,12 @@ class JointAction(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorAr
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Reset, and replace the mask in info."""
+        """Reset the environment; info contains the mask of the n actions."""
         observation, info = self.env.reset(seed=seed, options=options)
         return observation, {**info, "action_mask": self.action_masks()}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Take one of the `n` actions."""
+        """Step with one of the n actions."""
         _check_range(np.asarray(action), (), len(self.table.actions))
         observation, reward, terminated, truncated, info = self.env.step(
             self.table.actions[int(action)]
@@ -86,17 +87,17 @@ class JointAction(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorAr
         return observation, reward, terminated, truncated, info
 
     def action_masks(self) -> BoolArray:
-        """Return the mask of the next action, (n,) bool; True is legal."""
+        """Return the mask of the next action, (n,) bool; True means legal."""
         conditional = {name: m[None] for name, m in self._inner.conditional_masks().items()}
         mask: BoolArray = self.table.mask(conditional)[0]
         return mask
 
 
 class JointActionVector(VectorWrapper):
-    """A vector environment whose actions are one integer per member.
+    """Wrapper of a vector environment that makes each action one integer.
 
-    `action_masks()` and `info["action_mask"]` (also in `final_info`) hold masks of the integers,
-    (num_envs, n) bool.
+    `action_masks()` and `info["action_mask"]` are the exact masks of the n actions,
+    (num_envs, n) bool. `final_info` contains those of the final states.
 
     Args:
         env: An `EsperVectorEnv`, possibly wrapped.
@@ -104,7 +105,7 @@ class JointActionVector(VectorWrapper):
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
         self._inner = _unwrap(env, EsperVectorEnv, "JointActionVector", "JointAction")
-        _refuse_mask_of_factors(env, env.single_observation_space)
+        _reject_mask_of_factors(env, env.single_observation_space)
         super().__init__(env)
         self.table = JointTable(self._inner.heads)
         self.single_action_space = gym.spaces.Discrete(len(self.table.actions))
@@ -113,12 +114,12 @@ class JointActionVector(VectorWrapper):
     def reset(
         self, *, seed: Any = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Reset, and replace the mask in info."""
+        """Reset the environment; info contains the mask of the n actions."""
         observation, info = self.env.reset(seed=seed, options=options)
         return observation, {**info, "action_mask": self.action_masks()}
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Take one of the `n` actions per member. (num_envs,) integers."""
+        """Step with one of the n actions per sub-environment. (num_envs,) integers."""
         array = np.asarray(actions)
         _check_range(array, (self.num_envs,), len(self.table.actions))
         observation, reward, terminated, truncated, info = self.env.step(self.table.actions[array])
@@ -129,17 +130,17 @@ class JointActionVector(VectorWrapper):
         return observation, reward, terminated, truncated, info
 
     def action_masks(self) -> BoolArray:
-        """Return the masks of the next actions, (num_envs, n) bool; True is legal."""
+        """Return the masks of the next actions, (num_envs, n) bool; True means legal."""
         return self.table.mask(self._inner.conditional_masks())
 
 
 class MaskInObservation(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
-    """A single environment whose observation contains the mask of the next action.
+    """Wrapper of a single environment that adds the mask of the next action to the observation.
 
-    Observations are `{"observations": features, "action_mask": mask}`, the keys that RLlib's
-    modules for masked actions read. The mask is that of `info["action_mask"]` as (n,) float32,
-    1.0 is legal: those modules take its logarithm, and a flattened observation has one dtype.
-    `action_masks()` stays bool; `get_wrapper_attr("action_masks")` finds it.
+    An observation is `{"observations": features, "action_mask": mask}`. RLlib's modules for masked
+    actions read these keys. The mask is `info["action_mask"]` as (n,) float32, with 1.0 for legal,
+    because these modules compute its logarithm and a flattened observation has a single dtype.
+    `get_wrapper_attr("action_masks")` still returns the method with the bool mask.
 
     Args:
         env: An `EsperEnv` or a `JointAction`, possibly wrapped.
@@ -154,23 +155,23 @@ class MaskInObservation(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstru
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, npt.NDArray[np.float32]], dict[str, Any]]:
-        """Reset, and put the mask into the observation."""
+        """Reset the environment and add the mask to the observation."""
         observation, info = self.env.reset(seed=seed, options=options)
         return _with_mask(observation, info["action_mask"]), info
 
     def step(
         self, action: Any
     ) -> tuple[dict[str, npt.NDArray[np.float32]], Any, bool, bool, dict[str, Any]]:
-        """Step, and put the mask into the observation."""
+        """Step the environment and add the mask to the observation."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         return _with_mask(observation, info["action_mask"]), reward, terminated, truncated, info
 
 
 class MaskInObservationVector(VectorWrapper):
-    """A vector environment whose observations contain the masks of the next actions.
+    """Wrapper of a vector environment that adds the masks of the next actions to the observations.
 
-    The same as `MaskInObservation` for every member; entries of `final_obs` contain the masks of
-    the final states.
+    The observations have the format of `MaskInObservation` for every sub-environment. The entries
+    of `final_obs` contain the masks of the final states.
 
     Args:
         env: An `EsperVectorEnv` or a `JointActionVector`, possibly wrapped.
@@ -187,14 +188,14 @@ class MaskInObservationVector(VectorWrapper):
     def reset(
         self, *, seed: Any = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, npt.NDArray[np.float32]], dict[str, Any]]:
-        """Reset, and put the masks into the observations."""
+        """Reset the environment and add the masks to the observations."""
         observations, info = self.env.reset(seed=seed, options=options)
         return _with_mask(observations, info["action_mask"]), info
 
     def step(
         self, actions: Any
     ) -> tuple[dict[str, npt.NDArray[np.float32]], Any, Any, Any, dict[str, Any]]:
-        """Step, and put the masks into the observations and final observations."""
+        """Step the environment and add the masks to the observations and final observations."""
         observations, rewards, terminations, truncations, info = self.env.step(actions)
         if "final_obs" in info:
             rows = info["final_obs"].copy()
@@ -206,35 +207,42 @@ class MaskInObservationVector(VectorWrapper):
 
 
 def _unwrap(env: Any, expected: type[Inner], wrapper: str, other: str) -> Inner:
-    """Return the environment below all wrappers, or say which wrapper is the right one."""
+    """Return the environment inside all wrappers.
+
+    Raises:
+        TypeError: If it is of another class; the error names the right wrapper.
+    """
     inner = env.unwrapped
     if not isinstance(inner, expected):
         raise TypeError(
-            f"{wrapper}: expected an {expected.__name__}, got {type(inner).__name__}; {other} is "
-            "the wrapper for the other kind of environment, single or vector"
+            f"{wrapper}: expected an {expected.__name__}, got {type(inner).__name__}; {other} "
+            "wraps the other kind of environment, single or vector"
         )
     return inner
 
 
-def _refuse_mask_of_factors(env: Any, space: gym.Space[Any]) -> None:
-    """Raise if observations already contain the mask of the factored action."""
+def _reject_mask_of_factors(env: Any, space: gym.Space[Any]) -> None:
+    """Raise ValueError if observations already contain the mask of the factored action."""
     if isinstance(space, gym.spaces.Dict) and "action_mask" in space.spaces:
         raise ValueError(
-            f"joint actions: expected observations without a mask, got those of {env}; apply "
-            "MaskInObservation or MaskInObservationVector last"
+            f"joint actions: expected observations without a mask, got those of {env}; "
+            "apply MaskInObservation or MaskInObservationVector last"
         )
 
 
 def _space_with_mask(space: gym.Space[Any], actions: gym.Space[Any]) -> gym.spaces.Dict:
+    """Return the observation space with the mask added."""
     mask = gym.spaces.Box(0.0, 1.0, (gym.spaces.flatdim(actions),), np.float32)
     return gym.spaces.Dict({"observations": space, "action_mask": mask})
 
 
 def _with_mask(observations: Any, mask: BoolArray) -> dict[str, npt.NDArray[np.float32]]:
+    """Return observations with the mask added, as float32."""
     return {"observations": observations, "action_mask": mask.astype(np.float32)}
 
 
 def _check_range(actions: npt.NDArray[Any], shape: tuple[int, ...], n: int) -> None:
+    """Raise ValueError unless the actions are integers from 0 to n - 1 of the given shape."""
     is_integer = np.issubdtype(actions.dtype, np.integer) and actions.shape == shape
     if not is_integer or ((actions < 0) | (actions >= n)).any():
         raise ValueError(
