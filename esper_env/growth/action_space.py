@@ -421,8 +421,8 @@ def _fill_masks(
                     continue
                 for c in range(width):
                     mask[c] = unconditional[o, c]
-                # In three ops an option has a condition of its own. Such an op is legal in the slot
-                # only if at least one option is.
+                # Three ops have another condition per option. Such an op is legal in the slot only if
+                # at least one option is.
                 if op == Op.GERMINATE:
                     is_legal = False
                     for c, blueprint in enumerate(options.blueprint):
