@@ -249,10 +249,12 @@ class ActionSpace:
                 f"actions[{row}]: head {HEAD_NAMES[head]!r} expected 0 to "
                 f"{self.nvec[head] - 1}, got {array[row, head]}"
             )
+        # One dtype for all callers, so `_check_legal` is compiled only once.
         array = array.astype(np.int64)
         op_mask, slot_mask, *rest = conditional.values()
         is_legal = np.empty(len(array), dtype=np.bool_)
         _check_legal(is_legal, array, op_mask, slot_mask, tuple(rest))
+        # A sub-environment that is not active does not act, so its action may be illegal.
         acts = active & is_legal
         if raises_on_illegal and (active & ~is_legal).any():
             row = int((active & ~is_legal).argmax())
@@ -421,8 +423,8 @@ def _fill_masks(
                     continue
                 for c in range(width):
                     mask[c] = unconditional[o, c]
-                # Three ops have another condition per option. Such an op is legal in the slot only if
-                # at least one option is.
+                # Three ops also have a condition on an option. They are legal in the slot only if at
+                # least one option is.
                 if op == Op.GERMINATE:
                     is_legal = False
                     for c, blueprint in enumerate(options.blueprint):

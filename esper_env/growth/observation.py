@@ -64,13 +64,13 @@ def episode_features() -> dict[str, str]:
         "parameter_budget_left": "share of the parameter budget that remains; each seed is counted "
         "with a gate",
         **{
-            f"accuracy_change_{i}": f"change of the accuracy in env step t - {i - 1}, where t is "
-            f"the last env step, x {CHANGE_SCALE:.0f}"
+            f"accuracy_change_{i}": f"change of the accuracy in one env step, x {CHANGE_SCALE:.0f} "
+            f"({i} of {HISTORY}, latest first)"
             for i in past
         },
         **{
-            f"loss_change_{i}": f"change of the validation loss in env step t - {i - 1}, where t "
-            f"is the last env step, / ln(classes), x {CHANGE_SCALE:.0f}"
+            f"loss_change_{i}": "change of the validation loss in one env step / ln(classes), "
+            f"x {CHANGE_SCALE:.0f} ({i} of {HISTORY}, latest first)"
             for i in past
         },
         **{f"slots_{s.name.lower()}": f"share of the slots in stage {s.name}" for s in Stage},

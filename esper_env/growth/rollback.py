@@ -100,6 +100,7 @@ def _judge(
         panics[n] = not is_sane or streak >= patience
         state.streak[i] = 0 if panics[n] else streak
         if panics[n]:
+            # The restored network gets a new window of recent losses.
             for k in range(window):
                 past[k] = 0.0
             state.num_losses[i] = 0
