@@ -266,7 +266,7 @@ class ActionSpace:
                 "with conditional_masks() or sample_valid_actions(rng), or set "
                 "illegal_actions='wait'"
             )
-        # Option 0 of every head is WAIT, so illegal actions and inactive rows become WAIT.
+        # A row of zeros is WAIT. Illegal actions and inactive sub-environments get such a row.
         # (num_envs, heads) -> one (num_envs,) array per head
         op, slot, blueprint, style, tempo, target, speed, curve = (array * acts[:, None]).T
         targets = self._targets[target]
@@ -423,8 +423,8 @@ def _fill_masks(
                     continue
                 for c in range(width):
                     mask[c] = unconditional[o, c]
-                # Three ops also have a condition on an option. They are legal in the slot only if at
-                # least one option is.
+                # Three ops also have a condition on the options of one head. Such an op is legal in
+                # the slot if at least one of these options is.
                 if op == Op.GERMINATE:
                     is_legal = False
                     for c, blueprint in enumerate(options.blueprint):
