@@ -275,7 +275,7 @@ class Simulation:
         return StepResult(reward, terms, terminated.copy(), is_last & ~terminated)
 
     def _act(self, request: Request, is_valid: BoolArray, active: BoolArray) -> None:
-        """Apply the actions to the slots, create new seeds, and save snapshots of fossilized ones."""
+        """Apply the actions to slots, create new seeds, and save snapshots of fossilized ones."""
         slots, measured, progress, _, episode = self.state
         lifecycle.apply(slots, measured, request, self.config)
         np.copyto(progress.last_op, request.op, where=active)
