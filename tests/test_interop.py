@@ -189,7 +189,7 @@ def test_attributes_are_set_for_all_members_where_they_are_defined() -> None:
     venv = Sb3VecEnv(make_vector(is_joint=True))
     venv.set_attr("gamma", 0.9)
     assert venv.vector_env.unwrapped.gamma == 0.9  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="expected all sub-environments, because .* 'gamma'"):
+    with pytest.raises(ValueError, match=r"expected all sub-environments, because .* 'gamma'"):
         venv.set_attr("gamma", 0.5, indices=0)
     with pytest.raises(AttributeError, match="has no attribute 'gama'"):
         venv.set_attr("gama", 0.5)
