@@ -1,1 +1,1 @@
-"""The networks that are trained: hosts, seed modules, their storage and the two engines."""
+"""Networks that are trained: hosts, seed modules, their storage and the two engines."""

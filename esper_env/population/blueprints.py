@@ -1,7 +1,7 @@
-"""The registry of seed modules. Each is the identity at birth, with a live gradient.
+"""Registry of seed modules, each of which is the identity at birth with a non-zero gradient.
 
-The last affine map (or the final norm's scale) starts at zero and nothing rectifies after it, so
-the residual branch is zero while its gradient is not.
+The last affine map (or the scale of the final norm) starts at zero, and no rectifier follows it.
+The residual branch therefore outputs zero at birth, while the gradient of that map is not zero.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from esper_env.population.layers import Conv, Layer, Norm, Relu, SqueezeExcite
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A kind of seed module: a name, and the layers of its residual branch."""
+    """Kind of seed module: a name and the layers of its residual branch."""
 
     name: str
     build: Callable[[int], Sequence[Layer]]
-    """From the channels at the slot to the layers, which keep channels, height and width."""
+    """Maps the number of channels at a slot to layers that keep channels, height and width."""
 
     def num_parameters(self, channels: int) -> int:
-        """Trained numbers of one seed."""
+        """Return the number of trainable parameters of one seed, without its gate."""
         return sum(spec.size for layer in self.build(channels) for spec in layer.parameters)
 
     def multiply_adds(self, channels: int, height: int, width: int) -> int:
-        """Multiply-adds of one seed per image."""
+        """Return the multiply-adds of one seed per image, without its gate."""
         return sum(layer.multiply_adds(height, width) for layer in self.build(channels))
 
 
@@ -81,21 +81,21 @@ CNN_BLUEPRINTS: tuple[Blueprint, ...] = (
     Blueprint("conv_light", _conv_light),
     Blueprint("conv_heavy", _conv_heavy),
 )
-"""The built-in blueprints for convolutional hosts, in the order of the blueprint head."""
+"""Built-in blueprints for convolutional hosts, in the order of the blueprint head."""
 
 _registry: list[Blueprint] = list(CNN_BLUEPRINTS)
 
 
 def registered_blueprints() -> tuple[Blueprint, ...]:
-    """Return the built-in blueprints, then those of third parties in order of registration."""
+    """Return the built-in blueprints, then registered ones in the order of registration."""
     return tuple(_registry)
 
 
 def register_blueprint(name: str, build: Callable[[int], Sequence[Layer]]) -> None:
-    """Add a blueprint for environments that are made from now on.
+    """Register a blueprint for all environments that are made afterwards.
 
     Example:
-        A 3x3 convolution behind a norm, with the zero map last::
+        A pre-norm 3x3 convolution, initialised to zero::
 
             from esper_env import register_blueprint
             from esper_env.population.layers import Conv, Norm, Relu
@@ -106,17 +106,18 @@ def register_blueprint(name: str, build: Callable[[int], Sequence[Layer]]) -> No
             )
 
     Args:
-        name: Its option of the blueprint head.
-        build: From the channels at a slot to the layers of the residual branch.
+        name: Name of the blueprint, which is also its option in the blueprint head.
+        build: Maps the number of channels at a slot to the layers of the residual branch.
 
     Raises:
         TypeError: If `build` does not return layers.
-        ValueError: If the name is taken, or the branch changes the shape, is not zero at birth, has
-            a parameter that no gradient reaches by the third batch, or works otherwise inside a
-            wider one (a norm over channels would: see `layout`).
+        ValueError: If the name is taken. Also if the branch changes the shape of its input, is not
+            zero at birth, has a parameter without a gradient in the third batch, or computes
+            something else when it is embedded in a wider branch. A norm over channels would (see
+            `layout`).
     """
     if name in [blueprint.name for blueprint in _registry]:
-        raise ValueError(f"blueprint {name!r} is registered already; choose another name")
+        raise ValueError(f"blueprint {name!r} is already registered; choose another name")
     narrow, wide = (Candidate(build(channels), channels, channels) for channels in (4, 8))
     check_layers(f"blueprint {name!r}", narrow, wide, is_zero_at_birth=True)
     _registry.append(Blueprint(name, build))

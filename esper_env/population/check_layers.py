@@ -1,8 +1,8 @@
-"""Trial runs of layers that third parties register; what could not work is refused with the reason.
+"""Validation of registered layers, with errors that explain the violation and the remedy.
 
-A few batches of plain gradient descent show whether layers keep their promises: shapes, the
-identity at birth, gradients that arrive, and that a narrow member can live in the corner of a wide
-one (see `layout`).
+Registration runs the layers on a few batches of plain gradient descent. It checks output shapes,
+the zero output at birth, that every parameter receives a gradient, and that a narrow network can be
+embedded in the corner of a wide one (see `layout`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor
 from esper_env.population.layers import Layer, TensorSpec
 
 _IMAGES, _SIZE, _BATCHES, _RATE = 16, 8, 3, 0.01
+"""Images per batch, their height and width [pixels], number of batches, and learning rate."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Layers for one number of features before and after."""
+    """Layers to validate, which map `before` channels to `after` channels."""
 
     layers: Sequence[Layer]
     before: int
@@ -29,19 +30,19 @@ class Candidate:
 
 
 def check_layers(label: str, narrow: Candidate, wide: Candidate, *, is_zero_at_birth: bool) -> None:
-    """Refuse layers that could not work.
+    """Validate layers before they are registered.
 
     Args:
-        label: What is being registered, for the error.
-        narrow: The layers for few features.
-        wide: The same for more.
-        is_zero_at_birth: Whether the output must be exactly zero at first.
+        label: Name of the registered object, for error messages.
+        narrow: Layers for few channels.
+        wide: Layers of the same object for more channels.
+        is_zero_at_birth: Whether the output must be exactly zero at birth.
 
     Raises:
-        TypeError: If something is not a `Layer`.
-        ValueError: If a shape is wrong, the output is not zero at birth although it must be, no
-            gradient reaches a parameter by the third batch, or the narrow layers in the corner of
-            the wide ones do something else.
+        TypeError: If an element is not a `Layer`.
+        ValueError: If the output has a wrong shape, the output is not zero at birth although it
+            must be, a parameter has no gradient in the third batch, or the narrow layers compute
+            something else when they are embedded in the corner of the wide ones.
     """
     for candidate in (narrow, wide):
         for layer in candidate.layers:
@@ -55,7 +56,7 @@ def check_layers(label: str, narrow: Candidate, wide: Candidate, *, is_zero_at_b
 
 
 def _check_growth(label: str, candidate: Candidate, is_zero_at_birth: bool) -> None:
-    """Check shapes, birth and gradients."""
+    """Check output shapes, the zero output at birth, and gradients."""
     generator = torch.Generator().manual_seed(0)
     layers, before, after = candidate.layers, candidate.before, candidate.after
     parameters = _draw([s for layer in layers for s in layer.parameters], generator)
@@ -63,37 +64,43 @@ def _check_growth(label: str, candidate: Candidate, is_zero_at_birth: bool) -> N
     if not parameters:
         raise ValueError(f"{label} has no parameters, so it cannot learn")
     expected = (_IMAGES, after, _SIZE, _SIZE)
+    # No gradient passes through a map that is still zero, so layers before it receive their first
+    # gradient in the second batch.
     for batch in range(_BATCHES):
+        # Rectified noise, because slots follow a rectifier.
         x = torch.randn(_IMAGES, before, _SIZE, _SIZE, generator=generator).relu()
         out = _run(layers, x, parameters, buffers)
         if out.shape != expected:
             raise ValueError(
-                f"{label} changes the shape: expected {expected} after {tuple(x.shape)}, got "
-                f"{tuple(out.shape)}; keep height and width, and put out {after} channels"
+                f"{label} outputs a wrong shape for an input of shape {tuple(x.shape)}: expected "
+                f"{expected}, got {tuple(out.shape)}; keep height and width, and output {after} "
+                "channels"
             )
         if batch == 0 and is_zero_at_birth and out.detach().abs().max() != 0:
             raise ValueError(
-                f"{label} is not the identity at birth: its residual branch reaches "
-                f"{float(out.detach().abs().max()):.3g}, expected 0; start the last affine map, or "
-                "the last norm's scale, at zero"
+                f"{label} is not the identity at birth: expected a residual branch of 0, got up to "
+                f"{float(out.detach().abs().max()):.3g}; initialise the last affine map, or the "
+                "scale of the last norm, to zero"
             )
+        # A random target, so that no gradient vanishes by symmetry.
         gradients = _descend(out, torch.randn(expected, generator=generator), parameters)
     names = [spec.name for layer in layers for spec in layer.parameters]
     for name, gradient in zip(names, gradients, strict=True):
         if gradient is None or not (gradient != 0).any():
             raise ValueError(
-                f"{label} has no gradient in {name!r} by the third batch; nothing may rectify "
-                "after a map that starts at zero"
+                f"{label}: expected a gradient in parameter {name!r} by the third batch, got none; "
+                "the usual cause is a rectifier that follows a map initialised to zero"
             )
 
 
 def _check_corner(label: str, narrow: Candidate, wide: Candidate) -> None:
-    """Check that the narrow layers work the same in the corner of the wide ones."""
+    """Check that narrow layers compute the same when they are embedded in wide ones."""
     generator = torch.Generator().manual_seed(1)
     reason = (
-        f"{label}: layers for {narrow.before} channels do not work the same inside those for "
-        f"{wide.before}, as instances of other widths need"
+        f"{label}: layers for {narrow.before} channels cannot be embedded in layers for "
+        f"{wide.before}, which instances of other widths require"
     )
+    # Sample the narrow tensors and embed copies of them in zeros, as a narrow member's row does.
     both = []
     for kind in ("parameters", "buffers"):
         few = [s for layer in narrow.layers for s in getattr(layer, kind)]
@@ -105,9 +112,11 @@ def _check_corner(label: str, narrow: Candidate, wide: Candidate) -> None:
         )
         if not is_inside:
             raise ValueError(f"{reason}: tensors of shapes {shapes[0]} do not fit into {shapes[1]}")
+        # (1, *narrow shape) -> (1, *wide shape)
         own = _draw(few, generator)
         both.append((own, [_pad(t, (1, *s.shape)) for t, s in zip(own, many, strict=True)]))
     (few_p, many_p), (few_b, many_b) = both
+    # Train both on the same batches: a difference in gradients shows in the next batch's outputs.
     for _ in range(_BATCHES):
         x = torch.randn(_IMAGES, narrow.before, _SIZE, _SIZE, generator=generator).relu()
         target = torch.randn(_IMAGES, narrow.after, _SIZE, _SIZE, generator=generator)
@@ -117,15 +126,15 @@ def _check_corner(label: str, narrow: Candidate, wide: Candidate) -> None:
         error = float((wide_out - _pad(out, wide_out.shape)).detach().abs().max())
         if error > 1e-4:
             raise ValueError(
-                f"{reason}: outputs differ by {error:.3g}, expected 0; a layer may not depend on "
-                "how many channels there are, and must put out zero for a channel of zeros"
+                f"{reason}: expected equal outputs, got a difference of {error:.3g}; a layer must "
+                "not depend on the number of channels, and must output zero for a channel of zeros"
             )
         _descend(out, target, few_p)
         _descend(wide_out, _pad(target, wide_out.shape), many_p)
 
 
 def _draw(specs: Sequence[TensorSpec], generator: torch.Generator) -> list[Tensor]:
-    """Return start values for one member."""
+    """Sample initial values for one member. (1, *shape) each."""
     noise = [2 * torch.rand((1, *spec.shape), generator=generator) - 1 for spec in specs]
     return [s.value + s.bound * n for s, n in zip(specs, noise, strict=True)]
 
@@ -145,7 +154,7 @@ def _run(
 
 
 def _descend(out: Tensor, target: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:
-    """Make a step of gradient descent on the product with a target; return the gradients."""
+    """Take a step of gradient descent on sum(out * target), and return the gradients."""
     gradients = torch.autograd.grad((out * target).sum(), parameters, allow_unused=True)
     with torch.no_grad():
         for tensor, gradient in zip(parameters, gradients, strict=True):
@@ -155,6 +164,6 @@ def _descend(out: Tensor, target: Tensor, parameters: list[Tensor]) -> list[Tens
 
 
 def _pad(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Put a tensor into the leading corner of a larger one of zeros."""
+    """Embed a tensor in the leading corner of a larger tensor of zeros."""
     missing = [n - m for m, n in zip(x.shape, shape, strict=True)]
     return F.pad(x.detach(), [n for m in reversed(missing) for n in (0, m)])

@@ -1,6 +1,6 @@
-"""Host networks: blocks of convolution, norm, rectifier, slot and 2x2 max-pool, then a linear head.
+"""Host networks: a sequence of blocks, global average pooling and a linear head.
 
-Global average pooling stands between the last block and the head.
+A block is a convolution, a norm and a rectifier. A slot and a 2x2 max-pool follow each block.
 """
 
 from __future__ import annotations
@@ -16,31 +16,33 @@ from esper_env.population.layers import Conv, Layer, Norm, Relu, TensorSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """Shape of a host; slot s sits after the rectifier of block s."""
+    """Shape of a host. Slot s follows block s."""
 
     in_channels: int
+    """Channels of an image."""
     image_size: int
     """Height and width of an image [pixels]."""
     channels: tuple[int, ...]
-    """Features of each block."""
+    """Output channels of each block."""
     num_classes: int
+    """Classes of the task."""
     kernel_size: int = 3
-    """Of the convolution in a built-in block."""
+    """Kernel size of the convolution in a built-in block [pixels]."""
     build_block: Callable[[int, int], Sequence[Layer]] | None = None
-    """From features before and after to the layers of a block; None for the built-in one."""
+    """Maps the channels before and after a block to its layers; None for the built-in block."""
 
     def scaled(self, width: float) -> Host:
-        """Return the host with `width` times the features in every block, at least one."""
+        """Return the host with `width` times the channels in every block, at least one each."""
         channels = tuple(max(1, int(c * width + 0.5)) for c in self.channels)
         return dataclasses.replace(self, channels=channels)
 
     @property
     def num_slots(self) -> int:
-        """One per block."""
+        """Number of slots, one per block."""
         return len(self.channels)
 
     def block(self, index: int) -> Sequence[Layer]:
-        """Layers of one block before its slot."""
+        """Return the layers of one block, which the slot follows."""
         before = self.in_channels if index == 0 else self.channels[index - 1]
         after = self.channels[index]
         if self.build_block is not None:
@@ -48,7 +50,7 @@ class Host:
         return (Conv(before, after, self.kernel_size), Norm(after), Relu())
 
     def slot_size(self, index: int) -> int:
-        """Height and width of the features at a slot [pixels]."""
+        """Return the height and width of the features at a slot [pixels]."""
         return self.image_size >> index
 
     @property
@@ -62,7 +64,7 @@ class Host:
 
     @property
     def num_parameters(self) -> int:
-        """Trained numbers of one host."""
+        """Number of trainable parameters of one host."""
         blocks = [layer for i in range(self.num_slots) for layer in self.block(i)]
         in_blocks = sum(spec.size for layer in blocks for spec in layer.parameters)
         return in_blocks + sum(spec.size for spec in self.head)
@@ -79,7 +81,7 @@ class Host:
 
 @dataclass(frozen=True)
 class HostDesign:
-    """A registered host, to be joined with the images and classes of a task."""
+    """Blocks of a registered host; a task adds the image size and the classes."""
 
     channels: tuple[int, ...]
     build_block: Callable[[int, int], Sequence[Layer]] | None
@@ -89,7 +91,7 @@ _registry: dict[str, HostDesign] = {}
 
 
 def registered_hosts() -> dict[str, HostDesign]:
-    """Return the hosts of third parties by name."""
+    """Return the registered hosts by name."""
     return dict(_registry)
 
 
@@ -98,10 +100,10 @@ def register_host(
     channels: Sequence[int],
     build_block: Callable[[int, int], Sequence[Layer]] | None = None,
 ) -> None:
-    """Add a host that `EnvConfig.host` can name, for the images and classes of any task.
+    """Register a host that `EnvConfig.host` selects by name, for any task.
 
     Example:
-        Three blocks of a pointwise and a depthwise convolution::
+        Three blocks, each of a pointwise and a depthwise convolution::
 
             import gymnasium as gym
             from esper_env import register_host
@@ -119,23 +121,27 @@ def register_host(
             env = gym.make("Esper-Digits-v0", host="separable")
 
     Args:
-        name: What `EnvConfig.host` calls it.
-        channels: Features of each block; one slot after each, before a 2x2 max-pool.
-        build_block: From the features before and after to the layers of a block, which keep height
-            and width; None for a 3x3 convolution, batch norm and rectifier. The first layer of the
-            first block is a `Conv` without groups: in evaluation all members share its input.
+        name: Name of the host, which `EnvConfig.host` takes.
+        channels: Output channels of each block. A slot and a 2x2 max-pool follow each block.
+        build_block: Maps the channels before and after a block to its layers, which keep height and
+            width; None for a 3x3 convolution, batch norm and rectifier. The first layer of the
+            first block must be a `Conv` without groups: in evaluation all members share its input.
 
     Raises:
         TypeError: If `build_block` does not return layers.
-        ValueError: If the name is taken, there is no block, or a block changes height or width, has
-            a parameter that no gradient reaches, or works otherwise inside a wider one.
+        ValueError: If the name is taken, or there is no block. Also if a block changes height or
+            width, has a parameter without a gradient in the third batch, or computes something else
+            when it is embedded in a wider block.
     """
     if name in _registry:
-        raise ValueError(f"host {name!r} is registered already; choose another name")
+        raise ValueError(f"host {name!r} is already registered; choose another name")
     if not channels or min(channels) < 1:
-        raise ValueError(f"host {name!r}: expected at least one block of features, got {channels}")
+        raise ValueError(
+            f"host {name!r}: channels: expected at least one block of at least one channel, got "
+            f"{channels}"
+        )
     if build_block is not None:
-        # The first block, whose input is the image, and a later one.
+        # Channels (before, after) of the first block, which reads the image, and of a later block.
         for sizes in (((3, 4), (3, 8)), ((4, 6), (8, 12))):
             narrow, wide = (Candidate(build_block(*size), *size) for size in sizes)
             check_layers(f"host {name!r}", narrow, wide, is_zero_at_birth=False)

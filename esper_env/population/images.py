@@ -1,4 +1,4 @@
-"""Labelled images that stay on the device, and batches of them by index. No loader."""
+"""Labelled images on the device, and batches gathered by index. There is no data loader."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 from esper_env.config import BoolArray, IntArray
 
 PADDING = 4
-"""Width of the border that a shifted crop may reach into [pixels]."""
+"""Width of the zero border around an image before it is cropped [pixels]."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Which images a few batches show to each member, and how they are changed."""
+    """Samples of some training batches for each of m members, and their augmentation."""
 
     indices: IntArray
-    """Positions in the training split. (batches, batch_size, m)."""
+    """Indices into the training split. (batches, batch_size, m) int64."""
     labels: IntArray
-    """What each is said to show. (batches, batch_size, m)."""
+    """Training labels, some of them wrong if there is noise. (batches, batch_size, m) int64."""
     shifts: IntArray | None = None
-    """See `shifted`; None crops nothing. (batches, batch_size, m, 2) [pixels]."""
+    """Crop offsets as in `shifted`, None for no crops. (batches, batch_size, m, 2) [pixels]."""
     flips: BoolArray | None = None
-    """Which are mirrored left to right; None mirrors nothing. (batches, batch_size, m)."""
+    """Whether an image is mirrored left to right; None for no. (batches, batch_size, m)."""
 
     def of(self, members: slice | BoolArray) -> Draw:
-        """Return the part of some members."""
+        """Return the samples of some members. The mask is (m,) bool."""
         return Draw(
             self.indices[:, :, members],
             self.labels[:, :, members],
@@ -44,8 +44,8 @@ class ImageSet:
     Attributes:
         images: Raw pixels. (n, height, width, channels) uint8.
         labels: Classes. (n,) int64.
-        mean: Per channel, subtracted. (channels,) float32 [raw pixel values].
-        std: Per channel, divided by. (channels,) float32 [raw pixel values].
+        mean: Mean of each channel over the training split. (channels,) float32 [pixel values].
+        std: Standard deviation of each channel. (channels,) float32 [pixel values].
     """
 
     images: Tensor
@@ -58,24 +58,30 @@ class ImageSet:
         return len(self.images)
 
     def to(self, device: torch.device) -> ImageSet:
-        """Copy to a device."""
+        """Return a copy on a device."""
         return ImageSet(*(t.to(device) for t in (self.images, self.labels, self.mean, self.std)))
 
     def normalised(self, start: int, stop: int) -> Tensor:
-        """Return a range of images. (stop - start, channels, height, width) channels-last."""
+        """Return the normalised images from `start` to `stop`.
+
+        Returns:
+            (stop - start, channels, height, width) float32, channels-last in memory.
+        """
         pixels = (self.images[start:stop].float() - self.mean) / self.std
         return pixels.permute(0, 3, 1, 2)
 
     def batches(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Gather batches for several members.
+        """Gather and normalise training batches of m members.
 
         Returns:
-            Features (batches, batch_size, height, width, m * channels) float32, contiguous, and
+            Images (batches, batch_size, height, width, m * channels) float32, contiguous, and
             labels (batches, m, batch_size) int64.
         """
         device = self.images.device
         batches, size, m = draw.indices.shape
         _, height, width, channels = self.images.shape
+        # Gather and augment as uint8, which moves a quarter of the bytes of float32.
+        # (batches, size, m) -> (batches * size * m, height, width, channels)
         indices = torch.from_numpy(draw.indices.reshape(-1)).to(device)
         picked = self.images.index_select(0, indices)
         if draw.shifts is not None:
@@ -84,7 +90,8 @@ class ImageSet:
         if draw.flips is not None:
             flips = torch.from_numpy(draw.flips.reshape(-1)).to(device)
             picked = torch.where(flips[:, None, None, None], picked.flip(2), picked)
-        # (batches * size, m, height, width, channels) -> (batches * size, height, width, m, ...)
+        # (batches * size, m, height, width, channels)
+        # -> (batches * size, height, width, m, channels): members become groups of channels
         picked = picked.view(batches * size, m, height, width, channels).permute(0, 2, 3, 1, 4)
         pixels = (picked.contiguous().float() - self.mean) / self.std
         labels = torch.from_numpy(draw.labels.transpose(0, 2, 1).copy()).to(device)
@@ -92,23 +99,24 @@ class ImageSet:
 
 
 def shifted(images: Tensor, shifts: Tensor) -> Tensor:
-    """Pad images with zeros and crop them again, each at its own place.
+    """Pad images with zeros and crop each at its own offset.
 
     Args:
-        images: (n, height, width, channels) uint8, contiguous.
-        shifts: Where in the padded image the crop begins, less the padding. (n, 2) int64: rows and
-            columns, from -PADDING to PADDING [pixels].
+        images: Images. (n, height, width, channels) uint8, contiguous.
+        shifts: Row and column offset of each crop, -PADDING to PADDING [pixels]. (n, 2) int64.
 
     Returns:
-        (n, height, width, channels) uint8; pixel (y, x) is pixel (y, x) + shift of the image, or 0
-        outside it.
+        Cropped images, whose pixel (y, x) is pixel (y, x) + shift of the image, or 0 outside of it.
+        (n, height, width, channels) uint8.
     """
     n, height, width, channels = images.shape
     border = (0, 0, PADDING, PADDING, PADDING, PADDING)
     padded = F.pad(images, border)
-    # A row of a crop is one run of bytes, so copy runs, not pixels: 15 times faster on a CPU.
+    # Each row of a crop is one contiguous run of bytes. Copying runs instead of pixels is 15 times
+    # faster on a CPU. `runs` is a view with one row for each byte at which a run can start.
     size = width * channels
     runs = padded.view(-1).as_strided((padded.numel() - size + 1, size), (1, 1))
+    # First row of each padded image (n, 1), row of each run (n, height), first byte of each run.
     image = torch.arange(n, device=images.device)[:, None] * padded.shape[1]
     row = image + torch.arange(height, device=images.device) + shifts[:, :1] + PADDING
     start = (row * padded.shape[2] + shifts[:, 1:] + PADDING) * channels

@@ -1,4 +1,4 @@
-"""Records that pass between `Population` and the engines."""
+"""Records that `Population` and the engines exchange."""
 
 from __future__ import annotations
 
@@ -11,73 +11,76 @@ from esper_env.config import BoolArray, FloatArray, IntArray
 
 @dataclass(frozen=True)
 class Seeds:
-    """The seeds of all members, as the population sees them. Arrays are (members, slots)."""
+    """Seeds of all members. Arrays have shape (members, slots) unless stated."""
 
     blueprint: IntArray
-    """Index into the registry, -1 where there is none."""
+    """Index into the registry, -1 where the slot has no seed."""
     blend: IntArray
     """Values of `Blend`."""
     alpha: FloatArray
-    """Weight in the forward pass, 0 to 1."""
+    """Blend weight in the forward pass, 0 to 1."""
     beta: FloatArray
-    """Weight of the gradient that reaches the seed, 0 to 1; 0 means that it does not run."""
+    """Weight of the seed's gradient, 0 to 1; a seed with 0 does not run in training."""
     is_isolated: BoolArray
     """Whether the seed's input is detached."""
     is_frozen: BoolArray
-    """Whether its parameters keep still."""
+    """Whether the seed's parameters are frozen."""
     width: IntArray
-    """Index of the member's width among the hosts. (members,)."""
+    """Index of the member's width in the list of hosts. (members,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SGDSettings:
-    """Rules of the optimiser; learning rates are per module."""
+    """Optimiser settings. Each call of `Population.train` passes the learning rates."""
 
     momentum: float = 0.9
+    """Momentum coefficient."""
     weight_decay: float = 5e-4
-    """Of hosts; seeds have none."""
+    """L2 penalty on the parameters of hosts; seeds have none."""
     clip_norm: float = 1.0
-    """Largest gradient norm of a module, per batch."""
+    """Maximum gradient norm of a module (the host or one seed) in each batch."""
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What one env step of training measured."""
+    """Measurements of one env step of training for m members."""
 
     loss: FloatArray
     """Mean training loss. (m,) [nats]."""
     seed_gradient_norms: FloatArray
-    """Norm of each tensor's gradient before clipping, root mean square over the batches; NaN where
-    there is no such tensor. (m, slots, max_tensors)."""
+    """L2 norm of each seed tensor's gradient before clipping, root mean square over the batches;
+    NaN where a tensor does not exist, infinite where a gradient is NaN. (m, slots, max_tensors)."""
     is_finite: BoolArray
-    """Whether all weights and statistics are finite afterwards. (m,)."""
+    """Whether all parameters and running statistics are finite after training. (m,)."""
 
     @classmethod
     def empty(cls, members: int, slots: int, tensors: int) -> TrainReport:
-        """Return a report to be filled in."""
+        """Return a report with uninitialised arrays."""
         return cls(
             np.empty(members), np.empty((members, slots, tensors)), np.empty(members, dtype=bool)
         )
 
     def fill(self, where: BoolArray, part: TrainReport) -> None:
-        """Write the report of some members. (m,) bool."""
+        """Write the rows of some members. `where` is (m,) bool."""
         for name, array in vars(self).items():
             array[where] = getattr(part, name)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy and loss of some networks on one split. Arrays are (rows,)."""
+    """Accuracy and loss of some networks on one split. Arrays have shape (rows,)."""
 
     accuracy: FloatArray
+    """Share of images that are classified correctly, 0 to 1."""
     loss: FloatArray
+    """Mean cross-entropy [nats]."""
 
     @classmethod
     def empty(cls, rows: int) -> Evaluation:
-        """Return a result to be filled in."""
+        """Return a result with uninitialised arrays."""
         return cls(np.empty(rows), np.empty(rows))
 
     def fill(self, where: BoolArray, part: Evaluation) -> None:
-        """Write the result of some rows. (rows,) bool."""
+        """Write the values of some rows. `where` is (rows,) bool."""
         for name, array in vars(self).items():
             array[where] = getattr(part, name)

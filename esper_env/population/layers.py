@@ -1,8 +1,10 @@
-"""Layers of many networks at once: images are (batch, members * channels, height, width).
+"""Layers of m members that run as one grouped operation.
 
-A layer holds no tensors. It says which parameters and buffers one member needs, how they start,
-and how the layers of `m` members run as one grouped operation. Features are channels-last in
-memory, so (batch, height, width, members, channels) is a free view of them.
+A layer holds no tensors. It describes the parameters and buffers of one member, their initial
+values, and the forward pass of m members.
+
+Images are (batch, m * channels, height, width) and channels-last in memory, so
+(batch, height, width, m, channels) is a view of them without a copy.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of one member: shape, and start value `value` + U(-bound, bound)."""
+    """Name, shape and initial values, `value` + U(-bound, bound), of one tensor of one member."""
 
     name: str
     shape: tuple[int, ...]
@@ -33,11 +35,11 @@ class TensorSpec:
 
 
 class Layer(ABC):
-    """A layer of one member, and how it runs for many."""
+    """Layer of one member, with a forward pass for many members."""
 
     @property
     def parameters(self) -> tuple[TensorSpec, ...]:
-        """Trained tensors of one member."""
+        """Trainable tensors of one member."""
         return ()
 
     @property
@@ -46,7 +48,7 @@ class Layer(ABC):
         return ()
 
     def multiply_adds(self, height: int, width: int) -> int:
-        """Multiply-adds per image of one member."""
+        """Return the multiply-adds of one member per image."""
         del height, width
         return 0
 
@@ -54,22 +56,22 @@ class Layer(ABC):
     def forward(
         self, x: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], training: bool
     ) -> Tensor:
-        """Run the layer.
+        """Run the layer for m members.
 
         Args:
-            x: Features. (batch, m * channels, height, width), channels-last.
+            x: Input features. (batch, m * channels, height, width), channels-last.
             parameters: One tensor per spec. (m, *shape).
             buffers: One tensor per spec, updated in place in training. (m, *shape), contiguous.
-            training: Whether batch statistics are used and running ones updated.
+            training: Whether the layer uses batch statistics and updates the running ones.
 
         Returns:
-            (batch, m * channels_out, height, width).
+            Output features. (batch, m * channels_out, height, width).
         """
 
 
 @dataclass(frozen=True)
 class Conv(Layer):
-    """Convolution with odd kernel and stride 1 that keeps height and width."""
+    """Convolution with an odd kernel and stride 1, which keeps height and width."""
 
     in_channels: int
     out_channels: int
@@ -81,7 +83,7 @@ class Conv(Layer):
 
     @property
     def parameters(self) -> tuple[TensorSpec, ...]:
-        """Weight, and bias if asked for; uniform within 1 / sqrt(fan_in) as in torch.nn."""
+        """Weight, and bias if enabled; uniform within 1 / sqrt(fan_in) as in `torch.nn.Conv2d`."""
         shape = (
             self.out_channels,
             self.in_channels // self.groups,
@@ -95,25 +97,26 @@ class Conv(Layer):
         return tuple(specs)
 
     def multiply_adds(self, height: int, width: int) -> int:
-        """One per weight and pixel."""
+        """Return one multiply-add per weight and pixel, without the bias."""
         return self.parameters[0].size * height * width
 
     def forward(
         self, x: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], training: bool
     ) -> Tensor:
-        """One grouped convolution; members may also share one input of `in_channels`."""
+        """Run one grouped convolution; members may also share one input of `in_channels`."""
         del buffers, training
         weight = parameters[0]
         bias = parameters[1].flatten() if self.bias else None
         inputs = x.shape[1] // self.in_channels
         assert inputs == len(weight) or (inputs == 1 and self.groups == 1)
         padding = self.kernel_size // 2
+        # (m, out, in / groups, k, k) -> (m * out, in / groups, k, k)
         return F.conv2d(x, weight.flatten(0, 1), bias, padding=padding, groups=inputs * self.groups)
 
 
 @dataclass(frozen=True)
 class Norm(Layer):
-    """Batch normalisation; over members * channels it is each member's own."""
+    """Batch normalisation. Run over m * channels, it normalises each member separately."""
 
     channels: int
     zero: bool = False
@@ -130,20 +133,20 @@ class Norm(Layer):
 
     @property
     def buffers(self) -> tuple[TensorSpec, ...]:
-        """Running mean and variance, with torch's momentum of 0.1."""
+        """Running mean and variance, updated with PyTorch's default momentum of 0.1."""
         return (
             TensorSpec("running_mean", (self.channels,)),
             TensorSpec("running_var", (self.channels,), value=1.0),
         )
 
     def multiply_adds(self, height: int, width: int) -> int:
-        """One per feature."""
+        """Return one multiply-add per channel and pixel."""
         return self.channels * height * width
 
     def forward(
         self, x: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], training: bool
     ) -> Tensor:
-        """One batch norm over members * channels."""
+        """Run one batch norm over m * channels."""
         weight, bias = parameters
         mean, var = buffers
         return F.batch_norm(
@@ -153,22 +156,22 @@ class Norm(Layer):
 
 @dataclass(frozen=True)
 class Relu(Layer):
-    """Rectifier."""
+    """Rectified linear unit."""
 
     def forward(
         self, x: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], training: bool
     ) -> Tensor:
-        """Rectify."""
+        """Return max(x, 0)."""
         del parameters, buffers, training
         return F.relu(x)
 
 
 @dataclass(frozen=True)
 class SqueezeExcite(Layer):
-    """x * tanh(W2 silu(W1 pool(x) + b1) + b2), with W2 and b2 zero at birth.
+    """Squeeze-and-excitation: x * tanh(W2 silu(W1 pool(x) + b1) + b2), W2 and b2 zero at birth.
 
-    Source: Hu et al. (2018), equations 3 and 4, with tanh in place of the sigmoid so that the
-    branch is zero at birth, and silu in place of ReLU so that no hidden unit is born dead.
+    Source: Hu et al. (2018), equations 3 and 4. tanh replaces the sigmoid so that the branch is
+    zero at birth. silu replaces ReLU so that no hidden unit is dead at birth.
     """
 
     channels: int
@@ -176,7 +179,7 @@ class SqueezeExcite(Layer):
 
     @property
     def parameters(self) -> tuple[TensorSpec, ...]:
-        """Two affine maps between pooled features."""
+        """Weights and biases of the two affine maps on pooled features."""
         bound = 1 / sqrt(self.channels)
         return (
             TensorSpec("squeeze_weight", (self.hidden, self.channels), bound=bound),
@@ -186,7 +189,7 @@ class SqueezeExcite(Layer):
         )
 
     def multiply_adds(self, height: int, width: int) -> int:
-        """Two small maps and one product per feature."""
+        """Return the multiply-adds of both affine maps, and one per channel and pixel."""
         return 2 * self.channels * self.hidden + self.channels * height * width
 
     def forward(
@@ -196,6 +199,7 @@ class SqueezeExcite(Layer):
         del buffers, training
         squeeze_weight, squeeze_bias, excite_weight, excite_bias = parameters
         m = len(squeeze_weight)
+        # (batch, m * channels, height, width) -> (m, batch, channels)
         pooled = x.mean(dim=(2, 3)).view(len(x), m, self.channels).transpose(0, 1)
         hidden = F.silu(torch.baddbmm(squeeze_bias[:, None], pooled, squeeze_weight.mT))
         excite = torch.tanh(torch.baddbmm(excite_bias[:, None], hidden, excite_weight.mT))
@@ -204,23 +208,41 @@ class SqueezeExcite(Layer):
 
 
 def as_members(x: Tensor, m: int) -> Tensor:
-    """(batch, m * channels, height, width) -> (batch, height, width, m, channels)."""
+    """Give images a member axis: (batch, m * channels, h, w) -> (batch, h, w, m, channels)."""
     batch, width, height, size = x.shape[0], x.shape[3], x.shape[2], x.shape[1]
     return x.permute(0, 2, 3, 1).contiguous().view(batch, height, width, m, size // m)
 
 
 def as_images(x: Tensor) -> Tensor:
-    """(batch, height, width, m, channels) -> (batch, m * channels, height, width)."""
+    """Remove the member axis: (batch, h, w, m, channels) -> (batch, m * channels, h, w)."""
     return x.flatten(3).permute(0, 3, 1, 2)
 
 
 def classify(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Pool and classify. (batch, m * channels, h, w) -> (m, batch, classes)."""
+    """Apply global average pooling and each member's linear head.
+
+    Args:
+        x: Features after the last block. (batch, m * channels, height, width).
+        weight: Weight of each head. (m, classes, channels).
+        bias: Bias of each head. (m, classes).
+
+    Returns:
+        Logits. (m, batch, classes).
+    """
+    # (batch, m * channels) -> (m, batch, channels)
     pooled = x.mean(dim=(2, 3)).view(len(x), len(weight), -1).transpose(0, 1)
     return torch.baddbmm(bias[:, None], pooled, weight.mT)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Loss per member and image. (m, batch, classes), (m, batch) -> (m, batch) float32."""
+    """Return the cross-entropy of each member and image [nats].
+
+    Args:
+        logits: Logits. (m, batch, classes).
+        labels: Classes. (m, batch) int64.
+
+    Returns:
+        (m, batch) float32.
+    """
     flat = F.cross_entropy(logits.flatten(0, 1).float(), labels.reshape(-1), reduction="none")
     return flat.view(labels.shape)

@@ -1,13 +1,13 @@
-"""Where every tensor of one member lies in its row.
+"""Layout of a member's tensors in its row.
 
-A member is one row of three matrices: parameters, momentum, buffers. A row holds the host, then
-for each slot room for the largest blueprint and a gate; only one seed lives in a slot at a time.
-Resetting, copying or saving a member is a row operation.
+A member is one row of three matrices: parameters, momentum and buffers. A row holds the host, and
+for each slot enough columns for the largest blueprint and a gate, because a slot has at most one
+seed at a time. Resetting, copying or saving a member is a row operation.
 
-Members may differ in width. A narrow member lives in the leading corner of the tensors of the
-widest host, and the rest of its row is born at zero. It stays at zero: a channel whose norm, or
-whose last map, is zero puts out zero, so nothing after it learns from it, and no gradient comes
-back, as the weights that would carry it are zero too. So no mask is needed in the forward pass.
+Members may differ in width. A narrow member uses the leading corner of each tensor of the widest
+host. The rest of its row is initialised to zero and stays zero. A channel whose norm or last map is
+zero outputs zero, so the weights that read it receive no gradient. Those weights are zero too, so
+no gradient flows back through them. The forward pass therefore needs no mask.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from esper_env.population.layers import Layer, TensorSpec
 
 @dataclass(frozen=True)
 class Column:
-    """A tensor of a member: its spec, and where it starts in the row."""
+    """Position of one tensor in a member's row."""
 
     spec: TensorSpec
     offset: int
+    """First column."""
 
 
 @dataclass(frozen=True)
 class PlacedLayer:
-    """A layer and where its tensors are."""
+    """A layer and the columns of its tensors."""
 
     layer: Layer
     parameters: tuple[Column, ...]
@@ -44,21 +45,23 @@ class PlacedLayer:
 
 @dataclass(frozen=True)
 class Start:
-    """How some columns of a row begin: `value` + U(-bound, bound) at `index`, zero elsewhere."""
+    """Initial values of some columns: `value` + U(-bound, bound) at `index`, zero elsewhere."""
 
     columns: IntArray
-    """All columns concerned. (n,)."""
+    """Columns that are initialised, for the widest host. (n,) int64."""
     index: IntArray
-    """Those of a member of this width. (k,)."""
+    """Columns that a member of this width uses. (k,) int64."""
     value: FloatArray
+    """Mean initial value of each used column. (k,) float64."""
     bound: FloatArray
+    """Largest deviation from it. (k,) float64."""
 
 
 class Layout:
-    """The row of a member of one kind of host with one registry.
+    """Columns of the host, of each blueprint in each slot, and of the gates.
 
     Args:
-        hosts: Shapes of the host, one per width; the last is the widest.
+        hosts: Host of each width; the last is the widest.
         blueprints: The registry, in the order of the blueprint head.
     """
 
@@ -71,11 +74,13 @@ class Layout:
         self.blocks = [cursor.place(host.block(i)) for i in range(host.num_slots)]
         self.head = cursor.place_parameters(host.head)
         self.seeds: list[list[list[PlacedLayer]]] = []
-        """By slot, then blueprint."""
+        """Layers of the seeds, by slot and blueprint."""
         self.gates: list[tuple[Column, ...]] = []
-        """By slot: weight over the pooled features, and bias."""
+        """Columns of the gates, by slot: weight over the pooled features, and bias."""
         for slot in range(host.num_slots):
             channels = host.channels[slot]
+            # All blueprints of a slot start at the same column, since a slot has one seed at a
+            # time. The gate follows the largest of them, at the same columns for all.
             ends, placed = [cursor], []
             for blueprint in self.blueprints:
                 branch = _Cursor(cursor.parameters, cursor.buffers)
@@ -85,30 +90,30 @@ class Layout:
             self.seeds.append(placed)
             self.gates.append(cursor.place_parameters(gate_specs(channels)))
         self.num_parameters = cursor.parameters
-        """Columns of the parameter matrix."""
+        """Number of columns of the parameter and momentum matrices."""
         self.num_buffers = cursor.buffers
-        """Columns of the buffer matrix."""
+        """Number of columns of the buffer matrix."""
         self.max_seed_tensors = max(
             len(self.seed_columns(slot, index)[0])
             for slot in range(host.num_slots)
             for index in range(len(self.blueprints))
         )
-        """Most trained tensors that any seed has, its gate's included."""
+        """Largest number of trainable tensors of a seed, including its gate."""
 
     def host_columns(self) -> tuple[list[Column], list[Column]]:
-        """Return all parameter and all buffer columns of the host."""
+        """Return the parameter columns and the buffer columns of the host."""
         layers = [placed for block in self.blocks for placed in block]
         parameters = [c for placed in layers for c in placed.parameters]
         return parameters + list(self.head), [c for placed in layers for c in placed.buffers]
 
     def seed_columns(self, slot: int, blueprint: int) -> tuple[list[Column], list[Column]]:
-        """Return all parameter columns (the gate's last) and buffer columns of a seed."""
+        """Return the parameter columns (the gate's last) and the buffer columns of a seed."""
         layers = self.seeds[slot][blueprint]
         parameters = [c for placed in layers for c in placed.parameters]
         return parameters + list(self.gates[slot]), [c for p in layers for c in p.buffers]
 
     def host_start(self, width: int) -> tuple[Start, Start]:
-        """Return how parameters and buffers of a host begin; `width` is an index into `hosts`."""
+        """Return the initial parameters and buffers of `hosts[width]`."""
         key = (width,)
         if key not in self._starts:
             host = self.hosts[width]
@@ -121,7 +126,13 @@ class Layout:
         return self._starts[key]
 
     def seed_start(self, slot: int, blueprint: int, width: int) -> tuple[Start, Start]:
-        """Return how parameters (with the gate's) and buffers of a seed begin."""
+        """Return the initial parameters (with the gate's) and buffers of a seed.
+
+        Args:
+            slot: Slot of the seed.
+            blueprint: Index into the registry.
+            width: Index into `hosts`.
+        """
         key = (slot, blueprint, width)
         if key not in self._starts:
             channels = self.hosts[width].channels[slot]
@@ -135,7 +146,7 @@ class Layout:
 
 
 def gate_specs(channels: int) -> tuple[TensorSpec, TensorSpec]:
-    """Return the tensors of a gate: weight over the pooled features, and bias."""
+    """Return the specs of a gate: weight over the pooled features, and bias."""
     return (
         TensorSpec("gate_weight", (channels,), bound=1 / sqrt(channels)),
         TensorSpec("gate_bias", (1,)),
@@ -144,9 +155,9 @@ def gate_specs(channels: int) -> tuple[TensorSpec, TensorSpec]:
 
 @functools.cache
 def corner(shape: tuple[int, ...], inner: tuple[int, ...]) -> IntArray:
-    """Return the flat positions in a tensor of `shape` of its leading corner of shape `inner`.
+    """Return the flat indices of the leading corner of shape `inner` in a tensor of `shape`.
 
-    The array is shared: it cannot be written.
+    The result is cached and therefore read-only. (n,) int64.
     """
     positions = np.arange(int(np.prod(shape))).reshape(shape)
     flat: IntArray = positions[tuple(slice(n) for n in inner)].reshape(-1)
@@ -163,7 +174,7 @@ def _buffers(layers: Sequence[Layer]) -> list[TensorSpec]:
 
 
 def _start(columns: Sequence[Column], specs: Sequence[TensorSpec]) -> Start:
-    """Put each spec into the leading corner of its column."""
+    """Embed each spec in the leading corner of its column's tensor."""
     no_columns, no_values = np.zeros(0, dtype=np.int64), np.zeros(0)
     corners = [
         column.offset + corner(column.spec.shape, spec.shape)
@@ -178,7 +189,7 @@ def _start(columns: Sequence[Column], specs: Sequence[TensorSpec]) -> Start:
 
 
 class _Cursor:
-    """Hands out consecutive columns."""
+    """Next free columns of a row, which it assigns to tensors in order."""
 
     def __init__(self, parameters: int = 0, buffers: int = 0) -> None:
         self.parameters = parameters
