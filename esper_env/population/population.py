@@ -1,7 +1,8 @@
-"""Training and evaluation of many growing hosts as one tensor program.
+"""Training and evaluation of many growing hosts by one call.
 
-The population knows members, slots, blueprints and blend weights; it knows nothing of stages,
-actions or rewards. Per env step it makes one copy of results to the host.
+The population knows members, slots, blueprints and blend weights. It knows nothing of stages,
+actions or rewards. It passes members whose layers all have compiled kernels to the numba engine (on
+a CPU, in float32), and all other members to the torch engine.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from esper_env.rng import KeyArray
 
 
 class Population:
-    """`num_members` hosts with their seeds.
+    """Hosts and seeds of `num_members` members.
 
     Args:
-        hosts: Shapes of the host, one per width that a member may have; the last is the widest.
-        blueprints: The registry.
-        num_members: How many hosts.
-        settings: Optimiser rules.
-        device: Where all tensors live.
-        batch_size: Images per training batch; used for the default chunk size.
-        chunk_size: Members per tensor program, or None for as many as fit `CHUNK_BYTES`.
-        precision: "float32", or "bfloat16" for convolutions and linear maps, which compiled kernels
-            do not know.
+        hosts: Host of each width that a member may have; the last is the widest.
+        blueprints: The registry, in the order of the blueprint head.
+        num_members: Number of members.
+        settings: Optimiser settings.
+        device: Device of all tensors.
+        batch_size: Images per training batch, which the default chunk size depends on.
+        chunk_size: Members per grouped tensor operation of the torch engine; None for as many as
+            fit `CHUNK_BYTES`.
+        precision: "float32", or "bfloat16" for convolutions and linear maps in the torch engine.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class Population:
         self.device = device = torch.device(device)
         self.storage = Storage(self.layout, num_members, device)
         self._torch = TorchEngine(self.storage, settings, batch_size, chunk_size, precision)
+        # Kernels exist for the CPU and float32 only.
         has_kernels = device.type == "cpu" and precision == "float32"
         self._compiled = CompiledEngine(self.storage, settings) if has_kernels else None
         registry = self.layout.blueprints
+        # Tables instead of calls: the simulation looks up the sizes of all members at once.
         self.host_parameters: IntArray = np.array([h.num_parameters for h in hosts])
         """Parameters of a host of each width. (widths,)."""
         self.host_multiply_adds: IntArray = np.array([h.multiply_adds for h in hosts])
@@ -66,7 +69,7 @@ class Population:
         self.seed_parameters: IntArray = np.array(
             [[[b.num_parameters(c) for b in registry] for c in h.channels] for h in hosts]
         )
-        """Parameters of each blueprint, without gate. (widths, slots, blueprints)."""
+        """Parameters of a seed of each blueprint, without gate. (widths, slots, blueprints)."""
         self.gate_parameters: IntArray = np.array([[c + 1 for c in h.channels] for h in hosts])
         """Parameters of a gate. (widths, slots)."""
         sizes = [host.slot_size(i) for i in range(host.num_slots)]
@@ -79,20 +82,20 @@ class Population:
                 for h in hosts
             ]
         )
-        """Multiply-adds per image of each blueprint. (widths, slots, blueprints)."""
+        """Multiply-adds per image of a seed of each blueprint. (widths, slots, blueprints)."""
 
     def member_tensors(self) -> dict[str, torch.Tensor]:
-        """Return every tensor that has one row per member, by name. No copies."""
+        """Return every tensor with one row per member by name, without copies."""
         saved = {f"snapshot.{name}": tensor for name, tensor in self.storage.snapshots.items()}
         return self.storage.matrices | saved
 
     def reset(self, members: IntArray, widths: IntArray, key: KeyArray) -> None:
-        """Give members fresh hosts and empty slots.
+        """Initialise the hosts of some members, and empty their slots.
 
         Args:
-            members: Which. (m,).
-            widths: Index of each one's width. (m,).
-            key: Stream of each member's initial weights. (m,) uint64.
+            members: Members to reset. (m,).
+            widths: Index of each member's width. (m,).
+            key: Random stream of each member's initial weights. (m,) uint64.
         """
         self.storage.clear(members)
         for width in np.unique(widths).tolist():
@@ -108,7 +111,16 @@ class Population:
         blueprints: IntArray,
         key: KeyArray,
     ) -> None:
-        """Build seeds: initial weights, gate, no momentum. All arrays are (m,)."""
+        """Initialise the weights and gates of new seeds, with zero momentum.
+
+        Args:
+            members: Member of each seed. (m,).
+            widths: Index of each member's width. (m,).
+            slots: Slot of each seed. (m,).
+            blueprints: Index of each seed's blueprint. (m,).
+            key: Random stream of each seed's initial weights. (m,) uint64.
+        """
+        # Seeds with the same slot, blueprint and width share their columns: one call for each kind.
         alike: dict[tuple[int, ...], list[int]] = {}
         for i, kind in enumerate(np.stack([slots, blueprints, widths], axis=1).tolist()):
             alike.setdefault(tuple(kind), []).append(i)
@@ -125,18 +137,18 @@ class Population:
         host_rate: FloatArray,
         seed_rate: FloatArray,
     ) -> TrainReport:
-        """Train members for some batches.
+        """Train members on some batches.
 
         Args:
-            members: Which. (m,).
+            members: Members to train. (m,).
             seeds: Seeds of the whole population.
             images: The training split.
-            draw: What each batch shows to each of them.
+            draw: Samples of each batch for these members.
             host_rate: Learning rate of each member's host. (m,).
             seed_rate: Learning rate of each member's seeds. (m,).
 
         Returns:
-            Measurements of these members.
+            Measurements of these members, in their order.
         """
         engines = self._engines(members, seeds)
         if len(engines) == 1:
@@ -151,18 +163,19 @@ class Population:
     def evaluate(
         self, members: IntArray, alpha: FloatArray, seeds: Seeds, images: ImageSet
     ) -> Evaluation:
-        """Evaluate networks that share weights with members but have blend weights of their own.
+        """Evaluate networks that use a member's weights with other blend weights.
 
-        What several networks of one member have in common up to a slot is computed once.
+        Networks of one member with equal blend weights before a slot share the computation up to
+        this slot.
 
         Args:
-            members: The member whose weights each network has. (rows,).
-            alpha: Blend weight of each slot; 0 leaves a seed out. (rows, slots).
-            seeds: Blueprints and blends of the whole population.
-            images: The split, the same images for all.
+            members: Member whose weights each network uses. (rows,).
+            alpha: Blend weight of each seed; 0 removes the seed. (rows, slots).
+            seeds: Seeds of the whole population, for blueprints and blends.
+            images: Split that all networks are evaluated on.
 
         Returns:
-            Accuracy [0 to 1] and mean loss [nats] per row.
+            Accuracy [0 to 1] and mean loss [nats] of each network.
         """
         engines = self._engines(members, seeds)
         if len(engines) == 1:
@@ -175,7 +188,7 @@ class Population:
     def _engines(
         self, members: IntArray, seeds: Seeds
     ) -> list[tuple[TorchEngine | CompiledEngine, BoolArray]]:
-        """Say which engine serves which members."""
+        """Return each engine in use with a mask of the members that it serves. (m,) bool."""
         if self._compiled is None:
             return [(self._torch, np.ones(len(members), dtype=bool))]
         has_kernels = self._compiled.supports(members, seeds)

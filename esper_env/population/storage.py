@@ -1,4 +1,4 @@
-"""The tensors of all members: one row per member in three matrices."""
+"""Tensors of all members, one row per member in three matrices."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from esper_env.rng import KeyArray, number_at
 
 
 class Storage:
-    """Parameters, momentum and buffers of `num_members` members.
+    """Parameters, momentum and buffers of `num_members` members, all float32.
 
     Args:
-        layout: What the columns mean.
-        num_members: Rows.
-        device: Where the matrices live.
+        layout: Meaning of the columns.
+        num_members: Number of rows.
+        device: Device of the matrices.
     """
 
     def __init__(self, layout: Layout, num_members: int, device: torch.device) -> None:
@@ -30,11 +30,11 @@ class Storage:
         self.momentum = torch.zeros(num_members, layout.num_parameters, device=device)
         self.buffers = torch.zeros(num_members, layout.num_buffers, device=device)
         self.snapshots = {name: torch.zeros_like(t) for name, t in self.matrices.items()}
-        """The last good rows; one buffer of fixed size."""
+        """Last good rows of each matrix, by name; allocated once."""
 
     @property
     def matrices(self) -> dict[str, torch.Tensor]:
-        """The three matrices by name."""
+        """The three matrices by name. (num_members, columns) float32."""
         return {
             "parameters": self.parameters,
             "momentum": self.momentum,
@@ -42,36 +42,37 @@ class Storage:
         }
 
     def save(self, members: IntArray) -> None:
-        """Copy rows into the snapshot."""
+        """Copy the rows of members into the snapshots."""
         self._copy(self.matrices, self.snapshots, members)
 
     def restore(self, members: IntArray) -> None:
-        """Copy rows back from the snapshot."""
+        """Copy the rows of members back from the snapshots."""
         self._copy(self.snapshots, self.matrices, members)
 
     def _copy(
         self, source: dict[str, torch.Tensor], target: dict[str, torch.Tensor], members: IntArray
     ) -> None:
-        """Copy rows of all three matrices."""
+        """Copy the rows of members in all three matrices."""
         is_here = self.device.type == "cpu"
-        rows: Any = slice(None)  # Of all members, the usual case: one copy instead of two.
+        # A slice copies once, an index array twice. All members at once is the usual case.
+        rows: Any = slice(None)
         if len(members) < len(self.parameters):
             rows = members if is_here else torch.from_numpy(members).to(self.device)
         for name, matrix in source.items():
             if is_here:
-                # By NumPy: torch would share the copying out to its own threads, which then stay
-                # awake for a moment and keep those that train from starting.
+                # NumPy copies in this thread. PyTorch would copy in its own threads, which spin for
+                # a moment afterwards and delay the threads that train.
                 target[name].numpy()[rows] = matrix.numpy()[rows]
             else:
                 target[name][rows] = matrix[rows]
 
     def total(self, members: IntArray) -> torch.Tensor:
-        """Return the sum of all weights and statistics: finite only if each is. (m,) float32."""
+        """Return each row's sum of parameters and buffers, finite only if all are. (m,) float32."""
         rows = torch.from_numpy(members).to(self.device)
         return self.parameters[rows].sum(dim=1) + self.buffers[rows].sum(dim=1)
 
     def clear(self, members: IntArray) -> None:
-        """Set whole rows to zero."""
+        """Set the rows of members to zero in all three matrices."""
         rows = torch.from_numpy(members).to(self.device)
         for matrix in self.matrices.values():
             matrix[rows] = 0
@@ -79,13 +80,13 @@ class Storage:
     def initialise(
         self, members: IntArray, key: KeyArray, parameters: Start, buffers: Start
     ) -> None:
-        """Write start values and clear the momentum of the same columns.
+        """Write initial values, and set the momentum of the same parameters to zero.
 
         Args:
-            members: Which rows. (m,).
-            key: Stream of each row's random numbers. (m,) uint64.
-            parameters: Columns of the parameter matrix and how they begin.
-            buffers: Likewise of the buffer matrix.
+            members: Rows to initialise. (m,).
+            key: Random stream of each row. (m,) uint64.
+            parameters: Columns and initial values in the parameter matrix.
+            buffers: Columns and initial values in the buffer matrix.
         """
         none = parameters.index[:0], parameters.value[:0], parameters.bound[:0]
         starts = parameters, Start(parameters.columns, *none), buffers
@@ -95,13 +96,14 @@ class Storage:
 
 
 def _begin(matrix: torch.Tensor, members: IntArray, key: KeyArray, start: Start) -> None:
-    """Write start values into rows of a matrix in the host's memory."""
+    """Write initial values into rows of a matrix in CPU memory."""
     columns = start.columns, start.index
     _write_start(matrix.numpy(), members, key, *columns, start.value, start.bound)
 
 
 def _begin_elsewhere(matrix: torch.Tensor, members: IntArray, key: KeyArray, start: Start) -> None:
-    """Do the same on any device, without waiting for it."""
+    """Write initial values into rows of a matrix on any device, without synchronising with it."""
+    # Sample on the CPU, so that initial weights are the same on every device.
     fresh = torch.zeros(len(members), matrix.shape[1])
     _begin(fresh, np.arange(len(members)), key, start)
     columns = torch.from_numpy(start.columns)
@@ -119,6 +121,17 @@ def _write_start(
     value: FloatArray,
     bound: FloatArray,
 ) -> None:
+    """Set columns of some rows to zero, then sample the initial values at `index`.
+
+    Args:
+        matrix: Matrix to write into. (num_members, num_columns) float32.
+        members: Rows to initialise. (m,).
+        key: Random stream of each row. (m,) uint64.
+        columns: Columns set to zero. (n,).
+        index: Columns with an initial value. (k,).
+        value: Mean initial value. (k,) float64.
+        bound: Largest deviation from the mean. (k,) float64.
+    """
     for i in range(len(members)):
         row = matrix[members[i]]
         for column in columns:
