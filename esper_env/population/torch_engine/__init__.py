@@ -1,1 +1,1 @@
-"""Training and evaluation on any device, members grouped into PyTorch tensor operations."""
+"""Training and evaluation on any device in grouped PyTorch tensor operations."""

@@ -1,4 +1,8 @@
-"""The training program of one chunk of members with one composition of seeds."""
+"""Training graph of one chunk of members with one composition of seeds.
+
+Modules with the same layers are stacked along the member axis, so one grouped operation runs all of
+them. The graph is rebuilt when the composition changes.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +31,16 @@ from esper_env.population.torch_engine.mixing import (
 from esper_env.population.torch_engine.sgd import ModuleSGD, WorkingSet
 
 
-class Program:
-    """One chunk of members with one composition of seeds: its tensors, forward and optimiser."""
+class TrainingGraph:
+    """Tensors, forward pass and optimiser of one chunk of members with one composition of seeds.
+
+    Args:
+        storage: Tensors of all members.
+        members: Members of the chunk. (m,).
+        seeds: Seeds of the whole population, for the composition.
+        settings: Optimiser settings.
+        precision: "float32" or "bfloat16", for convolutions and linear maps.
+    """
 
     def __init__(
         self,
@@ -45,17 +57,19 @@ class Program:
         self.trained = WorkingSet(layout.num_parameters, device)
         self.running = WorkingSet(layout.num_buffers, device)
         m, num_slots = len(members), layout.host.num_slots
-        # Modules: the m hosts, then the seed of member i in slot s as m * (1 + s) + i.
+        # Module i is the host of member i, module m * (1 + s) + i its seed in slot s.
         num_modules = m * (1 + num_slots)
         decay = np.zeros(num_modules)
         decay[:m] = settings.weight_decay
         is_frozen = np.zeros(num_modules, dtype=bool)
         is_frozen[m:] = seeds.is_frozen[members].T.reshape(-1)
+        # Module of each row of each piece, and the position of the tensor within its seed, -1 for
+        # tensors of hosts. One (rows,) array per piece.
         modules: list[IntArray] = []
         segment_tensor: list[IntArray] = []
 
         def add(local: IntArray, columns: Sequence[Column], slot: int, first: int) -> list[int]:
-            """Add trained tensors of some members; `slot` -1 is the host."""
+            """Add trainable tensors of members `local` of the chunk; `slot` -1 is the host."""
             positions = []
             for i, column in enumerate(columns):
                 positions.append(self.trained.add(members[local], column))
@@ -64,6 +78,7 @@ class Program:
             return positions
 
         def place(local: IntArray, layers: Sequence[PlacedLayer], slot: int) -> list[_Run]:
+            """Add the tensors of layers, and return the layers with the positions of theirs."""
             runs, first = [], 0
             for placed in layers:
                 buffers = [self.running.add(members[local], c) for c in placed.buffers]
@@ -73,8 +88,9 @@ class Program:
 
         everyone = np.arange(m)
         self.blocks = [place(everyone, block, -1) for block in layout.blocks]
-        self.slots: list[_SlotProgram | None] = []
+        self.slots: list[_SlotGraph | None] = []
         for slot in range(num_slots):
+            # A seed without gradient weight does not run in training.
             slot_seeds = group_members(
                 seeds.blueprint[members, slot],
                 seeds.blend[members, slot],
@@ -95,6 +111,7 @@ class Program:
                 branches.append(
                     _Branch(group, local, branch, isolated, layout.host.channels[slot], device)
                 )
+            # The gates of all groups run as one operation, in the order of the groups.
             gate_local = np.array(gated, dtype=np.int64)
             gate = None
             if gated:
@@ -104,7 +121,7 @@ class Program:
                     add(gate_local, layout.gates[slot], slot, first),
                     torch.from_numpy(seeds.is_isolated[members[gate_local], slot]).to(device),
                 )
-            self.slots.append(_SlotProgram(slot, layout.host.channels[slot], branches, gate))
+            self.slots.append(_SlotGraph(slot, layout.host.channels[slot], branches, gate))
         self.head = add(everyone, layout.head, -1, 0)
         self.trained.freeze()
         self.running.freeze()
@@ -115,7 +132,7 @@ class Program:
             is_frozen,
             settings,
         )
-        # Where each seed tensor's gradient norm belongs in (member, slot, tensor).
+        # Index (member, slot, tensor) of each segment that belongs to a seed.
         tensor = np.concatenate(segment_tensor)
         module = np.concatenate(modules)
         self.seed_segments = np.nonzero(tensor >= 0)[0]
@@ -137,22 +154,24 @@ class Program:
         """Train on some batches.
 
         Args:
-            seeds: For the present alphas and betas.
-            images: (batches, batch_size, height, width, m * channels).
-            labels: (batches, m, batch_size).
+            seeds: Seeds of the whole population, for the current alphas and betas.
+            images: Normalised images. (batches, batch_size, height, width, m * channels) float32.
+            labels: Training labels. (batches, m, batch_size) int64.
             host_rate: Learning rate of each member's host. (m,).
             seed_rate: Learning rate of each member's seeds. (m,).
 
         Returns:
-            Mean loss of each member (m,), and the mean over batches of each segment's squared
-            gradient norm (segments,).
+            Mean loss of each member (m,) [nats], and the squared gradient norm of each segment,
+            averaged over the batches (num_segments,).
         """
         storage = self.storage
+        # Copy the chunk's tensors out of the matrices; they are written back after the last batch.
         flat = self.trained.gather(storage.parameters).requires_grad_()
         momentum = self.trained.gather(storage.momentum)
         running = self.running.gather(storage.buffers)
         buffers = self.running.views(running)
         num_slots = len(self.slots)
+        # Hosts first, then the seeds slot by slot, the order of the modules. (num_modules,) -> (n,)
         rates = self.sgd.spread_rates(np.concatenate([host_rate, *[seed_rate] * num_slots]))
         mixes = [None if s is None else s.mix(self.members, seeds) for s in self.slots]
         total_loss = torch.zeros(len(self.members), device=storage.device)
@@ -161,10 +180,12 @@ class Program:
             with in_precision(self.precision, storage.device):
                 logits = self._forward(batch, self.trained.views(flat), buffers, mixes)
             loss = cross_entropy(logits, label).mean(1)
+            # Members share no parameters, so the gradient of the sum is each member's own.
             (gradient,) = torch.autograd.grad(loss.sum(), flat)
             with torch.no_grad():
                 total_squares += self.sgd.step(flat, gradient, momentum, rates)
                 total_loss += loss
+        # Frozen modules keep their rows; running statistics are updated for all.
         with torch.no_grad():
             self.trained.scatter(storage.parameters, flat, self.sgd.keep)
             self.trained.scatter(storage.momentum, momentum, self.sgd.keep)
@@ -178,8 +199,19 @@ class Program:
         buffers: list[Tensor],
         mixes: list[Mix | None],
     ) -> Tensor:
-        """Return logits (m, batch_size, classes) in training mode."""
+        """Return the logits of one batch in training mode.
+
+        Args:
+            batch: Images. (batch_size, height, width, m * channels).
+            parameters: Views of the trainable tensors. (rows, *shape) each.
+            buffers: Views of the running statistics, updated in place. (rows, *shape) each.
+            mixes: Blend weights of each slot, None where no seed runs.
+
+        Returns:
+            (m, batch_size, classes).
+        """
         m = len(self.members)
+        # (batch_size, height, width, m * channels) -> (batch_size, m * channels, height, width)
         x = batch.permute(0, 3, 1, 2)
         for block, slot, mix in zip(self.blocks, self.slots, mixes, strict=True):
             x = _run(block, x, parameters, buffers)
@@ -192,15 +224,15 @@ class Program:
 
 
 def in_precision(precision: str, device: torch.device) -> torch.autocast:
-    """Return the context of a forward pass in "float32" or "bfloat16"."""
-    # No cache: weights are updated in place between batches.
+    """Return the autocast context of a forward pass in "float32" or "bfloat16"."""
+    # Autocast must not cache converted weights, because they are updated in place between batches.
     is_enabled = precision == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16, enabled=is_enabled, cache_enabled=False)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A layer of a program and the positions of its tensors among the views."""
+    """A layer of the graph, with the positions of its tensors among the views."""
 
     placed: PlacedLayer
     parameters: list[int]
@@ -208,7 +240,16 @@ class _Run:
 
 
 class _Branch:
-    """One group of seeds in one slot."""
+    """One group of seeds in one slot.
+
+    Args:
+        group: Members and blends of the group.
+        local: Positions of the members in the chunk. (m,).
+        layers: Layers of the seeds.
+        is_isolated: Whether a seed's input is detached. (m,) bool.
+        channels: Channels at the slot.
+        device: Device of all tensors.
+    """
 
     def __init__(
         self,
@@ -223,6 +264,7 @@ class _Branch:
         self.local = local
         self.layers = layers
         self.is_isolated = bool(is_isolated.all())
+        # If only some seeds are isolated, zeros in `keep` cut their gradients off.
         self.keep = None
         if is_isolated.any() and not self.is_isolated:
             self.keep = spread(~is_isolated, channels, device)
@@ -230,16 +272,19 @@ class _Branch:
 
 @dataclass(frozen=True)
 class _Gate:
-    """The gates of one slot."""
+    """Gates of one slot, for all groups."""
 
     members: Tensor
+    """Positions of the gated members in the chunk. (num_gates,) int64."""
     parameters: list[int]
+    """Positions of weight and bias among the views."""
     is_isolated: Tensor
+    """Whether a gate's input is detached. (num_gates,) bool."""
 
 
 @dataclass(frozen=True)
-class _SlotProgram:
-    """All seeds in one slot of a chunk."""
+class _SlotGraph:
+    """All seeds of a chunk in one slot."""
 
     slot: int
     channels: int
@@ -247,7 +292,13 @@ class _SlotProgram:
     gate: _Gate | None
 
     def mix(self, members: IntArray, seeds: Seeds) -> Mix:
-        """Build the step's weights."""
+        """Return the groups with the blend weights of the current env step.
+
+        Args:
+            members: Members of the chunk. (m,).
+            seeds: Seeds of the whole population.
+        """
+        # Weights that are all 1 become None, which saves the multiplication.
         alphas: list[Tensor | None] = []
         betas: list[Tensor | None] = []
         visible = []
@@ -265,7 +316,19 @@ class _SlotProgram:
     def forward(
         self, features: Tensor, mix: Mix, parameters: list[Tensor], buffers: list[Tensor]
     ) -> Tensor:
-        """Run all branches and mix them in. (batch, height, width, members, channels)."""
+        """Run all seeds and mix their output into the features.
+
+        Args:
+            features: Features at the slot. (batch, height, width, members, channels).
+            mix: Groups and blend weights.
+            parameters: Views of the trainable tensors. (rows, *shape) each.
+            buffers: Views of the running statistics, updated in place. (rows, *shape) each.
+
+        Returns:
+            Mixed features. (batch, height, width, members, channels).
+        """
+        # Gather the input of all groups with a gradient in one operation; see `GatherMembers`.
+        # Groups whose seeds are all isolated read detached features.
         attached = [b for b in self.branches if not b.is_isolated]
         inputs: dict[int, Tensor] = {}
         if attached:
@@ -279,10 +342,12 @@ class _SlotProgram:
             x = inputs.get(id(branch))
             if x is None:
                 x = detached.index_select(3, branch.group.members)
+            # (batch, height, width, m, channels) -> (batch, m * channels, height, width) and back
             out = _run(branch.layers, as_images(x), parameters, buffers)
             outputs.append(as_members(out.to(features.dtype), len(branch.local)))
         gate = None
         if self.gate is not None:
+            # (batch, height, width, members, channels) -> (batch, num_gates, channels)
             pooled = features.mean(dim=(1, 2)).index_select(1, self.gate.members)
             pooled = torch.where(self.gate.is_isolated[:, None], pooled.detach(), pooled)
             weight, bias = (parameters[i] for i in self.gate.parameters)
