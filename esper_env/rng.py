@@ -1,8 +1,8 @@
-"""Counter-based random streams: a number is a pure function of (key, counter).
+"""Counter-based random streams: each number is a pure function of a key and a counter.
 
-All members of a population draw at once, without a generator object per member, and a member's
-numbers do not depend on who else is in the batch. The only state is the key, so copying or saving
-a stream needs nothing but that integer.
+One call samples for all members of a population, without a generator object per member. Numbers of
+a member do not depend on the other members in the batch. The key is the only state of a stream, so
+copying or saving a stream means copying one integer.
 """
 
 from __future__ import annotations
@@ -19,14 +19,20 @@ KeyArray = npt.NDArray[np.uint64]
 
 
 class Stream(IntEnum):
-    """What the streams of an episode are for."""
+    """Random streams of an episode."""
 
     HOST = 0
+    """Initial weights of the host."""
     DATA = 1
+    """Indices of training images."""
     SEED = 2
+    """Initial weights of seeds."""
     NOISE = 3
+    """Label noise."""
     AUGMENT = 4
+    """Crops and mirror images."""
     INSTANCE = 5
+    """Choice of the instance."""
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -37,14 +43,14 @@ _SHIFT_31, _ONE = np.uint64(31), np.uint64(1)
 
 
 def make_key(key: npt.ArrayLike, *words: npt.ArrayLike) -> KeyArray:
-    """Derive keys of sub-streams.
+    """Derive the keys of sub-streams.
 
     Args:
         key: Parent keys or seeds. (n,) unsigned integers.
-        words: What the sub-stream is for: numbers or arrays of numbers that broadcast to (n,).
+        words: Identifiers of the sub-stream: integers or arrays of them that broadcast to (n,).
 
     Returns:
-        One key per parent and word. (n,) uint64; n is 1 if all are scalars.
+        One key per parent. (n,) uint64; n is 1 if all arguments are scalars.
     """
     result: KeyArray = mix(_as_keys(key))
     for word in words:
@@ -53,27 +59,27 @@ def make_key(key: npt.ArrayLike, *words: npt.ArrayLike) -> KeyArray:
 
 
 def uniform(key: KeyArray, count: int) -> npt.NDArray[np.float64]:
-    """Draw the first `count` numbers of each stream, uniform in [0, 1).
+    """Return the first `count` numbers of each stream, uniform in [0, 1).
 
     Args:
         key: One key per stream. (n,) uint64.
         count: Numbers per stream.
 
     Returns:
-        (n, count) float64, in steps of 2**-53.
+        Multiples of 2**-53. (n, count) float64.
     """
     return uniform_at(key, np.arange(count))
 
 
 def uniform_at(key: KeyArray, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Draw chosen numbers of each stream, uniform in [0, 1); `uniform` draws the first ones.
+    """Return the numbers at given positions of each stream, uniform in [0, 1).
 
     Args:
         key: One key per stream. (n,) uint64.
-        index: Positions in each stream, or in all of them. (n, count) or (count,).
+        index: Positions in each stream, or the same in all streams. (n, count) or (count,).
 
     Returns:
-        (n, count) float64, in steps of 2**-53.
+        Multiples of 2**-53. (n, count) float64.
     """
     numbers: npt.NDArray[np.float64] = number_at(key[:, None], index.astype(np.uint64))
     return numbers
@@ -81,25 +87,25 @@ def uniform_at(key: KeyArray, index: npt.NDArray[np.int64]) -> npt.NDArray[np.fl
 
 @shared
 def child_key(key: Any, word: Any) -> Any:
-    """Derive a key from a mixed one, as `make_key` does for each word; uint64 arrays or numbers."""
+    """Derive a key from a mixed key, as `make_key` does for a word. Arrays or scalars, uint64."""
     return mix(key + mix(word + _GOLDEN))
 
 
 @shared
 def number_at(key: Any, index: Any) -> Any:
-    """Draw the number at a position of a stream; key and index uint64, arrays or numbers."""
+    """Return the number at a position of a stream, in [0, 1). Arrays or scalars, uint64."""
     bits = mix(key + (index + _ONE) * _GOLDEN)
     return (bits >> _SHIFT_11) * 2.0**-53
 
 
 @shared
 def mix(z: Any) -> Any:
-    """Finaliser of SplitMix64. Source: Steele, Lea, Flood (2014), figure 16, variant 13."""
+    """Apply the finaliser of SplitMix64. Source: Steele et al. (2014), figure 16, variant 13."""
     z = (z ^ (z >> _SHIFT_30)) * _MIX_1
     z = (z ^ (z >> _SHIFT_27)) * _MIX_2
     return z ^ (z >> _SHIFT_31)
 
 
 def _as_keys(values: npt.ArrayLike) -> KeyArray:
-    """Return at least one-dimensional uint64: arrays wrap around in silence, scalars warn."""
+    """Convert to a uint64 array of at least one dimension: NumPy warns of overflow in scalars."""
     return np.atleast_1d(np.asarray(values, dtype=np.uint64))

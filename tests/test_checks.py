@@ -198,7 +198,7 @@ def test_gymnasiums_sync_environment_passes_without_autoreset_given_a_copy_of_op
 
 def test_gymnasiums_sync_environment_without_copies_is_refused() -> None:
     envs = SyncVectorEnv([CountingSingle] * 3, copy=False)
-    with pytest.raises(AssertionError, match="what was returned changed while stepping on"):
+    with pytest.raises(AssertionError, match="a later step changed returned arrays"):
         check_vector_env(envs)
 
 
@@ -393,7 +393,7 @@ def a_nested_value_has_no_mask(env: CountingEnv) -> None:
     set_info(env, parts={"x": np.ones(3)})
 
 
-@refused(r"info\['parts'\]\['_x'\]: expected True only where due")
+@refused(r"info\['parts'\]\['_x'\]: expected True only within the outer mask")
 def a_nested_mask_exceeds_its_dictionarys(env: CountingEnv) -> None:
     set_info(env, parts={"x": np.ones(3), "_x": everyone()}, _parts=~everyone())
 
@@ -489,7 +489,7 @@ def a_reset_does_not_forget_earlier_runs(env: CountingEnv) -> None:
     set_result(env, 1, lambda rewards: np.where(rewards > 0, np.add(total, rewards, total), 0.0))
 
 
-@refused(r"reset\(seed=0, options=None\) drew from a global .*state\['numpy'\]")
+@refused(r"reset\(seed=0, options=None\) used a global .*state\['numpy'\]")
 def resets_draw_from_numpy(env: CountingEnv) -> None:
     def draw(result: Any) -> Any:
         np.random.rand()  # noqa: NPY002
@@ -498,12 +498,12 @@ def resets_draw_from_numpy(env: CountingEnv) -> None:
     after(env, "reset", draw)
 
 
-@refused(r"step drew from a global random generator: state\['random'\]")
+@refused(r"step used a global random generator: state\['random'\]")
 def steps_draw_from_random(env: CountingEnv) -> None:
     set_result(env, 1, lambda rewards: rewards * random.random())
 
 
-@refused(r"step drew from a global random generator: state\['torch'\]")
+@refused(r"step used a global random generator: state\['torch'\]")
 def steps_draw_from_torch(env: CountingEnv) -> None:
     set_result(env, 1, lambda rewards: rewards * float(torch.rand(())))
 
@@ -519,7 +519,7 @@ def reads_a_global_generator_and_hides_it(env: CountingEnv) -> None:
     set_result(env, 1, draw)
 
 
-@refused(r"returned changed while stepping on: reset.*\['observations'\]")
+@refused(r"a later step changed returned arrays: reset.*\['observations'\]")
 def observations_are_one_buffer(env: CountingEnv) -> None:
     buffer = np.zeros((3, 2), np.float32)
 
@@ -530,7 +530,7 @@ def observations_are_one_buffer(env: CountingEnv) -> None:
     after(env, "observe", reuse)
 
 
-@refused("what was returned changed while stepping on: step.*rewards")
+@refused("a later step changed returned arrays: step.*rewards")
 def rewards_are_one_buffer(env: CountingEnv) -> None:
     buffer = np.zeros(3)
 
@@ -541,13 +541,13 @@ def rewards_are_one_buffer(env: CountingEnv) -> None:
     set_result(env, 1, reuse)
 
 
-@refused(r"writing into what was returned changed what came later: .*\['info'\]\['_a'\]")
+@refused(r"writing into returned arrays changed later results: .*\['info'\]\['_a'\]")
 def info_hands_out_a_constant_of_the_environment(env: CountingEnv) -> None:
     constant = everyone()
     after(env, "info", lambda info: info | {"a": np.ones(3), "_a": constant})
 
 
-@refused("writing into what was returned changed what came later: step")
+@refused("writing into returned arrays changed later results: step")
 def observations_are_the_state_itself(env: CountingEnv) -> None:
     """A new array each step, so that earlier ones stay, but the caller can write into the state."""
 
@@ -581,7 +581,7 @@ def an_end_is_told_twice(env: CountingEnv) -> None:
     set_result(env, 3, repeat)
 
 
-@refused("the action of a member that is being reset matters: step")
+@refused("the action of a sub-environment that resets changes the results: step")
 def a_resetting_step_acts(env: CountingEnv) -> None:
     act = env.act
     env.act = lambda actions, active: act(actions, active | True)  # type: ignore[method-assign]
@@ -627,7 +627,7 @@ def final_observations_have_another_shape(env: CountingEnv) -> None:
     set_final(env, fill)
 
 
-@refused(r"info\['final_info'\]\['_steps'\]: expected True only where due", SAME)
+@refused(r"info\['final_info'\]\['_steps'\]: expected True only within the outer mask", SAME)
 def final_info_masks_hold_for_all(env: CountingEnv) -> None:
     set_final(env, lambda info: info["final_info"].update(_steps=everyone()))
 
@@ -637,7 +637,7 @@ def final_info_is_an_array_of_dictionaries(env: CountingEnv) -> None:
     set_final(env, lambda info: info.update(final_info=np.full(3, None, object)))
 
 
-@refused("step of finished members under DISABLED: expected an error", DISABLED)
+@refused("step of finished sub-environments under DISABLED: expected an error", DISABLED)
 def finished_members_can_be_stepped(env: CountingEnv) -> None:
     step = env.step
 
@@ -648,7 +648,7 @@ def finished_members_can_be_stepped(env: CountingEnv) -> None:
     env.step = lenient  # type: ignore[method-assign]
 
 
-@refused(r"\['reset_mask'\].*; work on a copy", DISABLED)
+@refused(r"\['reset_mask'\].*; copy it first", DISABLED)
 def reset_takes_the_mask_out_of_options(env: CountingEnv) -> None:
     reset = env.reset
 
@@ -659,7 +659,7 @@ def reset_takes_the_mask_out_of_options(env: CountingEnv) -> None:
     env.reset = popping  # type: ignore[method-assign]
 
 
-@refused(r"touched a member outside the mask: observations\[1\]", DISABLED)
+@refused(r"changed a sub-environment outside of the mask: observations\[1\]", DISABLED)
 def reset_ignores_the_mask(env: CountingEnv) -> None:
     reset = env.reset
     env.reset = lambda *, seed=None, options=None: reset(seed=seed)  # type: ignore[method-assign]
@@ -679,7 +679,7 @@ def the_generator_is_not_in_the_state(env: CountingEnv) -> None:
     after(env, "get_state", lambda state: state | {"rng": np.random.default_rng(0)})
 
 
-@refused("stepping on changed what get_state had returned")
+@refused("later steps changed the state that get_state returned")
 def get_state_returns_the_generator_itself(env: CountingEnv) -> None:
     after(env, "get_state", lambda state: state | {"rng": env.np_random})
 

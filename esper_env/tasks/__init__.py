@@ -1,4 +1,4 @@
-"""Tasks: data and host of each environment id."""
+"""Tasks: the data and the host of each environment id."""
 
 import dataclasses
 
@@ -14,13 +14,13 @@ TASKS: dict[str, Task] = {
     "cifar10_impaired": cifar10.IMPAIRED,
     "cifar10_deep": cifar10.DEEP,
 }
-"""Tasks by the name that `EnvConfig.task` takes."""
+"""Tasks by their name in `EnvConfig.task`."""
 
 __all__ = ["TASKS", "Splits", "Task", "load_splits", "resolve_host"]
 
 
 def resolve_host(config: EnvConfig) -> Host:
-    """Return the host of a configuration: the task's own, or a registered one for its data.
+    """Return the host of a configuration: the task's default, or a registered host for its data.
 
     Raises:
         ValueError: If the task or the host is unknown, or the images are too small for the host.
@@ -33,14 +33,14 @@ def resolve_host(config: EnvConfig) -> Host:
     designs = registered_hosts()
     if config.host not in designs:
         raise ValueError(
-            f"host: expected None or a registered one of {sorted(designs)}, got {config.host!r}; "
-            "call esper_env.register_host first"
+            f"host: expected None or a registered host, one of {sorted(designs)}, got "
+            f"{config.host!r}; call esper_env.register_host first"
         )
     design = designs[config.host]
     if host.image_size >> len(design.channels) < 1:
         raise ValueError(
             f"host: {config.host!r} halves the image {len(design.channels)} times, and the images "
-            f"of task {config.task!r} are {host.image_size} pixels wide; register one with fewer "
-            "blocks"
+            f"of task {config.task!r} are {host.image_size} pixels wide; register a host with "
+            "fewer blocks"
         )
     return dataclasses.replace(host, channels=design.channels, build_block=design.build_block)

@@ -20,11 +20,12 @@ from esper_env.tasks.instances import InstanceRanges
 from esper_env.tasks.task import Splits, Task
 
 DATA_DIR_VARIABLE = "ESPER_DATA_DIR"
+"""Environment variable with the default data directory."""
 DEFAULT_DATA_DIR = "~/.cache/esper"
 IMAGES_PER_VALIDATION_IMAGE = 25
-"""2,000 of the 50,000 training images are the validation split."""
+"""One of 25 training images, 2,000 of 50,000, is in the validation split."""
 SPLIT_SEED = 0
-"""The split is part of the task and does not depend on any user's seed."""
+"""Seed of the split, which is part of the task and independent of any user's seed."""
 
 
 def load_splits(data_dir: str | None = None) -> Splits:
@@ -35,7 +36,7 @@ def load_splits(data_dir: str | None = None) -> Splits:
             or damaged; None means `$ESPER_DATA_DIR` if that is set, else `~/.cache/esper`.
 
     Raises:
-        FileNotFoundError: If the folder has no intact copy and none can be downloaded.
+        FileNotFoundError: If the folder has no intact copy and the download fails.
     """
     from torchvision.datasets import CIFAR10
 
@@ -77,10 +78,11 @@ def _read(root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
         data = CIFAR10(root, train=train)  # needs no lock, so an intact copy may be read-only
     except RuntimeError:
         root.mkdir(parents=True, exist_ok=True)
-        # Without it, processes that start together would write to the same files.
+        # Without the lock, processes that start together would write to the same files.
         with FileLock(root / ".cifar-10.lock"):
             data = CIFAR10(root, train=train, download=True)
-    # Channels come last in torchvision's view but first in its memory; gathering needs them last.
+    # torchvision returns a view with channels last of memory with channels first. Gathering images
+    # by index needs channels last in memory.
     pixels = np.ascontiguousarray(data.data)
     return torch.from_numpy(pixels), torch.tensor(data.targets, dtype=torch.int64)
 
@@ -88,7 +90,7 @@ def _read(root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
 def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each channel, both (channels,) float32.
 
-    Computed from counts of the 256 values: exact, and without a float copy of the images (600 MB).
+    Counts of the 256 pixel values give exact results without a float copy of the images (600 MB).
     """
     values = torch.arange(256, dtype=torch.float64)
     counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(-1)]
@@ -113,6 +115,6 @@ def _task(*channels: int, kernel_size: int = 3) -> Task:
 
 
 STANDARD = _task(8, 16, 32)
-# 77 parameters; no convolution sees a neighbouring pixel until a seed is grown.
+# 77 parameters, and no convolution reads neighbouring pixels until a seed adds one that does.
 IMPAIRED = _task(1, 2, 4, kernel_size=1)
 DEEP = _task(8, 16, 32, 64, 128)

@@ -1,4 +1,4 @@
-"""Real handwritten digits, 1,797 images of 8x8 pixels that come with scikit-learn: offline."""
+"""Handwritten digits: 1,797 images of 8x8 pixels from scikit-learn, without a download."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from esper_env.population.images import ImageSet
 from esper_env.tasks.task import Splits, Task
 
 NUM_TRAIN, NUM_VALIDATION = 1097, 350
+"""Images in the training and in the validation split; the other 350 are the test split."""
 SPLIT_SEED = 0
-"""The split is part of the task and does not depend on any user's seed."""
+"""Seed of the split, which is part of the task and independent of any user's seed."""
 
 
 def load_splits(data_dir: str | None) -> Splits:
     """Return scikit-learn's digits, split into 1,097 training, 350 validation, 350 test images."""
-    del data_dir  # They come with scikit-learn.
+    del data_dir  # The images are part of scikit-learn.
     from sklearn.datasets import load_digits
 
     digits = load_digits()

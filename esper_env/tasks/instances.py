@@ -1,7 +1,8 @@
-"""Instances: conditions of training under which one fixed schedule cannot be best everywhere.
+"""Instances: training conditions of an episode, chosen so that no fixed schedule is best for all.
 
-The sets "train" and "test" are drawn from streams of their own, so they are disjoint and the same
-for every user. What a practitioner would know is observed; label noise is not.
+The sets "train" and "test" are sampled from two separate random streams, so they are disjoint and
+the same for every user. The observation includes the learning rate, the share of training data and
+the width of an instance, but not its label noise.
 """
 
 from __future__ import annotations
@@ -14,40 +15,40 @@ from esper_env.config import FloatArray, IntArray
 from esper_env.rng import make_key, uniform
 
 SET_SIZES = {"default": 1, "train": 100, "test": 20}
-"""Instances in each set."""
+"""Number of instances in each set."""
 _SET_KEYS = {"train": 1, "test": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class InstanceRanges:
-    """Where the instances of a task are drawn from; each pair is the lowest and highest value."""
+    """Ranges that a task's instances are sampled from; a pair is the lowest and highest value."""
 
     learning_rate: tuple[float, float] = (0.01, 0.1)
-    """At the start of an episode, log-uniform."""
+    """Learning rate of the host at the start of an episode, log-uniform."""
     train_fraction: tuple[float, float] = (0.1, 1.0)
-    """Share of the training split that is trained on, log-uniform."""
+    """Share of the training split that members train on, log-uniform."""
     label_noise: tuple[float, float] = (0.0, 0.3)
     """Share of the training labels that are wrong, uniform."""
     widths: tuple[float, ...] = (0.5, 0.75, 1.0)
-    """Multiples of the features in every block of the host, in rising order."""
+    """Factors on the channels in every block of the host, in rising order; equally likely."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Instances:
-    """A set of instances. Arrays are (n,)."""
+    """A set of instances. Arrays have shape (n,)."""
 
     learning_rate: FloatArray
-    """Of the host at the start of an episode."""
+    """Learning rate of the host at the start of an episode."""
     train_fraction: FloatArray
-    """Share of the training split that is trained on, 0 to 1."""
+    """Share of the training split that members train on, 0 to 1."""
     train_start: FloatArray
-    """Where that share begins in the split, which is in random order, 0 to 1; it wraps around."""
+    """Start of that share in the shuffled split, 0 to 1; it wraps around at the end."""
     label_noise: FloatArray
     """Share of the training labels that are wrong, 0 to 1."""
     width: IntArray
     """Index into `widths`."""
     widths: tuple[float, ...]
-    """Multiples of the features in every block of the host that occur, in rising order."""
+    """Factors on the channels in every block of the host, in rising order."""
 
     def __len__(self) -> int:
         """Return the number of instances."""
@@ -58,9 +59,10 @@ def make_instances(name: str, ranges: InstanceRanges, learning_rate: float) -> I
     """Return a set of instances.
 
     Args:
-        name: "default": the whole split, no noise, the host as it is; "train" or "test": drawn.
-        ranges: Where they are drawn from.
-        learning_rate: Of the default instance.
+        name: "default" for one instance with the whole split, no label noise and the full width;
+            "train" or "test" for instances sampled from `ranges`.
+        ranges: Ranges to sample from.
+        learning_rate: Learning rate of the default instance.
     """
     if name == "default":
         one = np.ones(1)

@@ -1,7 +1,7 @@
-"""Which images the coming batches show to each member: drawn, relabelled, shifted and mirrored.
+"""Sampling of training batches: indices of images, label noise, crops and mirror images.
 
-Every member draws from streams of its own, functions of its episode and step, so what it is shown
-does not depend on the others.
+Random numbers of a member depend only on the key of its episode and on its step. The batches of a
+member are therefore independent of all other members.
 """
 
 from __future__ import annotations
@@ -27,18 +27,21 @@ def draw_batches(
     batch_size: int,
     augments: bool,
 ) -> Draw:
-    """Draw what the batches of one env step show.
+    """Sample the training batches of one env step.
 
     Args:
-        episode_key: Stream of each member's episode. (m,) uint64.
-        steps: Env steps that each has done. (m,) int64.
-        instance: Index of each one's instance. (m,) int64.
-        instances: The set; says which images are trained on and how many labels are wrong.
-        labels: Of the training split. (n,) int64.
+        episode_key: Random stream of each member's episode. (m,) uint64.
+        steps: Env steps that each member has completed. (m,) int64.
+        instance: Index of each member's instance. (m,) int64.
+        instances: Set of instances, which gives the images to train on and the label noise.
+        labels: Labels of the training split. (n,) int64.
         num_classes: Classes of the task.
         batches: Batches per env step.
         batch_size: Images per batch.
-        augments: Whether images are shifted and mirrored.
+        augments: Whether images are cropped and mirrored at random.
+
+    Returns:
+        Samples of each batch and member.
     """
     shape = len(instance), batches, batch_size
     changed = shape if augments else (len(instance), 0, 0)
@@ -72,11 +75,27 @@ def _draw(
     shifts: IntArray,
     flips: BoolArray,
 ) -> None:
-    """Fill in indices and labels (m, batches, size), and shifts and flips unless they are empty."""
+    """Sample into `index`, `shown`, and, unless they are empty, `shifts` and `flips`.
+
+    Args:
+        episode_key: Random stream of each member's episode. (m,) uint64.
+        steps: Env steps that each member has completed. (m,) int64.
+        instance: Index of each member's instance. (m,) int64.
+        train_fraction: Share of the split to train on, for each instance. (n,) float64.
+        train_start: Start of that share in the split, for each instance. (n,) float64.
+        label_noise: Share of wrong labels, for each instance. (n,) float64.
+        labels: Labels of the training split. (images,) int64.
+        num_classes: Classes of the task.
+        index: Indices into the training split, overwritten. (m, batches, size) int64.
+        shown: Training labels, overwritten. (m, batches, size) int64.
+        shifts: Crop offsets [pixels], overwritten. (m, batches, size, 2) int64, or (m, 0, 0, 2).
+        flips: Whether an image is mirrored, overwritten. (m, batches, size) bool, or (m, 0, 0).
+    """
     total = len(labels)
     m, batches, size = index.shape
     for i in range(m):
         step, k, episode = np.uint64(steps[i]), instance[i], mix(episode_key[i])
+        # Batches and augmentation differ in every step. Label noise is fixed in an episode.
         data_key = child_key(child_key(episode, np.uint64(Stream.DATA)), step)
         noise_key = child_key(episode, np.uint64(Stream.NOISE))
         augment_key = child_key(child_key(episode, np.uint64(Stream.AUGMENT)), step)
@@ -84,15 +103,18 @@ def _draw(
         for b in range(batches):
             for j in range(size):
                 position = b * size + j
+                # Sample with replacement from `count` images, which wrap around at the end.
                 at = (int(number_at(data_key, np.uint64(position)) * count) + first) % total
                 label = labels[at]
-                # An image keeps its wrong label for the whole episode.
+                # Noise depends on the image, not on the batch: an image keeps its wrong label for
+                # the whole episode. Numbers 2 * at and 2 * at + 1 of the stream belong to it.
                 has_noise = label_noise[k] > 0
                 if has_noise and number_at(noise_key, np.uint64(2 * at)) < label_noise[k]:
                     other = number_at(noise_key, np.uint64(2 * at + 1)) * (num_classes - 1)
                     label = (label + 1 + int(other)) % num_classes
                 index[i, b, j], shown[i, b, j] = at, label
                 if len(shifts[i]):
+                    # Numbers of the stream: all row offsets, all column offsets, then all flips.
                     for axis in range(2):
                         place = np.uint64((axis * batches + b) * size + j)
                         reach = number_at(augment_key, place) * (2 * PADDING + 1)

@@ -1,4 +1,4 @@
-"""What a task consists of."""
+"""Records of a task: its host and the splits of its data."""
 
 from __future__ import annotations
 
@@ -19,30 +19,32 @@ class Splits:
     """Three disjoint splits of one data set."""
 
     train: ImageSet
+    """Images that members train on."""
     validation: ImageSet
-    """All that the agent, the gates and the reward may see; the same for all members."""
+    """Images that observations, gates and rewards are computed from, the same for all members."""
     test: ImageSet
-    """Seen only at the end of an episode, in `info["test_accuracy"]`."""
+    """Images evaluated only at the end of an episode, for `info["test_accuracy"]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A host and the data it is trained on; the data is read at the first reset, not before."""
+    """A host and the data that it is trained on. The first reset reads the data."""
 
     host: Host
+    """Shape of the host."""
     load: Callable[[str | None], Splits]
-    """From `EnvConfig.data_dir` to the data."""
+    """Maps `EnvConfig.data_dir` to the data."""
     augments: bool = False
     """Whether training images are shifted by up to 4 pixels and mirrored at random."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `EnvConfig` that have another default for this task."""
+    """Defaults of this task that differ from those of `EnvConfig`, by field."""
     ranges: InstanceRanges = field(default_factory=InstanceRanges)
-    """Where the instances are drawn from."""
+    """Ranges that the instances are sampled from."""
 
 
 @functools.cache
 def load_splits(load: Callable[[str | None], Splits], data_dir: str | None, device: str) -> Splits:
-    """Read a task's data once per process and device."""
+    """Return a task's data on a device. Each process reads it once per device."""
     splits = load(data_dir)
     target = torch.device(device)
     return Splits(

@@ -1,1 +1,1 @@
-"""Checks that a vector environment keeps the promises of Gymnasium's interface."""
+"""Checker for vector environments: conformance with Gymnasium's interface."""

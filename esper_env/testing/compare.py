@@ -1,4 +1,4 @@
-"""What `checks` looks at: nested values, bit by bit, and the global random state of the process."""
+"""Bitwise comparison of nested values, and access to the global random state of the process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ARRAY_SPACES = (spaces.Box, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
 def misfit(space: spaces.Space[Any], value: Any) -> str | None:
-    """Say why a value is no element of a space, or lacks its dtype; None if it fits."""
+    """Return why a value is not an element of a space or has another dtype, None if it fits."""
     if isinstance(space, ARRAY_SPACES) and not isinstance(value, np.ndarray):
         return f"expected a NumPy array, got {value!r}"
     if isinstance(space, ARRAY_SPACES) and value.dtype != space.dtype:
@@ -32,7 +32,7 @@ def misfit(space: spaces.Space[Any], value: Any) -> str | None:
 
 
 def leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Walk through dicts, sequences and object arrays; yield what is inside, with its path."""
+    """Yield the path and the value of each leaf of nested dicts, sequences and object arrays."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield from leaves(part, f"{name}[{key!r}]")
@@ -44,7 +44,7 @@ def leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def difference(expected: Any, actual: Any, name: str) -> str | None:
-    """Say where two nested values differ in any bit; None if nowhere."""
+    """Return a description of the first bitwise difference of two nested values, None if equal."""
     a, b = dict(leaves(expected, name)), dict(leaves(actual, name))
     if a.keys() != b.keys():
         return f"{name}: expected {sorted(a.keys() - b.keys())}, got {sorted(b.keys() - a.keys())}"
@@ -67,7 +67,7 @@ def _is_bitwise_equal(a: Any, b: Any) -> bool:
 
 
 def global_random_state() -> dict[str, Any]:
-    """Return the states of the global generators of this process."""
+    """Return the states of the global random generators of this process."""
     state: dict[str, Any] = {
         "random": random.getstate(),
         "numpy": np.random.get_state(),  # noqa: NPY002
@@ -81,7 +81,7 @@ def global_random_state() -> dict[str, Any]:
 
 
 def set_global_random_state(state: dict[str, Any]) -> None:
-    """Restore what `global_random_state` returned."""
+    """Restore a state that `global_random_state` returned."""
     random.setstate(state["random"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
     torch = sys.modules.get("torch")

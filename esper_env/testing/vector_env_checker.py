@@ -1,7 +1,7 @@
-"""Check that a vector environment keeps its promises.
+"""Checker for vector environments.
 
-The counterpart of `gymnasium.utils.env_checker.check_env`, which takes single environments only.
-It knows nothing of Esper: any `gymnasium.vector.VectorEnv` of NumPy arrays may be checked.
+The counterpart of `gymnasium.utils.env_checker.check_env`, which accepts single environments only.
+It does not depend on Esper and checks any `gymnasium.vector.VectorEnv` that returns NumPy arrays.
 """
 
 from __future__ import annotations
@@ -29,35 +29,36 @@ from esper_env.testing.compare import (
 )
 
 FINAL_KEYS = {"final_obs", "_final_obs", "final_info", "_final_info"}
-"""Keys that SAME_STEP adds to info in steps that end an episode, and only there."""
+"""Keys of info that exist only under SAME_STEP, in steps that end an episode."""
 
 Env = VectorEnv[Any, Any, Any]
 BoolArray = npt.NDArray[np.bool_]
 
 
 def check_vector_env(env: Env, *, num_steps: int = 50, seed: int = 0) -> None:
-    """Refuse a vector environment that breaks a promise of Gymnasium's interface.
+    """Check that a vector environment conforms to Gymnasium's interface.
 
-    A run of random steps is recorded, then repeated under conditions that must not matter: other
-    global random states, a caller who writes into what was returned, and so on. The global random
-    state is restored; the environment is not, so reset it before use.
+    The checker records a run of random steps. It then repeats the run under conditions that must
+    not change the results, such as another global random state, or a caller who writes into
+    returned arrays. It restores the global random state, but not the environment: reset the
+    environment before use.
 
-    Two promises are stricter than Gymnasium's: info has the same keys in every step, each with its
-    mask, and no global generator is touched. Check an environment before it is wrapped in
-    `RecordEpisodeStatistics`, which adds the time of day to info.
+    Two requirements are stricter than Gymnasium's. Info has the same keys in every step, each with
+    a mask; and the environment uses no global random generator. Check an environment before it is
+    wrapped in `RecordEpisodeStatistics`, which adds the elapsed time to info.
 
     Args:
-        env: The environment. Actions come from `env.unwrapped.sample_valid_actions(rng)` where
+        env: Environment to check. Actions come from `env.unwrapped.sample_valid_actions(rng)` if
             that exists for the same action space, else from `env.single_action_space`.
-        num_steps: Length of the run; if no episode ends within it, a warning says that autoreset
-            was not checked. [env steps]
-        seed: Seed of the run, for environment and actions.
+        num_steps: Length of the run [env steps]. If no episode ends within it, a warning says that
+            autoreset was not checked.
+        seed: Seed of the environment and of the actions.
 
     Raises:
-        AssertionError: If a promise is broken: what was expected, what came, and the likely remedy.
-            `check_env` raises this type too, and test runners report it as a failed test. It is
-            raised, not asserted, so `python -O` does not silence it.
-        TypeError: If `env` is no `VectorEnv`.
+        AssertionError: If a requirement is violated, with the expected value, the actual value and
+            the likely remedy. `check_env` raises this type too, and test runners report it as a
+            failed test. It does not come from an `assert`, so `python -O` keeps it.
+        TypeError: If `env` is not a `VectorEnv`.
         ValueError: If `num_steps` is less than 1.
     """
     if not isinstance(env, VectorEnv):
@@ -79,7 +80,7 @@ def check_vector_env(env: Env, *, num_steps: int = 50, seed: int = 0) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Call:
-    """A call of `step`, or of `reset` if there are no actions."""
+    """Arguments of a call of `step`, or of `reset` if there are no actions."""
 
     seed: int | None = None
     options: dict[str, Any] | None = None
@@ -94,16 +95,18 @@ class _Call:
 
 @dataclasses.dataclass(frozen=True)
 class _Turn:
-    """A call, a copy of what it returned, and whose episodes it ended."""
+    """A call and a copy of its result."""
 
     call: _Call
     result: dict[str, Any]
+    """Returned values by name."""
     ended: BoolArray
+    """Whether the call ended the episode of each sub-environment. (num_envs,)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Trial:
-    """The environment and its recorded run, with which all other runs are compared."""
+    """An environment and its recorded run, the reference for all other runs."""
 
     env: Env
     seed: int
@@ -115,24 +118,26 @@ def _expect(holds: bool | np.bool_, where: str, expected: str, got: Any, remedy:
         raise AssertionError(f"{where}: expected {expected}, got {got!r}; {remedy}")
 
 
-# ------------------------------------------------------------------ promises of each result
+# ------------------------------------------------------------------ requirements on each result
 
 
 def _check_attributes(env: Env) -> None:
     is_count = type(env.num_envs) is int and env.num_envs > 0
     _expect(is_count, "num_envs", "an int of at least 1", env.num_envs, "convert it with int()")
+    # The batched spaces must follow from the single ones.
     for name in ("observation_space", "action_space"):
         batched, remedy = batch_space(getattr(env, f"single_{name}"), env.num_envs), "use it"
         expected = f"batch_space(single_{name}, num_envs) = {batched}"
         _expect(getattr(env, name) == batched, name, expected, getattr(env, name), remedy)
     mode = env.metadata.get("autoreset_mode")
-    remedy = "wrappers and agents look for it there"
+    remedy = "wrappers and agents read it there"
     is_mode = isinstance(mode, AutoresetMode)
     _expect(is_mode, "metadata['autoreset_mode']", "an AutoresetMode", mode, remedy)
 
 
 def _perform(env: Env, call: _Call) -> dict[str, Any]:
-    """Make a call, check all that its result promises alone, and return the result by name."""
+    """Make a call, check its result, and return the result by name."""
+    # Pass a copy of the arguments, which shows whether the environment changes them.
     passed = copy.deepcopy(call)
     values: Any
     if call.actions is None:
@@ -143,7 +148,7 @@ def _perform(env: Env, call: _Call) -> dict[str, Any]:
         values = env.step(passed.actions)
     change = difference(vars(call), vars(passed), "arguments")
     if change is not None:
-        raise AssertionError(f"{call.name} changed its caller's {change}; work on a copy")
+        raise AssertionError(f"{call.name} changed its caller's {change}; copy it first")
     is_tuple = isinstance(values, tuple) and len(values) == len(names)
     _expect(is_tuple, call.name, f"a tuple of {', '.join(names)}", values, "return exactly these")
     result = dict(zip(names, values, strict=True))
@@ -172,12 +177,12 @@ def _check_rewards_and_flags(result: dict[str, Any], num_envs: int) -> None:
 
 
 def _check_info(info: Any, name: str, members: BoolArray) -> None:
-    """Check that every value is an array, or a dictionary of such, and has its mask.
+    """Check that every value is an array or a dict of arrays, and has a mask.
 
     Args:
-        info: What a call or an entry of info is.
-        name: What to call it.
-        members: Who may have values in it. (num_envs,) bool.
+        info: Info of a call, or a dict inside of it.
+        name: Name of `info` in error messages.
+        members: Whether a sub-environment may have values in it. (num_envs,) bool.
     """
     _expect(isinstance(info, dict), name, "a dict of NumPy arrays", info, "return {} for nothing")
     for key, value in info.items():
@@ -185,16 +190,16 @@ def _check_info(info: Any, name: str, members: BoolArray) -> None:
         remedy = "rename it, or check without RecordEpisodeStatistics, whose key it is"
         _expect(key != "episode", where, "no such key", value, remedy)
         if key.startswith("_") and key[1:] in info:
-            continue  # a mask, which is looked at with its key
+            continue  # a mask, which is checked together with its key
         mask = info.get(f"_{key}")
         is_mask = isinstance(mask, np.ndarray) and mask.dtype == bool
         is_mask = is_mask and mask.shape == members.shape
-        remedy = f"tell in it which members have {key!r}"
+        remedy = f"set it to True for sub-environments with a value of {key!r}"
         expected = f"a mask, bool of shape {members.shape}"
         _expect(is_mask, f"{name}['_{key}']", expected, mask, remedy)
-        remedy = "mask out members that the surrounding dict or step has nothing for"
+        remedy = "set it to False where the mask of the dict around it is False"
         is_within = not (mask & ~members).any()
-        _expect(is_within, f"{name}['_{key}']", "True only where due", mask, remedy)
+        _expect(is_within, f"{name}['_{key}']", "True only within the outer mask", mask, remedy)
         if isinstance(value, dict):
             _check_info(value, where, mask)
             continue
@@ -204,9 +209,15 @@ def _check_info(info: Any, name: str, members: BoolArray) -> None:
 
 
 def _check_final(env: Env, info: dict[str, Any], ended: BoolArray) -> None:
-    """Check what SAME_STEP tells of the episodes that a step ended."""
+    """Check the entries of info that describe ended episodes under SAME_STEP.
+
+    Args:
+        env: The environment.
+        info: Info of a step.
+        ended: Whether the step ended the episode of each sub-environment. (num_envs,) bool.
+    """
     present, due = FINAL_KEYS & info.keys(), FINAL_KEYS if ended.any() else set()
-    remedy = "give final_obs and final_info, with masks, exactly in steps that end an episode"
+    remedy = "return final_obs and final_info, with masks, exactly in steps that end an episode"
     _expect(present == due, "info under SAME_STEP", f"keys {sorted(due)}", present, remedy)
     if not due:
         return
@@ -223,12 +234,12 @@ def _check_final(env: Env, info: dict[str, Any], ended: BoolArray) -> None:
         _expect(ended[i] or row is None, where, "None, as no episode ended", row, remedy)
         problem = misfit(env.single_observation_space, row) if ended[i] else None
         if problem is not None:
-            raise AssertionError(f"{where}: {problem}; give the member's last observation")
-    remedy = "restrict the masks of a usual info to the members that ended"
+            raise AssertionError(f"{where}: {problem}; return the last observation of the episode")
+    remedy = "return an ordinary info with masks restricted to the episodes that ended"
     _expect(isinstance(final_info, dict), "info['final_info']", "a dict", final_info, remedy)
 
 
-# ------------------------------------------------------------------ promises of a run
+# ------------------------------------------------------------------ requirements on a run
 
 
 def _check_global_random_state_is_not_written(trial: _Trial) -> None:
@@ -237,8 +248,8 @@ def _check_global_random_state_is_not_written(trial: _Trial) -> None:
         change = difference(before, global_random_state(), "state")
         if change is not None:
             raise AssertionError(
-                f"{turn.call.name} drew from a global random generator: {change}; use generators "
-                "of the environment's own"
+                f"{turn.call.name} used a global random generator: {change}; use generators that "
+                "belong to the environment"
             )
 
 
@@ -246,8 +257,8 @@ def _check_seeding(trial: _Trial) -> None:
     calls = _Call(seed=trial.seed, options={}), _Call(options={})
     _require_same(
         _replay(trial.env, [_take(trial.env, call) for call in calls]),
-        "a seeded reset and an unseeded one after it do not repeat",
-        "let the seed decide all randomness, and leave clocks out of info",
+        "a seeded reset and an unseeded reset after it do not repeat",
+        "derive all randomness from the seed, and remove times from info",
     )
 
 
@@ -255,21 +266,21 @@ def _check_steps_repeat(trial: _Trial) -> None:
     _require_same(
         _replay(trial.env, trial.turns),
         "two runs with the same seed and actions differ",
-        "let the seed decide all randomness, and a reset forget everything else",
+        "derive all randomness from the seed, and reset all other state",
     )
 
 
 def _check_global_random_state_is_not_read(trial: _Trial) -> None:
-    value = random.getrandbits(32)  # not a constant: it must differ from what the user seeded
+    value = random.getrandbits(32)  # not a constant: it must differ from the caller's seed
     random.seed(value)
-    np.random.seed(value)  # noqa: NPY002 - the legacy global state is what must not matter
+    np.random.seed(value)  # noqa: NPY002 - the check is about the legacy global state
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.manual_seed(value)
     _require_same(
         _replay(trial.env, trial.turns),
         "the run depends on the state of a global random generator",
-        "use generators of the environment's own",
+        "use generators that belong to the environment",
     )
 
 
@@ -277,8 +288,8 @@ def _check_returned_arrays_stay(trial: _Trial) -> None:
     results = [result for _, result in _replay(trial.env, trial.turns)]
     _require_same(
         zip(trial.turns, results, strict=True),
-        "what was returned changed while stepping on",
-        "return copies, not the environment's own buffers",
+        "a later step changed returned arrays",
+        "return copies instead of the environment's buffers",
     )
 
 
@@ -292,8 +303,8 @@ def _check_returned_arrays_are_the_callers(trial: _Trial) -> None:
 
     _require_same(
         scribble(),
-        "writing into what was returned changed what came later",
-        "return copies, not the environment's own arrays",
+        "writing into returned arrays changed later results",
+        "return copies instead of the environment's arrays",
     )
 
 
@@ -305,27 +316,29 @@ def _check_info_keys(trial: _Trial) -> None:
         if turn.call.actions is not None:
             info = {k: v for k, v in turn.result["info"].items() if k not in ignored}
             paths.append({path for path, _ in leaves(info, "info")})
-    remedy = "give every key always, and let its mask say for whom it holds"
+    remedy = "return every key in every step, and set its mask to False where it has no value"
     for some in paths:
         odd = sorted(some ^ paths[0])
         _expect(not odd, "step: info", "the same keys in every step", odd, remedy)
 
 
 def _check_state_copies(trial: _Trial) -> None:
-    """Check `get_state` and `set_state` of the innermost environment, where it has both."""
+    """Check `get_state` and `set_state` of the innermost environment, if it has both."""
     env = trial.env.unwrapped
     if not (hasattr(env, "get_state") and hasattr(env, "set_state")):
         return
     turns = trial.turns if env is trial.env else _record(env, len(trial.turns), trial.seed)
+    # Save the state between two halves of the run, then replay the second half from it: twice from
+    # an untouched copy, to find changes of the caller's state, and once from the returned object.
     head, tail = turns[: len(turns) // 2], turns[len(turns) // 2 :]
     _rerun(env, head)
     state = env.get_state()
     kept = copy.deepcopy(state)
-    _require_same(_replay(env, tail), "get_state changed the steps after it", "let it only read")
+    _require_same(_replay(env, tail), "get_state changed the steps after it", "make it read-only")
     for source, violation, remedy in (
-        (kept, "steps after set_state differ", "put all that they depend on into the state"),
+        (kept, "steps after set_state differ", "include the full state in get_state"),
         (kept, "steps after set_state changed the caller's state", "copy in set_state"),
-        (state, "stepping on changed what get_state had returned", "copy in get_state"),
+        (state, "later steps changed the state that get_state returned", "copy in get_state"),
     ):
         env.set_state(source)
         _require_same(_replay(env, tail), violation, remedy)
@@ -335,9 +348,9 @@ def _check_state_copies(trial: _Trial) -> None:
 
 
 def _check_new_episodes_are_shown(trial: _Trial) -> None:
-    """Check that not every episode begins with the very observation that ended the last.
+    """Check that some episode begins with another observation than the last one ended with.
 
-    Nothing more is promised for all environments: a new episode may begin anywhere.
+    Gymnasium requires no more than that, because a new episode may begin in any state.
     """
     is_same_step = trial.env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
     changes = []
@@ -349,29 +362,29 @@ def _check_new_episodes_are_shown(trial: _Trial) -> None:
     if not changes:
         logger.warn(
             "check_vector_env: no episode ended before the last step, so autoreset was not "
-            "checked; raise num_steps, or make the episodes shorter"
+            "checked; increase num_steps or shorten the episodes"
         )
         return
     observations = [turn.result["observations"] for turn in trial.turns]
     is_constant = all(difference(observations[0], o, "") is None for o in observations)
-    remedy = "reset before observing, and keep the last observation for SAME_STEP's final_obs"
+    remedy = "reset before observing; under SAME_STEP, return the last observation in final_obs"
     expected = "the first observations of new episodes"
-    _expect(any(changes) or is_constant, "autoreset", expected, "the last of the old ones", remedy)
+    _expect(any(changes) or is_constant, "autoreset", expected, "final observations", remedy)
 
 
 def _check_next_step(trial: _Trial) -> None:
-    """Check that under NEXT_STEP the step after an end only resets, whatever the action."""
+    """Check that under NEXT_STEP the step after an episode's end resets and ignores the action."""
     env = trial.env
     if env.metadata["autoreset_mode"] != AutoresetMode.NEXT_STEP:
         return
-    remedy = "a member that is being reset takes no step"
+    remedy = "a sub-environment that resets must not take a step"
     for before, turn in itertools.pairwise(trial.turns):
         rewards, ended = turn.result["rewards"][before.ended], turn.ended[before.ended]
         _expect(not rewards.any(), "rewards of the step that resets", "0", rewards, remedy)
         _expect(not ended.any(), "flags of the step that resets", "False", ended, remedy)
     _require_same(
         _replay_with_other_actions(env, trial.turns, _sampler(env, trial.seed + 1)),
-        "the action of a member that is being reset matters",
+        "the action of a sub-environment that resets changes the results",
         remedy,
     )
 
@@ -379,7 +392,7 @@ def _check_next_step(trial: _Trial) -> None:
 def _replay_with_other_actions(
     env: Env, turns: list[_Turn], other: Callable[[], Any]
 ) -> Iterator[tuple[_Turn, dict[str, Any]]]:
-    """Replay, but with other actions for the members that are being reset."""
+    """Replay a run with other actions for the sub-environments that reset."""
     yield from _replay(env, turns[:1])
     for before, turn in itertools.pairwise(turns):
         recorded = list(iterate(env.action_space, turn.call.actions))
@@ -389,7 +402,7 @@ def _replay_with_other_actions(
 
 
 def _check_disabled(trial: _Trial) -> None:
-    """Check that under DISABLED `reset_mask` restarts its members only, and must be used."""
+    """Check that under DISABLED `reset_mask` resets only its sub-environments, and is required."""
     env = trial.env
     if env.metadata["autoreset_mode"] != AutoresetMode.DISABLED:
         return
@@ -410,7 +423,7 @@ def _check_disabled(trial: _Trial) -> None:
     except Exception:  # Gymnasium leaves the type open; SyncVectorEnv raises AssertionError
         return
     remedy = "raise gymnasium.error.ResetNeeded"
-    _expect(False, "step of finished members under DISABLED", "an error", "none", remedy)
+    _expect(False, "step of finished sub-environments under DISABLED", "an error", "none", remedy)
 
 
 def _check_others_untouched(env: Env, before: _Turn, turn: _Turn) -> None:
@@ -419,7 +432,8 @@ def _check_others_untouched(env: Env, before: _Turn, turn: _Turn) -> None:
         change = difference(_rows(env, before)[i], _rows(env, turn)[i], f"observations[{i}]")
         if change is not None:
             raise AssertionError(
-                f"{turn.call.name} touched a member outside the mask: {change}; leave it alone"
+                f"{turn.call.name} changed a sub-environment outside of the mask: {change}; reset "
+                "those in the mask only"
             )
 
 
@@ -436,14 +450,14 @@ CHECKS: tuple[Callable[[_Trial], None], ...] = (
     _check_state_copies,
     _check_disabled,
 )
-"""In this order: each relies on the promises above it, and the last leaves an error behind."""
+"""Checks in order. Each relies on those before it, and the last leaves an error behind."""
 
 
 # ------------------------------------------------------------------ runs
 
 
 def _record(env: Env, num_steps: int, seed: int) -> list[_Turn]:
-    """Run from a seeded reset; under DISABLED restart members when they finish."""
+    """Record a run from a seeded reset. Under DISABLED, reset sub-environments when they finish."""
     sample = _sampler(env, seed)
     turns = [_take(env, _Call(seed=seed))]
     for _ in range(num_steps):
@@ -467,13 +481,13 @@ def _ended(result: dict[str, Any], num_envs: int) -> BoolArray:
 
 
 def _replay(env: Env, turns: list[_Turn]) -> Iterator[tuple[_Turn, dict[str, Any]]]:
-    """Make recorded calls again; yield each turn with what came this time, not copied."""
+    """Repeat recorded calls, and yield each turn with the new result, not copied."""
     for turn in turns:
         yield turn, _perform(env, turn.call)
 
 
 def _rerun(env: Env, turns: list[_Turn]) -> None:
-    """Bring the environment to where it was after these calls."""
+    """Restore the state of the environment after these calls."""
     for _ in _replay(env, turns):
         pass
 
@@ -488,7 +502,7 @@ def _require_same(
 
 
 def _sampler(env: Env, seed: int) -> Callable[[], Any]:
-    """Return a function that draws an action for every member."""
+    """Return a function that samples an action for every sub-environment."""
     inner = env.unwrapped
     if hasattr(inner, "sample_valid_actions") and inner.action_space == env.action_space:
         rng = np.random.default_rng(seed)
@@ -504,5 +518,5 @@ def _batch(env: Env, actions: list[Any]) -> Any:
 
 
 def _rows(env: Env, turn: _Turn) -> list[Any]:
-    """Return the observation of each member."""
+    """Return the observation of each sub-environment."""
     return list(iterate(env.observation_space, turn.result["observations"]))

@@ -221,8 +221,8 @@ class MixResiduals(torch.autograd.Function):
         for i, group in enumerate(mix.groups):
             # (batch, height, width, members, channels) -> (batch, height, width, m, channels)
             local = grad.index_select(3, group.members)
-            # ADD: the gradient of d is beta * grad. Without beta this is `local` itself, which is not
-            # read again after it is changed below.
+            # ADD: the gradient of d is beta * grad. Without beta it is `local` itself, which is not
+            # read again after the changes in place below.
             grad_branch = _scaled(local, mix.betas[i])
             # GATE: the gradient of g is beta * grad * d, summed over pixels and channels; that of d
             # is beta * grad * g.
