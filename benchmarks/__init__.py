@@ -1,4 +1,4 @@
-"""Benchmarks: scripts that measure, and the plain networks they compare with."""
+"""Benchmark scripts, and the plain networks that they compare with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from esper_env.tasks import TASKS, Splits
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return processor, threads and versions, for the head of a result file."""
+    """Return processor, threads and versions, to be saved with the results."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
@@ -32,7 +32,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def use_synthetic_cifar10(num_train: int = 2000) -> None:
-    """Let this process's CIFAR-10 tasks train on made-up images of the same shape and speed."""
+    """Replace the data of this process's CIFAR-10 tasks by random images of the same shape."""
 
     def load(data_dir: str | None) -> Splits:
         del data_dir
@@ -52,7 +52,7 @@ def use_synthetic_cifar10(num_train: int = 2000) -> None:
 
 
 def seconds_per_call(function: Callable[[], object], calls: int) -> float:
-    """Time some calls; work that was left to a GPU is waited for."""
+    """Return the mean time of some calls, including their work on a GPU [seconds]."""
     begin = time.perf_counter()
     for _ in range(calls):
         function()
@@ -62,12 +62,12 @@ def seconds_per_call(function: Callable[[], object], calls: int) -> float:
 
 
 def calls_per_round(function: Callable[[], object]) -> int:
-    """Warm up, and choose how many calls take about a third of a second."""
+    """Warm up, and return the number of calls that take about a third of a second."""
     return max(1, int(0.35 / min(seconds_per_call(function, 1) for _ in range(3))))
 
 
 def write_result(out: Path | None, args: Any, *, indent: int | None = 1, **content: Any) -> None:
-    """Write arguments, machine and content as JSON, if there is a path to write to."""
+    """Write arguments, machine and content as JSON, unless `out` is None."""
     if out is None:
         return
     head = {"arguments": dataclasses.asdict(args), "machine": describe_machine()}

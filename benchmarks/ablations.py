@@ -1,8 +1,8 @@
-"""What the agent's defaults are worth: each changed alone, several agent seeds, held-out instances.
+"""Ablations of the agent: variants that differ from the default in one setting.
 
-Agents train on training instances and are compared with the default on the same held-out episodes;
-agent seed k of a variant is paired with agent seed k of the default. Finished agents lie in the
-working directory, and a second call goes on from there.
+Agents train on training instances. Each variant is compared with the default on the same held-out
+episodes, and agent seed k of a variant is paired with agent seed k of the default. The working
+directory keeps finished agents, so a second call continues an interrupted one.
 
     python benchmarks/ablations.py --out benchmarks/results/ablations.json
 """
@@ -41,8 +41,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "twice the value weight": {"vf_coef": 1.0},
     "half the width": {"hidden_size": 64},
 }
-"""Changes of `ppo_lstm.Args` by variant; total_timesteps is a factor. `SAMPLED` has the agents of
-the default, which then draw their actions as they did in training."""
+"""Changes of `ppo_lstm.Args` by variant; `total_timesteps` is a factor. `SAMPLED` evaluates the
+default's agents with sampled instead of greedy actions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,29 +50,29 @@ class Args:
     """Train and compare the variants."""
 
     variants: tuple[str, ...] = tuple(VARIANTS)
-    """Which variants; the default is always among them."""
+    """Variants to train; the default is always included."""
     env: EnvConfig = field(default_factory=lambda: ppo_lstm.TRAINING)
     """Settings of the environment, before a variant changes them."""
     agent_seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
-    """Seeds of the agents; not those of the headline."""
+    """Seeds of the agents, different from those of `learning.py`."""
     total_timesteps: int = 96_000
-    """Env steps of an agent; a third of the default, so that all variants take two hours."""
+    """Env steps per agent; a third of the agent's default, so that all variants take two hours."""
     repeats: int = 8
     """Evaluation episodes per held-out instance."""
     seed: int = 1_000_000
     """First reset seed of the evaluation."""
     jobs: int = 2
-    """Agents that train at the same time, with one thread each."""
+    """Agents that train in parallel, with one thread each."""
     work_dir: Path = Path("runs/ablations")
-    """Where finished agents and evaluations lie."""
+    """Directory of finished agents and evaluations."""
     quick: bool = False
-    """Whether to run everything in its smallest form, to see that it runs."""
+    """Whether to use the smallest sizes, as a test of the script."""
     out: Path | None = None
-    """Where to write the result as JSON."""
+    """JSON file for the result."""
 
 
 def quick(args: Args) -> Args:
-    """Return the smallest form of everything."""
+    """Return the arguments with the smallest sizes."""
     return dataclasses.replace(
         args,
         env=smallest(args.env),
@@ -109,12 +109,12 @@ def evaluate(variant: str, run: ppo_lstm.Args, args: Args) -> Episodes:
 
 
 def main() -> None:
-    """Run what is missing, print a line per variant, and save."""
+    """Train and evaluate missing agents, print a line per variant, and save."""
     args = tyro.cli(Args)
     args = quick(args) if args.quick else args
     unknown = set(args.variants) - set(VARIANTS)
     if unknown:
-        raise ValueError(f"variants: expected some of {list(VARIANTS)}, got {sorted(unknown)}")
+        raise ValueError(f"variants: expected names among {list(VARIANTS)}, got {sorted(unknown)}")
     free = {"out", "work_dir", "jobs", "variants", "agent_seeds"}
     check_work_dir(args.work_dir, dataclasses.asdict(args), free)
     rng = np.random.default_rng(args.seed)

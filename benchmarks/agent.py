@@ -1,13 +1,13 @@
-"""Time of the agent beside that of the environment: decisions of a rollout, and updates.
+"""Time of the agent (inference and updates) compared with the time of the environment.
 
-`esper_agent.ppo_lstm` runs with its default arguments. Its agent starts untrained, so seeds are
-grown at random. Three forms of the update are timed in turn on the same rollout, each with its own
-copy of the agent: as it is (one thread, one LSTM call for whole sequences); with all threads; with
-an LSTM call for every step, as in CleanRL's `ppo_atari_lstm.py`.
+`esper_agent.ppo_lstm` runs with its default arguments. The agent starts untrained, so it germinates
+seeds at random. Three versions of the update are timed in turn on the same rollout, each with a
+copy of the agent: the default (one thread, one LSTM call for whole sequences), the default with all
+threads, and an LSTM call for every step as in CleanRL's `ppo_atari_lstm.py`.
 
     python benchmarks/agent.py --out benchmarks/results/agent.json && python docs/generate.py
 
-With `--quick` sizes are small; the figures then say nothing.
+`--quick` tests the script with small sizes; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ class Args:
     num_envs: tuple[int, ...] = (16, 32, 64)
     """Numbers of members."""
     rounds: int = 7
-    """Timed rollouts, each with one update of every form; a round for warm-up precedes them."""
+    """Timed rollouts, each with one update of every version, after one round of warm-up."""
     threads: int = 2
     """Torch threads."""
     seed: int = 0
-    """Of agent and environment."""
+    """Random seed of the agent and of the environment."""
     quick: bool = False
-    """Whether to measure tiny networks and short rollouts, to see that the script works."""
+    """Whether to use tiny networks and short rollouts, as a test of the script."""
     out: Path | None = None
-    """Where to write the result as JSON."""
+    """JSON file for the result."""
 
 
 def training_arguments(args: Args, num_envs: int) -> ppo_lstm.Args:
-    """Return those of the script: the defaults, unless it is to be quick."""
+    """Return the agent's arguments: the defaults, or small sizes if `args.quick`."""
     settings: dict[str, Any] = {}
     if args.quick:
         config = EnvConfig(batches_per_step=1, batch_size=8, episode_steps=6, horizon="terminal")
@@ -62,7 +62,7 @@ def training_arguments(args: Args, num_envs: int) -> ppo_lstm.Args:
 
 
 def step_by_step(lstm: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
-    """Do what `ppo_lstm.run_lstm` does with one call per step.
+    """Replace `ppo_lstm.run_lstm` by one LSTM call per step.
 
     Source: `Agent.get_states` of CleanRL's `ppo_atari_lstm.py`.
     """
@@ -75,7 +75,7 @@ def step_by_step(lstm: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor], starts:
 
 
 class Learner:
-    """One form of the update, with an agent and an optimizer of its own."""
+    """Agent and optimizer of one version of the update."""
 
     def __init__(self, agent: ppo_lstm.Agent, args: ppo_lstm.Args, heads: list[str]) -> None:
         self.agent, self.args, self.heads = copy.deepcopy(agent), args, heads
@@ -83,7 +83,7 @@ class Learner:
         self.generator = torch.Generator().manual_seed(args.seed)
 
     def seconds(self, update: Callable[..., Any], rollout: ppo_lstm.Rollout, scale: float) -> float:
-        """Return the time of an update."""
+        """Return the time of one update [seconds]."""
         began = time.perf_counter()
         update(
             self.agent,
@@ -99,7 +99,7 @@ class Learner:
 
 
 def measure(args: Args, num_envs: int) -> dict[str, Any]:
-    """Time rollouts, and the forms of the update in turn."""
+    """Time rollouts, and the versions of the update in turn."""
     training = training_arguments(args, num_envs)
     envs = ppo_lstm.make_envs(args.env_id, num_envs, "cpu", training.env)
     collector = ppo_lstm.Collector(
@@ -135,7 +135,7 @@ def measure(args: Args, num_envs: int) -> dict[str, Any]:
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
-    """Return median, least and largest of the rounds."""
+    """Return median, minimum and maximum over the rounds."""
     return {
         "median": float(np.median(values)),
         "min": float(values.min()),
@@ -144,7 +144,7 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure all numbers of members, print a line for each figure, and save."""
+    """Measure every number of members, print a line per figure, and save."""
     args = tyro.cli(Args)
     torch.set_num_threads(args.threads)
     rows = []

@@ -1,7 +1,8 @@
-"""Cost of evaluating all eight coalitions of three seeds against one plain pass.
+"""Cost of evaluating all eight coalitions of three seeds, relative to one plain evaluation.
 
-Both sides evaluate the same weights on the same images with the same engine, in turn; the plain
-pass is the live network of each member alone. What coalitions share up to a slot is computed once.
+Both evaluations use the same weights, images and engine, and are timed in turn. The plain
+evaluation contains only the live network of each member. Coalitions with equal blend weights before
+a slot share the computation up to this slot.
 
     python benchmarks/coalitions.py --out benchmarks/results/coalitions.json
 """
@@ -50,11 +51,11 @@ class Args:
     threads: int = 2
     """Torch threads."""
     out: Path | None = None
-    """Where to write the result as JSON."""
+    """JSON file for the result."""
 
 
 def measure(host: Host, num_images: int, args: Args) -> dict[str, Any]:
-    """Time both passes in turn for members with a random seed in every slot."""
+    """Time both evaluations in turn, for members with a random seed in every slot."""
     rng = np.random.default_rng(0)
     m = args.num_members
     members = np.arange(m)
@@ -111,7 +112,7 @@ def measure(host: Host, num_images: int, args: Args) -> dict[str, Any]:
 
 
 def main(args: Args) -> None:
-    """Measure every case and report."""
+    """Measure every case, print a line for each, and save."""
     torch.set_num_threads(args.threads)
     result = {}
     for name, (host, num_images) in CASES.items():

@@ -1,7 +1,7 @@
-"""Compare two checkouts of this repository: the same results byte for byte, and their speed.
+"""Comparison of two checkouts of this repository: bitwise equal results, and speed.
 
-Each checkout runs in a process of its own, so both must run with the packages installed here. Only
-public names are used, and those that both checkouts have.
+Each checkout runs in a separate process with the packages of this Python environment. The script
+uses only names that exist in both checkouts.
 
     python benchmarks/compare_checkouts.py --old ../old-checkout
     python benchmarks/compare_checkouts.py --old ../old-checkout --speed --first-step \
@@ -12,8 +12,8 @@ random legal and some illegal actions, and compares digests of observations, rew
 weights and snapshots after every step. It prints "equal", or the first difference of each scenario.
 
 `--speed` steps both checkouts in turn and prints the ratio of their times, old to new: above 1 the
-new one is faster. The ratio of processor time holds on a busy machine too, with `--threads 1`.
-`--first-step` times the import and first reset and step of each with an empty compilation cache.
+new checkout is faster. With `--threads 1` the ratio of processor time is valid on a busy machine.
+`--first-step` times import, reset and two steps of each with an empty compilation cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 UNSTABLE = {"learning_rate_decay": "none", "divergence_sigma": 0.0, "divergence_factor": 1.02}
-"""Settings under which members are rolled back every few steps."""
+"""Settings with a rollback every few steps."""
 SCENARIOS: dict[str, dict[str, Any]] = {
     "leave-one-out": {"attribution": "leave_one_out"},
     "Shapley values": {"attribution": "full", "reward_weights": {"pbrs": 0.1}},
@@ -52,7 +52,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "both engines": {"blueprints": True, "attribution": "full"},
     "bfloat16": {"precision": "bfloat16", "batches_per_step": 2},
 }
-"""Settings by name; "subclassed" and "blueprints" have layers without kernels (see `_register`)."""
+"""Settings by scenario; "subclassed" and "blueprints" are not fields of `EnvConfig`, but use layers
+without kernels (see `_register`)."""
 SPEED = [(count, mode) for count in (16, 64) for mode in ("empty", "mix")]
 
 
@@ -61,25 +62,25 @@ class Args:
     """Compare an older checkout with this one."""
 
     old: Path
-    """Checkout to compare with."""
+    """Root of the older checkout."""
     new: Path = Path(__file__).resolve().parent.parent
-    """Checkout that is compared; by default the one of this script."""
+    """Root of the newer checkout; by default that of this script."""
     steps: int = 300
     """Env steps of each scenario."""
     num_envs: int = 16
     """Members."""
     scenarios: tuple[str, ...] = tuple(SCENARIOS)
-    """Which scenarios."""
+    """Scenarios to compare."""
     speed: bool = False
-    """Whether to time both."""
+    """Whether to measure the speed of both checkouts."""
     rounds: int = 15
-    """Timed rounds of each side."""
+    """Timed rounds of each checkout."""
     threads: int = 2
     """Torch threads."""
     first_step: bool = False
     """Whether to time the first step with an empty compilation cache."""
     out: Path | None = None
-    """Where to write the result as JSON."""
+    """JSON file for the result."""
 
 
 # ---------------------------------------------------------------------------------- the worker
@@ -115,7 +116,7 @@ def record(settings: dict[str, Any], num_envs: int, steps: int) -> Iterator[dict
             "rollbacks": str(num_rollbacks),
         }
         actions = envs.sample_valid_actions(rng)
-        if step % 7 == 3:  # Illegal for some: each head is drawn by itself.
+        if step % 7 == 3:  # Independent samples per head, which gives some illegal actions.
             for h, head in enumerate(envs.heads):
                 actions[::3, h] = rng.integers(len(head.options), size=len(actions[::3]))
         if step % 50 == 20:
@@ -129,7 +130,7 @@ def record(settings: dict[str, Any], num_envs: int, steps: int) -> Iterator[dict
 
 
 def _register(*, blueprint: bool) -> None:
-    """Register a blueprint, or a host, whose layers have no kernels, so PyTorch runs them."""
+    """Register a blueprint or a host whose layers have no kernels, so that PyTorch runs them."""
     from esper_env import register_blueprint, register_host
     from esper_env.population.layers import Conv, Norm, Relu
 
@@ -166,13 +167,13 @@ def _digest(value: Any) -> str:
 
 
 def _work(threads: int) -> None:
-    """Answer requests, a line of JSON each, until the input ends."""
+    """Answer requests from standard input, one line of JSON each, until it ends."""
     import torch
 
     torch.set_num_threads(threads)
     timed: dict[tuple[int, str], Any] = {}
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # Whatever else is printed goes to stderr.
+    os.dup2(2, 1)  # Other output goes to stderr, so that it cannot mix with answers.
     for line in sys.stdin:
         request = json.loads(line)
         answer: Any = None
@@ -191,7 +192,7 @@ def _work(threads: int) -> None:
 
 
 def _timed_environment(num_envs: int, mode: str) -> tuple[Any, Any]:
-    """Return an environment whose slots are in the mode's state, and the action that waits."""
+    """Return an environment with slots in the state of a mode, and actions that wait."""
     from benchmarks.states import grow, make_envs, settings_of
 
     envs = make_envs("Esper-Digits-v0", num_envs, **settings_of(mode))
@@ -206,11 +207,11 @@ def _timed_environment(num_envs: int, mode: str) -> tuple[Any, Any]:
 
 
 class Worker:
-    """A process that runs one checkout.
+    """Process that runs one checkout.
 
     Args:
-        checkout: Its root.
-        cache: Folder of its compiled code.
+        checkout: Root of the checkout.
+        cache: Compilation cache of the checkout.
         threads: Torch threads.
     """
 
@@ -235,13 +236,13 @@ class Worker:
         )
 
     def send(self, **request: Any) -> None:
-        """Send a request."""
+        """Send a request to the process."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
 
     def receive(self) -> Any:
-        """Wait for the answer."""
+        """Wait for the answer to a request."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -266,7 +267,7 @@ def compare(args: Args, cache: Path) -> dict[str, Any]:
     results = {}
     for name in args.scenarios:
         request = {"settings": SCENARIOS[name], "num_envs": args.num_envs, "steps": args.steps}
-        workers = make_workers(args, cache)  # New ones, as what was registered stays.
+        workers = make_workers(args, cache)  # New processes, because registrations last.
         for worker in workers:
             worker.send(what="record", **request)
         before, after = (worker.receive() for worker in workers)
@@ -290,7 +291,7 @@ def _first_difference(before: list[dict[str, str]], after: list[dict[str, str]])
 
 
 def measure_speed(args: Args, cache: Path) -> list[dict[str, Any]]:
-    """Time both checkouts in turn; return the rows of the result."""
+    """Time both checkouts in turn, print a line per case, and return the rows of the result."""
     rows = []
     old, new = make_workers(args, cache)
     for num_envs, mode in SPEED:
@@ -327,7 +328,7 @@ def _timed(worker: Worker, steps: int, request: dict[str, Any]) -> list[float]:
 
 
 def measure_first_step(args: Args, repeats: int = 3) -> dict[str, list[float]]:
-    """Time import, reset and two steps with an empty cache, both checkouts in turn [seconds]."""
+    """Return times of import, reset and two steps with an empty cache, in turn [seconds]."""
     times: dict[str, list[float]] = {"old": [], "new": []}
     for _ in range(repeats):
         for side, checkout in (("old", args.old), ("new", args.new)):
@@ -348,7 +349,7 @@ def measure_first_step(args: Args, repeats: int = 3) -> dict[str, list[float]]:
 
 
 def main(args: Args) -> int:
-    """Compare, print and save; return 1 if any scenario differs."""
+    """Compare, print and save. Return 1 if any scenario differs."""
     unknown = [name for name in args.scenarios if name not in SCENARIOS]
     if unknown:
         raise ValueError(f"scenarios: expected names among {sorted(SCENARIOS)}, got {unknown}")

@@ -1,10 +1,10 @@
-"""What fixed growth schedules reach, and what is lost by taking the same one everywhere.
+"""Scores of fixed growth schedules, and the headroom of choosing a schedule for each instance.
 
-Every schedule germinates given blueprints in given slots at given env steps, and advances and
-fossilizes as soon as the masks allow. All see the same instances and reset seeds. With a set of
-instances, the best schedule of each is compared with the best single one and with never growing;
-both are chosen on one half of the episodes and judged on the other, in both directions, so that
-the luck of a choice does not count.
+A schedule germinates given blueprints in given slots at given env steps, and advances and
+fossilizes as soon as the masks allow. All schedules run on the same instances and reset seeds. The
+best schedule of each instance is compared with the single best schedule and with never growing.
+Schedules are chosen on one half of the episodes and evaluated on the other half, in both
+directions, so that the choice does not bias the result.
 
     python benchmarks/headroom.py --out benchmarks/results/headroom.json
     python benchmarks/headroom.py --env.instances test --repeats 16 \
@@ -38,7 +38,7 @@ GRID = (
     ),
     *(f"conv_heavy@{slot}:{step}" for slot in (0, 1) for step in (10, 20, 30)),
 )
-"""Schedules, as `parse_plan` reads them; the first never grows."""
+"""Schedules in the format of `parse_plan`. The first one never grows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,27 +48,29 @@ class Args:
     env_id: str = "Esper-Digits-v0"
     """Environment id."""
     env: EnvConfig = field(default_factory=EnvConfig)
-    """Its settings; `instances` says on which instances."""
+    """Settings of the environment, including its set of instances."""
     repeats: int = 64
     """Episodes per schedule and instance."""
     seed: int = 500_000
-    """First reset seed; not one of training or evaluation."""
+    """First reset seed, different from those of training and evaluation."""
     schedules: tuple[str, ...] = GRID
-    """Which schedules; the first is what the others are compared with."""
+    """Schedules to run. The others are compared with the first."""
     out: Path | None = None
-    """Where to write the result as JSON."""
+    """JSON file for the result."""
 
 
 def choose_and_judge(scores: FloatArray, rng: np.random.Generator) -> dict[str, Any]:
-    """Compare the best schedule of each instance with the best single one and with the first.
+    """Compare the best schedule of each instance with the single best and the first schedule.
 
     Args:
-        scores: (schedules, instances, repeats), repeats even.
-        rng: Source of the bootstrap.
+        scores: Scores of all episodes, with an even number of repeats.
+            (schedules, instances, repeats).
+        rng: Random generator of the bootstrap.
 
     Returns:
-        Summaries of the paired differences on episodes that were not used to choose.
+        Summaries of scores and of paired differences, on episodes not used for the choice.
     """
+    # Choose on one half of the repeats and evaluate on the other, in both directions.
     half = scores.shape[2] // 2
     everyone = np.arange(scores.shape[1])
     judged: dict[str, list[FloatArray]] = {"first": [], "single": [], "each": []}
@@ -87,7 +89,7 @@ def choose_and_judge(scores: FloatArray, rng: np.random.Generator) -> dict[str, 
 
 
 def main() -> None:
-    """Run all schedules, print a line for each, and save."""
+    """Run all schedules, print a line per schedule, and save."""
     args = tyro.cli(Args)
     if args.repeats < 2 or args.repeats % 2:
         raise ValueError(f"repeats: expected an even number of at least 2, got {args.repeats}")
