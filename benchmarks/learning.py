@@ -1,19 +1,20 @@
-"""Does growing pay, and does the agent beat what it should beat? The whole protocol in one command.
+"""Comparison of the agent with baselines, tuned schedules and static networks, in one command.
 
-Agents and searches see training instances only; every arm is then run on the same held-out
-instances and reset seeds. The searches get as many env steps as one agent. Finished parts lie in
-the working directory, and a second call goes on from there.
+Agents and searches use training instances only. Every arm then runs on the same held-out instances
+and reset seeds. Each search gets as many env steps as one agent. The working directory keeps
+finished parts, so a second call continues an interrupted one.
 
     python benchmarks/learning.py --out benchmarks/results/learning-digits.json
     python benchmarks/learning.py --quick
 
 Arms:
     never_grow, random, periodic, heuristic   baselines with their default settings
-    tuned_heuristic   the plateau heuristic; the best of a random search with successive halving
-    best_schedule     the fixed schedule that the same kind of search finds
+    tuned_heuristic   the plateau heuristic, tuned by random search with successive halving
+    best_schedule     the best fixed schedule, found by successive halving
     ppo_lstm          the agent, once per agent seed
-    static_grown      what each agent's episode ended with, trained from scratch (`references`)
-    static_longer     the host alone with at least the compute of that episode (`references`)
+    static_grown      the final network of each agent's episode, trained from scratch (`references`)
+    static_longer     the host without seeds, with at least the compute of that episode
+                      (`references`)
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from esper_env import EnvConfig
 SEARCH_SEED = 3_000_000
 """First reset seed of the searches, far from those of training and evaluation."""
 ROUNDS, KEEP = 4, 3
-"""Successive halving: rounds of equal cost, after each of which one in `KEEP` goes on."""
+"""Successive halving: rounds of equal cost. One in `KEEP` candidates survives each round."""
 
 BASELINE_ARMS = {
     "never_grow": "never-grow",
@@ -54,7 +55,7 @@ BASELINE_ARMS = {
     "periodic": "periodic",
     "heuristic": "heuristic",
 }
-"""Name of the arm, and of the baseline."""
+"""Names of baselines by arm."""
 
 Make = Callable[[], Policy]
 
@@ -66,36 +67,36 @@ class Args:
     env_id: str = "Esper-Digits-v0"
     """Environment id."""
     env: EnvConfig = field(default_factory=lambda: ppo_lstm.Args().env)
-    """Its settings, except for the instances."""
+    """Settings of the environment, except for the set of instances."""
     agent_seeds: tuple[int, ...] = tuple(range(1, 11))
     """Seeds of the agents."""
     total_timesteps: int = ppo_lstm.Args().total_timesteps
     """Env steps of one agent, and of each search."""
     schedules: tuple[str, ...] = GRID
-    """Fixed schedules to search among."""
+    """Candidates of the search for the best fixed schedule."""
     num_heuristics: int = 96
-    """Random settings of the heuristic to search among."""
+    """Candidates of the search for the best settings of the heuristic."""
     repeats: int = 8
     """Evaluation episodes per held-out instance."""
     seed: int = 1_000_000
     """First reset seed of the evaluation."""
     jobs: int = 2
-    """Agents that train at the same time, with one thread each."""
+    """Agents that train in parallel, with one thread each."""
     work_dir: Path = Path("runs/learning")
-    """Where finished parts lie."""
+    """Directory of finished parts."""
     quick: bool = False
-    """Whether to run everything in its smallest form, to see that it runs."""
+    """Whether to use the smallest sizes, as a test of the script."""
     out: Path | None = None
-    """Where to write the result as JSON."""
+    """JSON file for the result."""
 
 
 def smallest(env: EnvConfig) -> EnvConfig:
-    """Return settings with hardly any work in them."""
+    """Return settings with short episodes and little training."""
     return dataclasses.replace(env, episode_steps=8, batches_per_step=1, batch_size=8)
 
 
 def quick(args: Args) -> Args:
-    """Return the smallest form of everything."""
+    """Return the arguments with the smallest sizes."""
     steps = ppo_lstm.Args().num_envs * ppo_lstm.Args().num_steps
     return dataclasses.replace(
         args,
@@ -109,7 +110,7 @@ def quick(args: Args) -> Args:
 
 
 def remember(path: Path, make: Callable[[], Any]) -> Any:
-    """Return what the file holds, or make it and write it."""
+    """Return the content of a JSON file; if it does not exist, make the content and write it."""
     if not path.exists():
         content = make()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,23 +121,23 @@ def remember(path: Path, make: Callable[[], Any]) -> Any:
 
 
 def check_work_dir(work_dir: Path, settings: dict[str, Any], free: set[str]) -> None:
-    """Refuse a working directory whose parts were made otherwise.
+    """Check that finished parts in a working directory were made with the same settings.
 
     Args:
-        work_dir: Where finished parts lie.
-        settings: Of this call.
-        free: Names of those that change no part.
+        work_dir: Directory of finished parts.
+        settings: Settings of this call.
+        free: Names of settings that do not affect the parts.
 
     Raises:
-        ValueError: If another one differs.
+        ValueError: If another setting differs.
     """
     settings = json.loads(json.dumps(settings, default=str))
     known = remember(work_dir / "settings.json", lambda: settings)
     differing = [n for n in settings if known.get(n) != settings[n] and n not in free]
     if differing:
         raise ValueError(
-            f"work_dir: {work_dir} holds parts made with other {', '.join(differing)}; choose "
-            "another directory"
+            f"work_dir: expected parts made with the same settings, but {work_dir} was made with "
+            f"other values of {', '.join(differing)}; choose another directory"
         )
 
 
@@ -146,14 +147,15 @@ def check_work_dir(work_dir: Path, settings: dict[str, Any], free: set[str]) -> 
 def halve(candidates: dict[str, Make], args: Args) -> dict[str, Any]:
     """Find the best candidate on training instances by successive halving.
 
-    All candidates of a round see the same episodes; no episode comes twice.
+    All candidates of a round run the same episodes, and every round runs new ones.
 
     Args:
-        candidates: How to make each one.
+        candidates: Function that makes each candidate, by name.
         args: Budget and environment.
 
     Returns:
-        "best", its name; "rounds", mean committed score and episodes of every candidate.
+        "best" with the name of the best candidate, and "rounds" with the number of episodes and
+        the mean committed score of every candidate.
 
     Source: Jamieson and Talwalkar (2016), algorithm 1, with a reduction by `KEEP`.
     """
@@ -206,11 +208,11 @@ def _heuristic(settings: dict[str, Any]) -> Make:
 
 
 def train_agents(runs: list[ppo_lstm.Args], jobs: int) -> None:
-    """Train agents that are not there yet, in processes with one thread each.
+    """Train agents that do not exist yet, in processes with one thread each.
 
     Args:
-        runs: Their arguments; each `run_dir` is also where a finished agent is looked for.
-        jobs: Processes at a time.
+        runs: Arguments of the agents. A finished agent is in its `run_dir`.
+        jobs: Number of parallel processes.
     """
     missing = [run for run in runs if not (_directory(run) / "agent.safetensors").exists()]
     if not missing:
@@ -231,7 +233,7 @@ def _use_one_thread() -> None:
 
 
 def _train(run: ppo_lstm.Args) -> Path:
-    """Train one agent, from the start if it was interrupted; what it prints goes into a file."""
+    """Train one agent, from the start if it was interrupted, with its output in a file."""
     directory = _directory(run)
     if (directory / "agent.safetensors").exists():
         return directory  # Another call has trained it in the meantime.
@@ -242,7 +244,7 @@ def _train(run: ppo_lstm.Args) -> Path:
 
 
 def agent_args(args: Args, seed: int, directory: Path) -> ppo_lstm.Args:
-    """Return the arguments of one agent of the protocol."""
+    """Return the arguments of the agent with a given seed."""
     return ppo_lstm.Args(
         env_id=args.env_id,
         env=dataclasses.replace(args.env, instances="train"),
@@ -257,7 +259,11 @@ def agent_args(args: Args, seed: int, directory: Path) -> ppo_lstm.Args:
 
 
 def run_arms(args: Args) -> dict[str, list[Episodes]]:
-    """Search, train and evaluate; return the episodes of every arm, one entry per agent seed."""
+    """Search, train and evaluate.
+
+    Returns:
+        Episodes of every arm, one entry per agent seed.
+    """
     held_out = dataclasses.replace(args.env, instances="test")
     directory = args.work_dir
 
@@ -295,7 +301,7 @@ def run_arms(args: Args) -> dict[str, list[Episodes]]:
 
 
 def search(args: Args) -> dict[str, Any]:
-    """Search the fixed schedule and the settings of the heuristic on the training instances."""
+    """Search for the best schedule and settings of the heuristic on the training instances."""
     envs = ppo_lstm.make_envs(args.env_id, 1, "cpu", args.env)
     blueprints = next(head.options for head in envs.heads if head.name == "blueprint")
     candidates = {
@@ -309,7 +315,7 @@ def search(args: Args) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is missing, print the comparison, and save."""
+    """Run missing parts, print the comparison, and save."""
     args = tyro.cli(Args)
     args = quick(args) if args.quick else args
     began = time.perf_counter()

@@ -1,7 +1,8 @@
-"""Does the environment's memory stay flat over many episodes with rollbacks and snapshots?
+"""Test that the environment's memory stays constant over many episodes with rollbacks.
 
-Plays random legal actions in mixed instances, breaks a member now and then so that it is rolled
-back, and compares the resident set size after the first episodes with that at the end.
+The script plays random legal actions in mixed instances. At regular intervals it sets a weight of a
+random member to NaN, which causes a rollback. It compares the resident set size after the first
+episodes with that after the last.
 
     python benchmarks/memory.py --out benchmarks/results/memory.json
 """
@@ -23,7 +24,7 @@ from benchmarks import write_result
 from esper_env import EsperVectorEnv
 
 LIMIT = 0.03
-"""Growth that is still called flat [share of the resident set size]."""
+"""Largest accepted change of the resident set size, as a fraction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,21 +32,21 @@ class Args:
     """Measure memory over many episodes."""
 
     env_id: str = "Esper-Digits-v0"
-    """Environment; its work per step is cut down."""
+    """Environment id; the script reduces its batches."""
     num_envs: int = 16
     """Members."""
     episodes: int = 300
     """Episodes of each member."""
     warm_up_episodes: int = 50
-    """Episodes before the first measurement that counts."""
+    """Episodes before the reference measurement."""
     episode_steps: int = 12
     """Length of an episode [env steps]."""
     poison_interval_steps: int = 5
-    """Time between two members whose weights are broken [env steps]."""
+    """Time between two NaN weights [env steps]."""
     seed: int = 0
-    """Of the environment and of the actions."""
+    """Random seed of the environment and of the actions."""
     out: Path | None = None
-    """Where to write the result as JSON."""
+    """JSON file for the result."""
 
 
 def resident_bytes() -> int:
@@ -55,7 +56,7 @@ def resident_bytes() -> int:
 
 
 def run(args: Args) -> dict[str, Any]:
-    """Play all episodes and return the resident set size after every ten."""
+    """Play all episodes, and return the resident set size after every tenth."""
     envs = gym.make_vec(
         args.env_id,
         num_envs=args.num_envs,
@@ -86,7 +87,7 @@ def run(args: Args) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, save, and fail if memory grows."""
+    """Measure, print and save. Exit with an error if the memory changes by more than `LIMIT`."""
     args = tyro.cli(Args)
     start = time.perf_counter()
     result = run(args)

@@ -1,14 +1,14 @@
-"""Mutation testing: change the code in one place and see whether a test fails.
+"""Mutation testing: each mutant changes the code in one place, and a test should fail.
 
-A fixed sample of mutants is taken from each area of `AREAS`. A mutant is chosen by a hash of its
-function, operator and source text, so two versions of the code share the mutants of everything that
-did not change between them. Each one runs in a copy of the checkout, with only the test files that
-cover the area, and the tests stop at their first failure.
+The script takes a fixed sample of mutants from each area of `AREAS`. The sample is the smallest
+hashes of function, operator and source text, so two versions of the code share the mutants of
+unchanged code. Each mutant runs in a copy of the checkout, with the test files that cover its area,
+up to the first failure.
 
     python benchmarks/mutants.py --out benchmarks/results/mutants.json
     python benchmarks/mutants.py --checkout ../old --out benchmarks/results/mutants-before.json
 
-Results are written after every mutant; a second call with the same `--out` continues.
+The script saves after every mutant. A second call with the same `--out` continues.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ import tyro
 
 @dataclass(frozen=True)
 class Area:
-    """A part of the code and the tests that cover it."""
+    """Part of the code and the tests that cover it."""
 
     files: tuple[str, ...]
-    """Paths that exist in some version of the code; those that do not are left out."""
+    """Source files in any version of the code; missing files are skipped."""
     tests: tuple[str, ...]
-    """Test files that exist in some version."""
+    """Test files in any version of the code; missing files are skipped."""
     count: int
-    """Mutants."""
+    """Number of mutants."""
     compiles: bool
-    """Whether the tests run compiled code; without, loops run as plain Python."""
+    """Whether the tests run compiled code; otherwise numba is off and loops are plain Python."""
 
 
 AREAS: dict[str, Area] = {
@@ -94,7 +94,7 @@ AGENT_MATHS = {
     "mean_entropies", "evaluate_actions", "act", "_choose", "_gumbel", "std", "log_prob", "entropy",
     "sample", "step_core", "sequence_core", "_value", "pad_masks",
 }  # fmt: skip
-"""Functions of the agent's file that count as its maths."""
+"""Functions of the agent's file to mutate."""
 
 SWAPS: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
@@ -104,35 +104,35 @@ SWAPS: dict[type, type] = {
     ast.IsNot: ast.Is,
 }  # fmt: skip
 CALLS = {"min": "max", "max": "min", "any": "all", "all": "any", "minimum": "maximum"}
-"""Functions and methods that are swapped."""
+"""Functions and methods, with their replacement."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Measure which mutants the tests notice."""
+    """Measure the share of mutants that the tests notice."""
 
     checkout: Path = Path(__file__).resolve().parent.parent
     """Root of the code to mutate."""
     areas: tuple[str, ...] = tuple(AREAS)
     """Areas to measure."""
     timeout: float = 600.0
-    """Seconds after which a mutant counts as noticed: it hangs."""
+    """Time limit of a mutant's tests; beyond it a mutant counts as noticed [seconds]."""
     out: Path
     """Result file; mutants in it are not run again."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one file."""
+    """One change in one file."""
 
     file: str
     function: str
     line: int
     change: str
     source: str
-    """The whole file after the change."""
+    """Content of the file after the change."""
     name: str
-    """Hash that identifies the change in every version of the code."""
+    """Hash that identifies the change in all versions of the code."""
 
 
 def mutants_of(path: Path, root: Path) -> Iterator[Mutant]:
@@ -156,7 +156,7 @@ def mutants_of(path: Path, root: Path) -> Iterator[Mutant]:
 
 
 def _places(tree: ast.Module) -> Iterator[tuple[str, ast.AST, str]]:
-    """Yield every place that can be changed: function, node and kind of change, in order."""
+    """Yield function, node and kind of every possible change, in order."""
 
     def visit(node: ast.AST, function: str) -> Iterator[tuple[str, ast.AST, str]]:
         if isinstance(node, (ast.FunctionDef, ast.Lambda)):
@@ -242,7 +242,7 @@ def sample(area: Area, root: Path, *, is_agent: bool) -> list[Mutant]:
 
 
 def is_noticed(mutant: Mutant, area: Area, copy: Path, timeout: float) -> tuple[bool, str]:
-    """Run the area's tests on a mutant; return whether one fails, and the last line."""
+    """Run the area's tests on a mutant; return whether one fails, and a line of their output."""
     target = copy / mutant.file
     original = target.read_text()
     target.write_text(mutant.source)
@@ -265,7 +265,7 @@ def is_noticed(mutant: Mutant, area: Area, copy: Path, timeout: float) -> tuple[
 
 
 def main(args: Args) -> None:
-    """Run the mutants that are missing, and save after each."""
+    """Run mutants without a result, and save after each."""
     from benchmarks import describe_machine
 
     known: dict[str, Any] = {}

@@ -1,11 +1,15 @@
-"""The vector environment against Gymnasium's ways to run many single ones, `throughput --peers`.
+"""Speed of the vector environment compared with Gymnasium's vector environments of single ones.
 
-All sides do the same: same seeds, same actions, and at the end bitwise the same observations, or
-the measurement fails. Worker processes have one thread each, as the environment sets it in a
-forked process. Processes share this machine's cores; they are as many as Gymnasium starts, one per
-environment: as many as ours has members in "async", two in "async of 2", which are the first two
-members alone. "2 x vector" is two processes, each with a vector environment of half the members.
-Rates are env steps, of all members, per second.
+`throughput --peers` runs this comparison. All sides use the same seeds and actions, and must end
+with bitwise equal observations. Rates are env steps per second, summed over all members.
+
+- "vector": Esper's vector environment.
+- "async", "sync": Gymnasium's `AsyncVectorEnv` and `SyncVectorEnv` with as many members.
+- "async of 2": `AsyncVectorEnv` with the first two members only.
+- "2 x vector": two processes, each with a vector environment of half the members.
+
+`AsyncVectorEnv` starts one process per member. All processes share the cores of the machine, and
+each uses one thread, which the environment sets in a forked process.
 """
 
 from __future__ import annotations
@@ -29,12 +33,12 @@ FloatRows = npt.NDArray[np.float32]
 
 
 def make_single(env_id: str, settings: dict[str, Any]) -> gym.Env[Any, Any]:
-    """Make a single environment without Gymnasium's checks, which cost time."""
+    """Make a single environment without Gymnasium's checks, which take time."""
     return gym.make(env_id, disable_env_checker=True, **settings)
 
 
 def _serve(pipe: Connection, env_id: str, num_envs: int, settings: dict[str, Any]) -> None:
-    """Run a vector environment in this process: a seed resets, an array of actions steps."""
+    """Run a vector environment in this process: reset for a seed, step for an array of actions."""
     torch.set_num_threads(1)
     envs = make_envs(env_id, num_envs, **settings)
     while (order := pipe.recv()) is not None:
@@ -56,15 +60,15 @@ class TwoProcesses:
             self.processes.append(process)
 
     def reset(self, *, seed: int) -> tuple[FloatRows, None]:
-        """Seed the members as one vector environment would."""
+        """Reset both halves with the seeds that one vector environment would use."""
         return self._order(seed, seed + self.half), None
 
     def step(self, actions: npt.NDArray[np.int64]) -> tuple[FloatRows, None]:
-        """Step both halves at the same time."""
+        """Step both halves in parallel."""
         return self._order(actions[: self.half], actions[self.half :]), None
 
     def close(self) -> None:
-        """End the processes."""
+        """End both processes."""
         for pipe, process in zip(self.pipes, self.processes, strict=True):
             pipe.send(None)
             process.join()
@@ -85,16 +89,16 @@ def measure_peers(
         num_envs: Members, at least 2.
         mode: State of the slots; see `states`.
         rounds: Timed rounds.
-        seed: Seed of the first member; the others have the numbers after it.
-        batch_size: Batch size, if not the environment's default.
+        seed: Seed of the first member; the following members have the following seeds.
+        batch_size: Batch size, None for the environment's default.
 
     Returns:
-        Env steps per second of each side, and by what factor ours is faster.
+        Env steps per second of each side, and the speed of Esper's environment relative to it.
     """
     settings = settings_of(mode, batch_size)
     single = functools.partial(make_single, env_id, settings)
     ours = make_envs(env_id, num_envs, **settings)
-    # The first step compiles, once for all processes; the settings are the members' own.
+    # The first step compiles, so it runs before the other processes start.
     taken = grow(ours, mode, seed)
     sides: dict[str, Any] = {
         OURS: ours,

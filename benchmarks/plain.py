@@ -1,8 +1,7 @@
-"""Hosts with seeds as ordinary `torch.nn` networks, one after the other.
+"""Hosts with seeds as ordinary `torch.nn` networks, trained one after the other.
 
-The reference for the population engine: the tests compare results with it, the throughput
-benchmark compares speed. Written from the design's formulas, sharing no forward code with
-`esper_env.population`.
+These networks are the reference for the population engine: tests compare results with them, and the
+throughput benchmark compares speed. They share no forward code with `esper_env.population`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from esper_env.population.population import Population
 
 
 class SqueezeExcite(nn.Module):
-    """x * tanh(W2 silu(W1 pool(x)))."""
+    """Squeeze-and-excitation: x * tanh(W2 silu(W1 pool(x)))."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -25,13 +24,13 @@ class SqueezeExcite(nn.Module):
         self.excite = nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale channels."""
+        """Scale each channel by a function of all pooled channels."""
         scale = torch.tanh(self.excite(F.silu(self.squeeze(x.mean((2, 3))))))
         return x * scale[:, :, None, None]
 
 
 def build_branch(name: str, c: int) -> nn.Module:
-    """Build the residual branch of a blueprint for `c` channels."""
+    """Return the residual branch of a blueprint for `c` channels."""
     inner = max(2, c // 2)
     match name:
         case "norm":
@@ -75,7 +74,7 @@ def build_branch(name: str, c: int) -> nn.Module:
 
 
 class PlainSeed(nn.Module):
-    """A seed module in a slot, by the formulas of `design.md`, section 4.1."""
+    """Seed module in a slot; its output is defined in `docs/environment.md`, "Description"."""
 
     def __init__(self, name: str, channels: int, blend: int) -> None:
         super().__init__()
@@ -102,9 +101,9 @@ class PlainSeed(nn.Module):
 
 
 class PlainNetwork(nn.Module):
-    """One host and its seeds.
+    """One host with its seeds.
 
-    Copied from a population, a narrow network takes the leading corner of a member's tensors.
+    A narrow network copies the leading corner of a member's tensors.
     """
 
     def __init__(self, host: Host) -> None:
@@ -123,7 +122,7 @@ class PlainNetwork(nn.Module):
         self.seeds = nn.ModuleDict()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits."""
+        """Return the logits of a batch. (batch, classes)."""
         for slot, block in enumerate(self.blocks):
             x = block(x)
             if str(slot) in self.seeds:
@@ -133,12 +132,12 @@ class PlainNetwork(nn.Module):
         return logits
 
     def modules_to_clip(self) -> list[list[nn.Parameter]]:
-        """Return the parameters of the host, then of each seed."""
+        """Return the parameters of the host, followed by those of each seed."""
         seeds = [list(seed.parameters()) for seed in self.seeds.values()]
         return [[*self.blocks.parameters(), *self.head.parameters()], *seeds]
 
     def optimizer(self, host_rate: float, seed_rate: float, decay: float) -> torch.optim.SGD:
-        """Return SGD over host and seeds."""
+        """Return SGD for the host and the seeds."""
         host, *seeds = self.modules_to_clip()
         groups = [{"params": host, "lr": host_rate, "weight_decay": decay}]
         groups += [{"params": seed, "lr": seed_rate, "weight_decay": 0.0} for seed in seeds]
@@ -147,7 +146,7 @@ class PlainNetwork(nn.Module):
     def add_seed(
         self, population: Population, member: int, slot: int, index: int, blend: int
     ) -> PlainSeed:
-        """Put a copy of a member's seed into a slot."""
+        """Copy a member's seed into a slot."""
         blueprint = population.layout.blueprints[index]
         seed = PlainSeed(blueprint.name, self.host.channels[slot], blend)
         parameters, buffers = population.layout.seed_columns(slot, index)
@@ -157,7 +156,7 @@ class PlainNetwork(nn.Module):
         return seed
 
     def load_host(self, population: Population, member: int) -> None:
-        """Copy a member's host."""
+        """Copy the host of a member."""
         parameters, buffers = population.layout.host_columns()
         _copy(population.storage.parameters[member], parameters, self.modules_to_clip()[0])
         _copy(population.storage.buffers[member], buffers, _running(self.blocks))
@@ -168,7 +167,7 @@ def _running(module: nn.Module) -> list[Tensor]:
 
 
 def _copy(row: Tensor, columns: list, targets: list) -> None:  # type: ignore[type-arg]
-    """Copy tensors out of a row, in the order of `targets`."""
+    """Copy the tensors of a row into `targets`, in order."""
     with torch.no_grad():
         for column, target in zip(columns, targets, strict=False):
             spec = column.spec

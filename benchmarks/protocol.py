@@ -1,7 +1,7 @@
-"""How agents are compared: episodes on instances that training never saw, and their statistics.
+"""Comparison of agents: episodes on held-out instances, and their statistics.
 
-All arms see the same instances and reset seeds, so that differences are paired. A table of figures
-has the shape (agent seeds, instances, repeats); an arm without agent seeds has one.
+All arms run on the same instances and reset seeds, so differences are paired. A table has the shape
+(agent seeds, instances, repeats); policies without training count as one agent seed.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from esper_env import EnvConfig
 from esper_env.config import FloatArray
 
 Episodes = dict[str, list[Any]]
-"""Figures of episodes, as `run_episodes` gives them."""
+"""Figures of episodes in the format of `run_episodes`."""
 
 
 def play(policy: Policy | str, env_id: str, config: EnvConfig, repeats: int, seed: int) -> Episodes:
     """Run a policy on every instance of the configured set, in turn.
 
     Args:
-        policy: Who acts, or its name for `make_policy`.
+        policy: Policy, or its name for `make_policy`.
         env_id: Environment id.
-        config: Its settings.
+        config: Settings of the environment.
         repeats: Episodes per instance.
         seed: Reset seed of the first episode.
 
     Returns:
-        Figures of all episodes, as `run_episodes` gives them.
+        Figures of all episodes in the format of `run_episodes`.
     """
     envs = make_envs(env_id, MAX_ENVS, "cpu", config)
     if isinstance(policy, str):
@@ -48,24 +48,24 @@ def play(policy: Policy | str, env_id: str, config: EnvConfig, repeats: int, see
 
 
 def table_of(runs: list[Episodes], figure: str = "committed_score") -> FloatArray:
-    """Return a figure of the episodes of several agent seeds. (agent seeds, instances, repeats)."""
+    """Return one figure of all episodes. (agent seeds, instances, repeats)."""
     num_instances = int(max(runs[0]["instance"])) + 1
     values = np.array([run[figure] for run in runs])
     return values.reshape(len(runs), -1, num_instances).swapaxes(1, 2)
 
 
 def summarise(table: FloatArray, rng: np.random.Generator) -> dict[str, float]:
-    """Return the interquartile mean over agent seeds and instances, and its 95 % interval.
+    """Return the interquartile mean over agent seeds and instances, with a 95 % interval.
 
-    A value is the mean of one agent seed's episodes on one instance. The bootstrap draws agent
-    seeds, and within each instance episodes, with replacement; the instances stay (they are the
-    strata).
+    Each value is the mean of one agent seed's episodes on one instance. The stratified bootstrap
+    samples agent seeds, and within each instance episodes, with replacement. Instances are the
+    strata and are not sampled.
 
     Source: Agarwal et al. (2021), section 4.
 
     Args:
-        table: (agent seeds, instances, repeats).
-        rng: Source of the resamples.
+        table: Figures of episodes. (agent seeds, instances, repeats).
+        rng: Random generator of the bootstrap.
     """
     agents, instances, repeats = table.shape
     strata = np.arange(instances)[:, None]
@@ -85,12 +85,12 @@ def summarise(table: FloatArray, rng: np.random.Generator) -> dict[str, float]:
 
 
 def compare(first: FloatArray, second: FloatArray, rng: np.random.Generator) -> dict[str, float]:
-    """Return the paired difference of two arms and how often the first is better.
+    """Return the paired difference of two arms, and the share of pairs that the first one wins.
 
     Args:
-        first: (agent seeds, instances, repeats).
-        second: The same, or with one agent seed.
-        rng: Source of the resamples.
+        first: Figures of the first arm. (agent seeds, instances, repeats).
+        second: Figures of the second arm, of the same shape or with one agent seed.
+        rng: Random generator of the bootstrap.
     """
     difference = first - second
     summary = summarise(difference, rng)

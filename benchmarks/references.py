@@ -1,12 +1,12 @@
-"""Static networks that grown ones are compared with.
+"""Static networks to compare grown networks with.
 
-Both see the grown episode's instance and reset seed, hence the same host at birth, the same images
-in the same order, and the same learning rates.
+Both kinds use the instance and the reset seed of the grown network's episode. They therefore start
+with the same host, and train on the same images in the same order with the same learning rates.
 
-- grown size: the host with the grown network's seeds in place from the first batch, fully
-  blended, trained for as many batches. Seeds add (the style LINEAR_ADD).
-- equal compute: the host alone for a whole multiple of the env steps, rounded up so that its
-  training costs at least what the grown network's did.
+- Grown size: the host with the final seeds of the grown network from the first batch on, at alpha 1
+  and with the style LINEAR_ADD, trained for as many batches.
+- Equal compute: the host without seeds, trained for a multiple of the env steps. The multiple is
+  the smallest integer whose training costs at least as much as that of the grown network.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from esper_env.rng import make_key
 
 
 def train_grown_size(episodes: Episodes, env_id: str, config: EnvConfig) -> Episodes:
-    """Train from scratch what each episode ended with.
+    """Train the final network of each episode from scratch.
 
     Args:
-        episodes: As `run_episodes` gives them, on the instances of the configured set.
+        episodes: Episodes in the format of `run_episodes`, on the configured set of instances.
         env_id: Environment id.
-        config: Its settings.
+        config: Settings of the environment.
 
     Returns:
-        The figures of the static networks, in the same order.
+        Figures of the static networks, in the same order.
     """
     return _run_static(episodes["seed"], episodes["instance"], episodes["growth"], env_id, config)
 
@@ -46,7 +46,7 @@ def _run_static(
     envs = make_envs(env_id, min(MAX_ENVS, len(seeds)), "cpu", config)
     parts = []
     for first in range(0, len(seeds), envs.num_envs):
-        # The last batch is filled up with the first episodes again.
+        # The last group of environments is filled with the first episodes again.
         rows = (np.arange(first, first + envs.num_envs) % len(seeds)).tolist()
         _begin(envs, *([values[k] for k in rows] for values in (seeds, instance, growth)))
         wait = np.zeros((envs.num_envs, len(envs.heads)), dtype=np.int64)
@@ -62,7 +62,7 @@ def _run_static(
 
 
 def _begin(envs: Any, seeds: list[int], instance: list[int], growth: list[str]) -> None:
-    """Start episodes with the seeds of a plan in place."""
+    """Begin episodes with the seeds of a plan, fossilized at alpha 1."""
     envs.reset(seed=seeds, options={"instance": np.array(instance)})
     sim = envs.debug_state()
     names = [blueprint.name for blueprint in envs._blueprints]
@@ -81,23 +81,23 @@ def _begin(envs: Any, seeds: list[int], instance: list[int], growth: list[str]) 
 
 
 def train_equal_compute(runs: list[Episodes], env_id: str, config: EnvConfig) -> list[Episodes]:
-    """Train the host alone for at least the compute of each episode.
+    """Train the host without seeds for at least the compute of each episode.
 
     Args:
-        runs: Episodes of several agents, all with the same seeds, on the instances of the
-            configured set in turn.
+        runs: Episodes of several agents, all with the same reset seeds, on the configured set of
+            instances in turn.
         env_id: Environment id.
-        config: Its settings.
+        config: Settings of the environment.
 
     Returns:
-        The figures of the hosts, in the same order.
+        Figures of the hosts, in the same order.
     """
     seeds, instance = np.array(runs[0]["seed"]), np.array(runs[0]["instance"])
     assert all(run["seed"] == runs[0]["seed"] for run in runs)
-    flops = np.array([run["flops"] for run in runs])
+    flops = np.array([run["flops"] for run in runs])  # (agents, episodes)
 
     def train(multiple: int, rows: IntArray) -> dict[int, dict[str, Any]]:
-        """Run some episodes a multiple as long; the figures of each by its row."""
+        """Run episodes of a multiple of the length, and return the figures by row."""
         longer = dataclasses.replace(config, episode_steps=multiple * config.episode_steps)
         own = seeds[rows].tolist(), instance[rows].tolist(), [""] * len(rows)
         figures = _run_static(*own, env_id, longer)
@@ -106,6 +106,7 @@ def train_equal_compute(runs: list[Episodes], env_id: str, config: EnvConfig) ->
             for k, row in enumerate(rows)
         }
 
+    # The host of the usual length gives the compute of one multiple.
     hosts = {1: train(1, np.arange(len(seeds)))}
     one = np.array([hosts[1][row]["flops"] for row in range(len(seeds))])
     multiples = np.maximum(np.ceil(flops / one - 1e-9), 1).astype(int)

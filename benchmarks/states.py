@@ -1,8 +1,9 @@
-"""Environments whose slots are in a stated mode, for the benchmarks of speed.
+"""Environments with slots in a given state, for speed benchmarks.
 
-Modes: "empty" has no seed; "mix" has a seed of a random blueprint and style in every slot, in
-random stages, each blueprint and style about as often as the others, so that large numbers of
-members are the same work per member; "mix + leave-one-out" measures contributions as well.
+- "empty": no seeds.
+- "mix": a seed in every slot, in random stages. Blueprints and styles occur about equally often, so
+  that the work per member is the same for large numbers of members.
+- "mix + leave-one-out": "mix", with contributions measured in every step.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from esper_env import EsperVectorEnv, Op
 from esper_env.config import IntArray
 
 EPISODE_STEPS = 20_000
-"""More than are timed, so that no episode ends."""
+"""Length of an episode, more than any benchmark runs [env steps]."""
 MODES = ("empty", "mix", "mix + leave-one-out")
 
 
 def settings_of(mode: str, batch_size: int | None = None) -> dict[str, Any]:
-    """Return the keywords of `gym.make` and `gym.make_vec` for a mode."""
+    """Return the keyword arguments of `gym.make` and `gym.make_vec` for a mode."""
     options: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
     attribution = "leave_one_out" if mode.endswith("leave-one-out") else "none"
     limits = {"max_episode_steps": EPISODE_STEPS, "episode_steps": EPISODE_STEPS}
@@ -29,17 +30,17 @@ def settings_of(mode: str, batch_size: int | None = None) -> dict[str, Any]:
 
 
 def make_envs(env_id: str, num_envs: int, **settings: Any) -> EsperVectorEnv:
-    """Make a vector environment, not yet reset."""
+    """Make a vector environment without resetting it."""
     envs = gym.make_vec(env_id, num_envs=num_envs, **settings).unwrapped
     assert isinstance(envs, EsperVectorEnv)
     return envs
 
 
 def grow(envs: EsperVectorEnv, mode: str, seed: int) -> list[IntArray]:
-    """Reset an environment and bring its slots into the mode's state.
+    """Reset an environment and bring its slots into the state of a mode.
 
     Returns:
-        The actions taken, which do the same to other environments of the same seed.
+        Actions taken, which have the same effect in other environments with the same seed.
         (num_envs, heads) each.
     """
     num_envs = envs.num_envs

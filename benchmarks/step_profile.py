@@ -1,11 +1,11 @@
-"""Where the time of `step` goes, and how near training and evaluation come to the machine's limits.
+"""Profile of `step` by phase, and the rates of training and evaluation relative to the hardware's.
 
     python benchmarks/step_profile.py --out benchmarks/results/profile.json
 
-Timers are put around the environment's own functions from outside; a phase's time leaves out the
-phases inside it. The limits are a float32 matrix product and a copy on the same number of threads.
-The CIFAR-10 ids train on made-up images of the same shape. The file is not named `profile`: that
-would hide Python's module of this name from torch when a script of this folder is run.
+The script wraps functions of the environment in timers. The time of a phase excludes phases called
+inside it. The rates of the hardware come from a float32 matrix product and a copy on the same
+number of threads. The CIFAR-10 ids train on random images of the same shape. A file named `profile`
+would shadow Python's module when a script of this folder is run.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from esper_env.growth.action_space import ActionSpace
 from esper_env.growth.observation import ObservationBuilder
 
 PHASES = ("batches", "training", "evaluation", "lifecycle", "observation", "reward", "rest")
-"""Drawing batches; `Population.train` and `evaluate`; the simulation around them, and masks;
-observation; reward and info; what is left."""
+"""Sampling of batches; `Population.train` and `evaluate`; other work of the simulation, and masks;
+observation; reward and info; the remaining time."""
 HEAD = ("environment", "members", "slots", "step", *PHASES, "GFLOP/s", "FLOP/byte")
 """Columns of the table of profiles."""
 
@@ -47,9 +47,9 @@ class Args:
     num_envs: tuple[int, ...] = (1, 16, 64, 256)
     """Numbers of members."""
     largest: tuple[int, ...] = (256, 64)
-    """Above which of them each environment is left out: 256 of CIFAR-10's shape take 40 minutes."""
+    """Largest number of members for each environment; 256 of CIFAR-10's shape take 40 minutes."""
     modes: tuple[str, ...] = ("empty", "mix")
-    """Which states of the slots; see `benchmarks/states.py`."""
+    """States of the slots; see `benchmarks/states.py`."""
     rounds: int = 5
     """Timed rounds."""
     threads: int = 2
@@ -57,13 +57,13 @@ class Args:
     seed: int = 0
     """Random seed."""
     quick: bool = False
-    """Whether to look at digits with 1 and 2 members for one short round only."""
+    """Whether to run one round of digits with 1 and 2 members, as a test of the script."""
     out: Path | None = None
-    """Where to write the result as JSON."""
+    """JSON file for the result."""
 
 
 class Phases:
-    """Seconds in each phase, and the last arguments of training and of evaluation."""
+    """Times of the phases [seconds], and the last arguments of each phase."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PHASES[:-1], 0.0)
@@ -71,7 +71,7 @@ class Phases:
         self._inside: list[float] = []
 
     def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a function so that its own time counts for a phase."""
+        """Wrap a function so that its time, without nested phases, is added to a phase."""
 
         def call(*values: Any) -> Any:
             self._inside.append(0.0)
@@ -89,7 +89,7 @@ class Phases:
 
 @contextmanager
 def measured_phases(envs: EsperVectorEnv) -> Iterator[Phases]:
-    """Measure the phases of an environment's steps while the context lasts."""
+    """Measure the phases of an environment's steps inside the context."""
     phases, sim = Phases(), envs.debug_state()
     wanted: list[tuple[str, Any, str]] = [
         ("batches", sim, "draw_batches"),
@@ -109,7 +109,7 @@ def measured_phases(envs: EsperVectorEnv) -> Iterator[Phases]:
 
 
 def count_work(envs: EsperVectorEnv, phases: Phases) -> dict[str, Work]:
-    """Return the work of the last training and of the last evaluation, if there was one."""
+    """Return the work of the last training and, if there was one, of the last evaluation."""
     population = envs.debug_state().population
     members, seeds, _, draw, *_ = phases.arguments["training"]
     work = {"training": training_work(population, members, seeds, draw)}
@@ -121,11 +121,19 @@ def count_work(envs: EsperVectorEnv, phases: Phases) -> dict[str, Work]:
 def profile(
     env_id: str, num_envs: int, mode: str, rounds: int, seed: int, steps: int | None = None
 ) -> dict[str, Any]:
-    """Profile steps that wait; `steps` per round, None for about a third of a second.
+    """Profile steps in which all members wait.
+
+    Args:
+        env_id: Environment id.
+        num_envs: Members.
+        mode: State of the slots; see `states`.
+        rounds: Timed rounds.
+        seed: Random seed.
+        steps: Env steps per round, None for about a third of a second.
 
     Returns:
-        Per phase milliseconds of a step (median of the rounds) and share of all phases; for
-        training and evaluation also their work and rate.
+        For each phase its time per step (median over the rounds) [milliseconds] and its share; for
+        training and evaluation also their work and rates.
     """
     envs = make_envs(env_id, num_envs, **settings_of(mode))
     grow(envs, mode, seed)
@@ -162,7 +170,7 @@ def profile(
 
 
 def main(args: Args) -> None:
-    """Profile all combinations, print a line of a table for each, and save."""
+    """Profile all combinations, print a table row for each, and save."""
     torch.set_num_threads(args.threads)
     use_synthetic_cifar10()
     limits = measure_limits(torch.device("cpu"))
@@ -185,7 +193,7 @@ def main(args: Args) -> None:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """Return a profile as the cells of a table, below those that `HEAD` names."""
+    """Return a profile as table cells in the order of `HEAD`."""
     phases = row["phases"]
     pair = phases["training"], phases["evaluation"]
     return [

@@ -1,23 +1,24 @@
-r"""Env steps per second against a loop over ordinary PyTorch networks doing the same work.
+r"""Env steps per second, compared with a loop over ordinary PyTorch networks that do the same work.
 
-The loop trains one network after the other: channels-last, foreach SGD and clipping, data in
-memory, the same batches and the same evaluations; on a GPU each network has a stream of its own.
-Both sides are timed in turn in the same process, after warm-up; the ratio is taken round by round.
+The loop trains one network after the other, with the same number of batches and the same
+evaluations. It uses channels-last memory, foreach SGD and clipping, and data in memory. On a GPU
+each network has a separate stream. Both sides are timed in turn in one process, after warm-up, and
+the ratio is computed for each round.
 
     python benchmarks/throughput.py --out benchmarks/results/throughput.json
 
-With `--peers` the other sides are Gymnasium's `AsyncVectorEnv` and `SyncVectorEnv` (see `peers`):
+With `--peers`, compare with Gymnasium's `AsyncVectorEnv` and `SyncVectorEnv` (see `peers`):
 
     python benchmarks/throughput.py --peers --num-envs 16 --modes empty mix --rounds 5 \
         --out benchmarks/results/throughput-peers.json
 
-On a GPU, made-up images in CIFAR-10's shape:
+On a GPU, with random images of CIFAR-10's shape:
 
     python benchmarks/throughput.py --device cuda --env-id Esper-CIFAR10-v0 --synthetic \
         --num-envs 64 --out benchmarks/results/throughput-cuda.json
 
 Modes are those of `states`, and "training", which is "empty" without evaluations on both sides.
-With `--synthetic` the CIFAR-10 ids train on made-up images.
+With `--synthetic` the CIFAR-10 ids train on random images.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from esper_env import EsperVectorEnv, Stage
 from esper_env.growth.contributions import plan_coalitions
 
 SLICE = 500
-"""Images that the loop evaluates at once."""
+"""Number of images that the loop evaluates at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,27 +55,27 @@ class Args:
     num_envs: tuple[int, ...] = (1, 4, 16, 64)
     """Numbers of members."""
     modes: tuple[str, ...] = MODES
-    """Which states of the slots."""
+    """States of the slots."""
     rounds: int = 7
     """Timed rounds."""
     device: str = "cpu"
-    """Where both sides run, "cpu" or "cuda"."""
+    """Device of both sides, "cpu" or "cuda"."""
     peers: bool = False
     """Whether to compare with Gymnasium's vector environments instead of the loop."""
     threads: int = 2
     """Torch threads."""
     batch_size: int | None = None
-    """Batch size, if not the environment's default."""
+    """Batch size, None for the environment's default."""
     seed: int = 0
     """Random seed."""
     synthetic: bool = False
-    """Whether CIFAR-10 ids train on made-up images of the same shape."""
+    """Whether CIFAR-10 ids train on random images of the same shape."""
     out: Path | None = None
-    """Where to write the result as JSON."""
+    """JSON file for the result."""
 
 
 class PlainLoop:
-    """The same networks as ordinary modules, and one env step of work on them."""
+    """Loop over an environment's networks as ordinary modules, which does the work of a step."""
 
     def __init__(self, envs: EsperVectorEnv, seed: int) -> None:
         self.envs, self.config = envs, envs.config
@@ -105,7 +106,7 @@ class PlainLoop:
         self.coalitions = [plan.alpha[plan.member == i] for i in everyone]
 
     def step(self, evaluates: bool = True) -> None:
-        """Train every network on its batches, evaluate its coalitions and fetch the results."""
+        """Train every network, evaluate its coalitions, and copy the results to the CPU."""
         config, data = self.config, self.train_set
         shape = (config.batches_per_step, config.batch_size, self.envs.num_envs)
         indices = torch.from_numpy(self.rng.integers(len(data), size=shape)).to(self.envs.device)
@@ -124,7 +125,7 @@ class PlainLoop:
 
     @contextmanager
     def in_stream(self, i: int) -> Iterator[None]:
-        """Queue the work of one network beside that of the others, if on a GPU."""
+        """Run the work of one network in its stream, if on a GPU."""
         stream = self.streams[i]
         if stream is None:
             yield
@@ -136,7 +137,7 @@ class PlainLoop:
         main.wait_stream(stream)
 
     def evaluate(self, network: PlainNetwork, alpha: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return loss and hits of one coalition, in slices that suit the cache. () float32."""
+        """Return summed loss and number of correct images of one coalition. () float32."""
         before = {}
         for slot, seed in network.seeds.items():
             before[slot] = seed.alpha, seed.is_training_stage
@@ -154,7 +155,7 @@ class PlainLoop:
 
 
 def measure(args: Args, num_envs: int, mode: str, limits: dict[str, float]) -> dict[str, Any]:
-    """Time environment and loop in turn; `limits` are those of `work.measure_limits`."""
+    """Time environment and loop in turn; `limits` comes from `work.measure_limits`."""
     settings = settings_of(mode, args.batch_size)
     envs = make_envs(args.env_id, num_envs, device=args.device, **settings)
     grow(envs, mode, args.seed)
@@ -209,7 +210,7 @@ def measure(args: Args, num_envs: int, mode: str, limits: dict[str, float]) -> d
 
 
 def describe(row: dict[str, Any]) -> str:
-    """Return the line printed for a result."""
+    """Return a result as one line of text."""
     if "sides" in row:
         parts = [
             f"{name} {side['env_steps_per_second']:.0f} steps/s"
@@ -235,16 +236,16 @@ def main(args: Args) -> None:
     """Measure all combinations, print a line for each, and save.
 
     Raises:
-        ValueError: If the device cannot be had, or peers are asked for on a GPU.
+        ValueError: If the device is not available, or `peers` is set on a GPU.
     """
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"device: expected one that torch can use, got {args.device!r}, and torch "
+            f"device: expected an available device, got {args.device!r}, but torch "
             f"{torch.__version__} sees no GPU; check the driver, or measure with --device cpu"
         )
     if args.peers and device.type != "cpu":
-        raise ValueError(f"peers: expected --device cpu, whose cores they share, got {args.device}")
+        raise ValueError(f"peers: expected --device cpu, got {args.device}; peers run on the CPU")
     torch.set_num_threads(args.threads)
     if args.synthetic:
         use_synthetic_cifar10()

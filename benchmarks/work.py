@@ -1,10 +1,15 @@
-"""The arithmetic and the memory traffic of training and evaluation, and what a device can do.
+"""Arithmetic and memory traffic of training and evaluation, and the rates of a device.
 
-Traffic is what moves if nothing outlasts an operation in the cache: every feature map is written
-and read once forwards, and read, its gradient written and read backwards; a parameter is read in
-both passes, its gradient written and read, momentum and parameter read and written by the
-optimiser. A rectifier works in place. So intensity (FLOP per byte) tells which limit would hold
-without a cache; a network that stays in the cache may exceed it.
+Traffic is counted as if no data stayed in the cache between operations:
+
+- A feature map is written and read in the forward pass. In the backward pass it is read, and its
+  gradient is written and read.
+- A parameter is read in both passes, and its gradient is written and read. The optimiser reads and
+  writes the parameter and its momentum.
+- A rectifier works in place.
+
+The intensity (FLOP per byte) therefore tells which rate limits the work without a cache. A network
+that stays in the cache may be faster.
 """
 
 from __future__ import annotations
@@ -28,20 +33,21 @@ FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Work:
-    """What one call of `Population.train` or `Population.evaluate` does."""
+    """Work of one call of `Population.train` or `Population.evaluate`."""
 
     flops: float
-    """Two per multiply-add forwards, twice that backwards."""
+    """Floating-point operations: two per multiply-add forwards, four backwards."""
     traffic_bytes: float
+    """Bytes read and written."""
 
     @property
     def intensity(self) -> float:
-        """FLOP per byte."""
+        """Arithmetic intensity [FLOP per byte]."""
         return self.flops / self.traffic_bytes
 
 
 def training_work(population: Population, members: IntArray, seeds: Seeds, draw: Draw) -> Work:
-    """Count one env step of training; all members have the widest host."""
+    """Return the work of one env step of training. All members have the widest host."""
     blocks, branches, head = _counts(population)
     batches, size, _ = draw.indices.shape
     macs = features = parameters = 0.0
@@ -57,11 +63,20 @@ def training_work(population: Population, members: IntArray, seeds: Seeds, draw:
 def evaluation_work(
     population: Population, members: IntArray, alpha: FloatArray, seeds: Seeds, images: ImageSet
 ) -> Work:
-    """Count one evaluation; networks of a member share what they have in common up to a slot."""
+    """Return the work of one evaluation, with shared prefixes counted once.
+
+    Args:
+        population: Population of the members, all with the widest host.
+        members: Member whose weights each network uses. (rows,).
+        alpha: Blend weight of each seed. (rows, slots).
+        seeds: Seeds of the whole population.
+        images: Split that is evaluated.
+    """
     blocks, branches, head = _counts(population)
     macs = features = parameters = 0.0
     for member in np.unique(members).tolist():
         rows = alpha[members == member].tolist()
+        # One node per distinct prefix of blend weights; seeds run in nodes that give them weight.
         for slot, block in enumerate(blocks):
             nodes = {tuple(row[:slot]) for row in rows}
             seeded = {tuple(row[:slot]) for row in rows if row[slot] != 0}
@@ -76,11 +91,11 @@ def evaluation_work(
 
 
 def measure_limits(device: torch.device) -> dict[str, float]:
-    """Measure what the device can do, with as many threads as torch may use.
+    """Measure the rates of a device, on all threads that torch uses.
 
     Returns:
-        The best of a few rates of a float32 matrix product without TF32 [GFLOP/s] and of a copy,
-        counting bytes read and written [GB/s].
+        Best rate of a float32 matrix product without TF32 [GFLOP/s], and best rate of a copy in
+        bytes read and written [GB/s].
     """
     n = 8192 if device.type == "cuda" else 2048
     a, b, c = (torch.randn(n, n, device=device) for _ in range(3))
@@ -99,7 +114,7 @@ Counts = npt.NDArray[np.float64]
 
 
 def _counts(population: Population) -> tuple[list[Counts], list[list[Counts]], Counts]:
-    """Return the counts of each block (with its pool), of each seed by slot, and of the head."""
+    """Return the counts of each block (with its pool), each seed by slot, and the head."""
     host = population.layout.host
     blocks, branches = [], []
     before = host.in_channels

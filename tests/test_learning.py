@@ -206,7 +206,7 @@ def test_the_quick_protocol_writes_all_arms_goes_on_and_refuses_other_settings(
     monkeypatch.setattr("sys.argv", [*command, "--repeats", "5", "--total-timesteps", "2000"])
     learning.main()  # The quick form sets both itself.
     monkeypatch.setattr("sys.argv", [*command, "--seed", "7"])
-    with pytest.raises(ValueError, match="holds parts made with other seed; choose another"):
+    with pytest.raises(ValueError, match="other values of seed; choose another"):
         learning.main()
 
 
@@ -243,10 +243,10 @@ def test_the_quick_ablations_compare_each_variant_with_the_default(
     assert variants[names[1]]["paired"]["agent_seeds"] == 2
     assert ablation_table({"variants": variants}).count("\n") == 4
     monkeypatch.setattr("sys.argv", [*command, "--seed", "7"])
-    with pytest.raises(ValueError, match="holds parts made with other seed; choose another"):
+    with pytest.raises(ValueError, match="other values of seed; choose another"):
         ablations.main()
     monkeypatch.setattr("sys.argv", [*command, "--variants", "other"])
-    with pytest.raises(ValueError, match=r"variants: expected some of .*, got \['other'\]"):
+    with pytest.raises(ValueError, match=r"variants: expected names among .*, got \['other'\]"):
         ablations.main()
 
 
