@@ -47,7 +47,7 @@ default's agents with sampled instead of greedy actions."""
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Train and compare the variants."""
+    """Train agents with one changed setting each, and compare them with the default."""
 
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Variants to train; the default is always included."""
@@ -120,6 +120,7 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     variants: dict[str, Any] = {}
     default = None
+    # The default comes first, because every variant is paired with it. `SAMPLED` uses its agents.
     names = dict.fromkeys((DEFAULT, *args.variants))
     runs_of = {name: [agent_args(args, name, seed) for seed in args.agent_seeds] for name in names}
     trained = [run for name, runs in runs_of.items() if name != SAMPLED for run in runs]

@@ -37,7 +37,7 @@ class Args:
     env_id: str = "Esper-Digits-v0"
     """Environment id."""
     num_envs: tuple[int, ...] = (16, 32, 64)
-    """Numbers of members."""
+    """Numbers of members to measure."""
     rounds: int = 7
     """Timed rollouts, each with one update of every version, after one round of warm-up."""
     threads: int = 2
@@ -107,6 +107,7 @@ def measure(args: Args, num_envs: int) -> dict[str, Any]:
     )
     heads = [head.name for head in envs.heads]
     own, threaded, looped = (Learner(collector.agent, training, heads) for _ in range(3))
+    # The agent with the default update acts; all versions train on its rollouts.
     collector.agent = own.agent
     rows = []
     for _ in range(args.rounds + 1):
@@ -115,11 +116,13 @@ def measure(args: Args, num_envs: int) -> dict[str, Any]:
         total, in_env = time.perf_counter() - began, collector.env_seconds - env_before
         work = rollout, collector.scale.std
         row = [in_env, total - in_env, own.seconds(ppo_lstm.update, *work)]
+        # Without its decorator, the update uses all threads.
         row.append(threaded.seconds(ppo_lstm.update.__wrapped__, *work))  # type: ignore[attr-defined]
         with mock.patch.object(ppo_lstm, "run_lstm", step_by_step):
             row.append(looped.seconds(ppo_lstm.update, *work))
         rows.append(row)
     envs.close()
+    # Without the first round, which is warm-up. (rounds, 5) -> 5 arrays (rounds,)
     env, inference, update, all_threads, loop = np.array(rows[1:]).T
     steps = training.num_steps
     return {

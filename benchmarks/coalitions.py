@@ -42,7 +42,7 @@ CASES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Measure the cost of coalitions."""
+    """Measure the cost of evaluating coalitions."""
 
     num_members: int = 4
     """Members evaluated together."""
@@ -86,6 +86,7 @@ def measure(host: Host, num_images: int, args: Args) -> dict[str, Any]:
         64 * ones,
     )
     subsets = np.array(list(itertools.product((0.0, 0.5), repeat=host.num_slots)))
+    # One row per network: (m,) for the plain pass, (m * subsets,) for the coalitions.
     passes = {
         "plain": (members, seeds.alpha),
         "coalitions": (np.repeat(members, len(subsets)), np.tile(subsets, (m, 1))),
@@ -95,7 +96,7 @@ def measure(host: Host, num_images: int, args: Args) -> dict[str, Any]:
         for name, (rows, alpha) in passes.items():
             start = time.perf_counter()
             population.evaluate(rows, alpha, seeds, images)
-            if round_index >= 2:
+            if round_index >= 2:  # The first two rounds are warm-up.
                 seconds[name].append(time.perf_counter() - start)
     ratios = np.array(seconds["coalitions"]) / np.array(seconds["plain"])
     return {

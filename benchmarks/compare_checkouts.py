@@ -68,7 +68,7 @@ class Args:
     steps: int = 300
     """Env steps of each scenario."""
     num_envs: int = 16
-    """Members."""
+    """Number of members."""
     scenarios: tuple[str, ...] = tuple(SCENARIOS)
     """Scenarios to compare."""
     speed: bool = False
@@ -146,7 +146,7 @@ def _register(*, blueprint: bool) -> None:
 
 
 def _digest(value: Any) -> str:
-    """Return a hash of nested arrays and numbers, their names, dtypes and shapes."""
+    """Return a hash of nested arrays and numbers with their names, dtypes and shapes."""
     digest = hashlib.sha256()
 
     def add(part: Any) -> None:

@@ -43,7 +43,7 @@ GRID = (
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Measure fixed schedules."""
+    """Measure the scores of fixed schedules."""
 
     env_id: str = "Esper-Digits-v0"
     """Environment id."""
@@ -101,6 +101,7 @@ def main() -> None:
         policy = FixedSchedule(parse_plan(name))
         episodes = play(policy, args.env_id, args.env, args.repeats, args.seed)
         tables.append(table_of([episodes])[0])
+        # Paired: all schedules run on the same instances and reset seeds. (instances, repeats)
         difference = tables[-1] - tables[0]
         rows[name] = {
             "score_mean": float(tables[-1].mean()),

@@ -62,7 +62,7 @@ Make = Callable[[], Policy]
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Run the protocol."""
+    """Train the agent, search for baselines, and compare them on held-out instances."""
 
     env_id: str = "Esper-Digits-v0"
     """Environment id."""
@@ -287,6 +287,7 @@ def run_arms(args: Args) -> dict[str, list[Episodes]]:
     runs = [agent_args(args, seed, directory / "agents") for seed in args.agent_seeds]
     train_agents(runs, args.jobs)
     arms["ppo_lstm"] = []
+    # One file per agent seed, so that an interrupted call repeats one evaluation at most.
     for run in runs:
         arm = partial(of_policy, f"ppo:{run.run_dir}")
         arms["ppo_lstm"] += episodes(f"ppo_lstm-{run.seed}", arm)

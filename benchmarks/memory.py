@@ -29,12 +29,12 @@ LIMIT = 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Measure memory over many episodes."""
+    """Measure the memory of an environment over many episodes."""
 
     env_id: str = "Esper-Digits-v0"
     """Environment id; the script reduces its batches."""
     num_envs: int = 16
-    """Members."""
+    """Number of members."""
     episodes: int = 300
     """Episodes of each member."""
     warm_up_episodes: int = 50
@@ -71,6 +71,7 @@ def run(args: Args) -> dict[str, Any]:
     assert isinstance(envs, EsperVectorEnv)
     rng = np.random.default_rng(args.seed)
     envs.reset(seed=args.seed)
+    # The governor rolls back a member with a weight that is not finite.
     storage = envs.debug_state().population.storage
     num_rollbacks, curve = 0, []
     for episode in range(1, args.episodes + 1):

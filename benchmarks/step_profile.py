@@ -40,12 +40,12 @@ HEAD = ("environment", "members", "slots", "step", *PHASES, "GFLOP/s", "FLOP/byt
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Profile `step`."""
+    """Profile `step` by phase."""
 
     env_ids: tuple[str, ...] = ("Esper-Digits-v0", "Esper-CIFAR10-v0")
     """Environment ids."""
     num_envs: tuple[int, ...] = (1, 16, 64, 256)
-    """Numbers of members."""
+    """Numbers of members to measure."""
     largest: tuple[int, ...] = (256, 64)
     """Largest number of members for each environment; 256 of CIFAR-10's shape take 40 minutes."""
     modes: tuple[str, ...] = ("empty", "mix")
@@ -146,6 +146,7 @@ def profile(
             for _ in range(steps):
                 envs.step(wait)
             total = time.perf_counter() - begin
+        # The last phase is the time outside of all others.
         own = [phases.seconds[phase] for phase in PHASES[:-1]]
         times.append(np.array([*own, total - sum(own)]) / steps)
     milliseconds = 1e3 * np.median(times, axis=0)

@@ -48,12 +48,12 @@ SLICE = 500
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Measure throughput."""
+    """Measure env steps per second and the ratio to a loop over plain networks."""
 
     env_id: str = "Esper-Digits-v0"
     """Environment id."""
     num_envs: tuple[int, ...] = (1, 4, 16, 64)
-    """Numbers of members."""
+    """Numbers of members to measure."""
     modes: tuple[str, ...] = MODES
     """States of the slots."""
     rounds: int = 7
@@ -88,6 +88,7 @@ class PlainLoop:
         self.streams = [torch.cuda.Stream() if on_gpu else None for _ in range(envs.num_envs)]
         self.rng = np.random.default_rng(seed)
         self.networks, self.optimizers = [], []
+        # Copy weights, seeds and alphas of every member, so that both sides do the same work.
         for i in range(envs.num_envs):
             network = PlainNetwork(population.layout.host)
             network.load_host(population, i)
@@ -100,6 +101,7 @@ class PlainLoop:
             self.networks.append(network.to(envs.device, memory_format=torch.channels_last))
             rates = self.config.host_learning_rate, self.config.seed_learning_rate
             self.optimizers.append(network.optimizer(*rates, self.config.host_weight_decay))
+        # Alphas of the networks that the environment evaluates for each member. (networks, slots)
         everyone = np.arange(envs.num_envs)
         leave_one_out = self.config.attribution == "leave_one_out"
         plan = plan_coalitions(everyone, sim.state.slots, leave_one_out=leave_one_out)
@@ -175,9 +177,11 @@ def measure(args: Args, num_envs: int, mode: str, limits: dict[str, float]) -> d
     def loop_step() -> None:
         loop.step(evaluates=mode != "training")
 
+    # (rounds, 2) seconds per call; ratios of one round, so that slow changes of the machine cancel.
     sides = [(side, calls_per_round(side)) for side in (env_step, loop_step)]
     times = np.array([[seconds_per_call(*side) for side in sides] for _ in range(args.rounds)])
     ratios = times[:, 1] / times[:, 0]
+    # A separate round with timers, which would slow down the timed rounds.
     with measured_phases(envs) as phases:
         total = sides[0][1] * seconds_per_call(*sides[0])
     inside = phases.seconds["training"] + phases.seconds["evaluation"]

@@ -58,9 +58,11 @@ def load_splits(data_dir: str | None = None) -> Splits:
             "- use Esper-Digits-v0, which needs no download"
         ) from error
 
+    # A fixed permutation, so that every user has the same validation images.
     order = torch.from_numpy(np.random.default_rng(SPLIT_SEED).permutation(len(images)))
     num_train = len(images) - len(images) // IMAGES_PER_VALIDATION_IMAGE
     train, validation = order[:num_train], order[num_train:]
+    # All splits are normalised with the statistics of the training images alone.
     mean, std = _mean_and_std(images[train])
     return Splits(
         train=ImageSet(images[train], labels[train], mean, std),
