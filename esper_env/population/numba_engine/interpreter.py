@@ -50,10 +50,8 @@ FIELDS = (
 arena. `mode` is what the backward pass does with the gradient of `src`; `row` counts the networks
 of an evaluation."""
 
-(
-    KIND, SRC, DST, CIN, COUT, SIZE, WIDTH, GROUPS, WEIGHT, STRIDE, BIAS, MEAN, VAR, AUX, RECTIFY,
-    MODE, SLOT, BLEND, BRANCH, HIDDEN, WEIGHT_2, STRIDE_2, BIAS_2, ISOLATED, ROW,
-) = range(len(FIELDS))  # fmt: skip
+OP = np.dtype([(name, np.int64) for name in FIELDS])
+"""An operation; compiled code reads its fields by name."""
 
 
 class Tapes(NamedTuple):
@@ -202,22 +200,16 @@ def run_members(
             start = 0
             for i in range(len(ops)):
                 head = ops[i]
-                if head[KIND] == Kind.CLASSIFY:
+                if head.kind == Kind.CLASSIFY:
                     _forward(ops[start:i], a, p, b, alpha, batch, is_training)
-                    loss, hits = k.classify(
-                        a, p, head[SRC], head[CIN], head[SIZE], batch, head[COUT], head[AUX],
-                        head[WEIGHT], head[STRIDE], head[BIAS], labels,
-                    )  # fmt: skip
-                    network = networks.row_start[m] + head[ROW]
+                    loss, hits = k.classify(head, a, p, batch, labels)
+                    network = networks.row_start[m] + head.row
                     results.losses[network] += loss / (batch if is_training else 1)
                     results.hits[network] += hits
                     start = i + 1
             if is_training:
                 body, head = ops[:-1], ops[-1]
-                k.classify_backward(
-                    a, d, p, g, head[SRC], head[CIN], head[SIZE], batch, head[COUT], head[AUX],
-                    head[WEIGHT], head[STRIDE], head[BIAS], labels,
-                )  # fmt: skip
+                k.classify_backward(head, a, d, p, g, batch, labels)
                 _backward(body, a, d, p, g, alpha, networks.beta[m], batch)
                 _update(
                     p, v, g, where, tapes.ends[first:stop], tapes.module[first:stop],
@@ -263,34 +255,22 @@ def _forward(
 ) -> None:
     """Run operations up to and without CLASSIFY ones."""
     for o in ops:
-        kind, src, dst, size, cin = o[KIND], o[SRC], o[DST], o[SIZE], o[CIN]
-        if kind == Kind.CONV:
-            k.conv_forward(
-                a, p, src, dst, cin, o[COUT], size, batch, o[WIDTH], o[GROUPS], o[WEIGHT],
-                o[STRIDE], o[BIAS],
-            )  # fmt: skip
-        elif kind == Kind.NORM:
-            k.norm_forward(
-                a, p, buffers, src, dst, cin, size, batch, o[WEIGHT], o[BIAS], o[MEAN], o[VAR],
-                o[AUX], o[RECTIFY] != 0, training,
-            )  # fmt: skip
-        elif kind == Kind.RELU:
-            k.relu_forward(a, src, dst, cin, size, batch)
-        elif kind == Kind.EXCITE:
-            k.excite_forward(
-                a, p, src, dst, cin, o[HIDDEN], size, batch, o[AUX], o[WEIGHT], o[STRIDE], o[BIAS],
-                o[WEIGHT_2], o[STRIDE_2], o[BIAS_2],
-            )  # fmt: skip
-        elif kind == Kind.TANH:
-            k.tanh_forward(a, src, cin, size, batch)
-        elif kind == Kind.GATE:
-            k.gate_forward(a, p, src, cin, size, batch, o[AUX], o[WEIGHT], o[BIAS])
-        elif kind == Kind.MIX:
-            k.mix_forward(
-                a, src, o[BRANCH], dst, cin, size, batch, o[BLEND], alpha[o[ROW], o[SLOT]], o[AUX]
-            )
-        elif kind == Kind.POOL:
-            k.pool_forward(a, src, dst, cin, size, batch)
+        if o.kind == Kind.CONV:
+            k.conv_forward(o, a, p, batch)
+        elif o.kind == Kind.NORM:
+            k.norm_forward(o, a, p, buffers, batch, training)
+        elif o.kind == Kind.RELU:
+            k.relu_forward(o, a, batch)
+        elif o.kind == Kind.EXCITE:
+            k.excite_forward(o, a, p, batch)
+        elif o.kind == Kind.TANH:
+            k.tanh_forward(o, a, batch)
+        elif o.kind == Kind.GATE:
+            k.gate_forward(o, a, p, batch)
+        elif o.kind == Kind.MIX:
+            k.mix_forward(o, a, alpha[o.row, o.slot], batch)
+        elif o.kind == Kind.POOL:
+            k.pool_forward(o, a, batch)
 
 
 @kernel
@@ -307,32 +287,18 @@ def _backward(
     """Run operations backwards from the last before CLASSIFY."""
     for n in range(len(ops) - 1, -1, -1):
         o = ops[n]
-        kind, src, dst, size, cin, mode = o[KIND], o[SRC], o[DST], o[SIZE], o[CIN], o[MODE]
-        if kind == Kind.CONV:
-            k.conv_backward(
-                a, d, p, g, src, dst, cin, o[COUT], size, batch, o[WIDTH], o[GROUPS], o[WEIGHT],
-                o[STRIDE], o[BIAS], mode,
-            )  # fmt: skip
-        elif kind == Kind.NORM:
-            k.norm_backward(
-                a, d, p, g, src, dst, cin, size, batch, o[WEIGHT], o[BIAS], o[AUX],
-                o[RECTIFY] != 0, mode,
-            )  # fmt: skip
-        elif kind == Kind.RELU:
-            k.relu_backward(a, d, src, dst, cin, size, batch, mode)
-        elif kind == Kind.EXCITE:
-            k.excite_backward(
-                a, d, p, g, src, dst, cin, o[HIDDEN], size, batch, o[AUX], o[WEIGHT], o[STRIDE],
-                o[BIAS], o[WEIGHT_2], o[STRIDE_2], o[BIAS_2], mode,
-            )  # fmt: skip
-        elif kind == Kind.MIX:
-            k.mix_backward(
-                a, d, p, g, src, o[BRANCH], dst, cin, size, batch, o[BLEND],
-                alpha[o[ROW], o[SLOT]], beta[o[SLOT]], o[AUX], o[WEIGHT], o[BIAS],
-                o[ISOLATED] != 0,
-            )  # fmt: skip
-        elif kind == Kind.POOL:
-            k.pool_backward(a, d, src, dst, cin, size, batch)
+        if o.kind == Kind.CONV:
+            k.conv_backward(o, a, d, p, g, batch)
+        elif o.kind == Kind.NORM:
+            k.norm_backward(o, a, d, p, g, batch)
+        elif o.kind == Kind.RELU:
+            k.relu_backward(o, a, d, batch)
+        elif o.kind == Kind.EXCITE:
+            k.excite_backward(o, a, d, p, g, batch)
+        elif o.kind == Kind.MIX:
+            k.mix_backward(o, a, d, p, g, alpha[o.row, o.slot], beta[o.slot], batch)
+        elif o.kind == Kind.POOL:
+            k.pool_backward(o, a, d, batch)
 
 
 @kernel

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,8 @@ import numpy.typing as npt
 from esper_env.jit import entry_point, inlined
 
 FloatArray = npt.NDArray[np.float32]
+Op = Any
+"""One operation of a tape: a record of `interpreter.OP`."""
 
 EPSILON = np.float32(1e-5)
 """Added to variances, as in torch.nn.BatchNorm2d."""
@@ -155,22 +158,12 @@ def total_of(x: FloatArray) -> np.float32:
 
 
 @kernel
-def conv_forward(
-    a: FloatArray,
-    p: FloatArray,
-    src: int,
-    dst: int,
-    cin: int,
-    cout: int,
-    size: int,
-    batch: int,
-    width: int,
-    groups: int,
-    weight: int,
-    stride: int,
-    bias: int,
-) -> None:
+def conv_forward(op: Op, a: FloatArray, p: FloatArray, batch: int) -> None:
     """Convolve with kernels of `width` 1 or 3; weights of one output are `stride` apart."""
+    src, dst, cin, cout, size, width, groups, weight, stride, bias = (
+        op.src, op.dst, op.channels_in, op.channels_out, op.size,
+        op.kernel_size, op.groups, op.weight, op.stride, op.bias,
+    )  # fmt: skip
     n, row = size * batch, (size + 2) * batch
     group_in, group_out = cin // groups, cout // groups
     for y in range(size):
@@ -199,24 +192,13 @@ def conv_forward(
 
 @kernel
 def conv_backward(
-    a: FloatArray,
-    d: FloatArray,
-    p: FloatArray,
-    g: FloatArray,
-    src: int,
-    dst: int,
-    cin: int,
-    cout: int,
-    size: int,
-    batch: int,
-    width: int,
-    groups: int,
-    weight: int,
-    stride: int,
-    bias: int,
-    mode: int,
+    op: Op, a: FloatArray, d: FloatArray, p: FloatArray, g: FloatArray, batch: int
 ) -> None:
     """Write the gradients of weights and bias, and of the input unless `mode` is NO_GRADIENT."""
+    src, dst, cin, cout, size, width, groups, weight, stride, bias, mode = (
+        op.src, op.dst, op.channels_in, op.channels_out, op.size,
+        op.kernel_size, op.groups, op.weight, op.stride, op.bias, op.mode,
+    )  # fmt: skip
     n, row = size * batch, (size + 2) * batch
     group_in, group_out = cin // groups, cout // groups
     for co in range(cout):
@@ -290,23 +272,13 @@ def _tap_gradients(
 
 @kernel
 def norm_forward(
-    a: FloatArray,
-    p: FloatArray,
-    buffers: FloatArray,
-    src: int,
-    dst: int,
-    channels: int,
-    size: int,
-    batch: int,
-    scale: int,
-    shift: int,
-    mean_at: int,
-    var_at: int,
-    stats: int,
-    rectify: bool,
-    training: bool,
+    op: Op, a: FloatArray, p: FloatArray, buffers: FloatArray, batch: int, training: bool
 ) -> None:
     """Batch norm, and a rectifier if asked for; mean and 1 / std of the batch go to `stats`."""
+    src, dst, channels, size, scale, shift, mean_at, var_at, stats, rectify = (
+        op.src, op.dst, op.channels_in, op.size, op.weight,
+        op.bias, op.mean, op.var, op.aux, op.rectify != 0,
+    )  # fmt: skip
     n, row, count = size * batch, (size + 2) * batch, np.float32(size * size * batch)
     for c in range(channels):
         x, y = first_row(src, c, size, batch), first_row(dst, c, size, batch)
@@ -343,22 +315,13 @@ def norm_forward(
 
 @kernel
 def norm_backward(
-    a: FloatArray,
-    d: FloatArray,
-    p: FloatArray,
-    g: FloatArray,
-    src: int,
-    dst: int,
-    channels: int,
-    size: int,
-    batch: int,
-    scale: int,
-    shift: int,
-    stats: int,
-    rectify: bool,
-    mode: int,
+    op: Op, a: FloatArray, d: FloatArray, p: FloatArray, g: FloatArray, batch: int
 ) -> None:
     """Gradients of scale, shift and input. Source: Ioffe and Szegedy (2015), section 3."""
+    src, dst, channels, size, scale, shift, stats, rectify, mode = (
+        op.src, op.dst, op.channels_in, op.size,
+        op.weight, op.bias, op.aux, op.rectify != 0, op.mode,
+    )  # fmt: skip
     n, row, count = size * batch, (size + 2) * batch, np.float32(size * size * batch)
     for c in range(channels):
         x, y = first_row(src, c, size, batch), first_row(dst, c, size, batch)
@@ -390,8 +353,9 @@ def norm_backward(
 
 
 @kernel
-def relu_forward(a: FloatArray, src: int, dst: int, channels: int, size: int, batch: int) -> None:
+def relu_forward(op: Op, a: FloatArray, batch: int) -> None:
     """Rectify."""
+    src, dst, channels, size = op.src, op.dst, op.channels_in, op.size
     n, row = size * batch, (size + 2) * batch
     for c in range(channels):
         x, y = first_row(src, c, size, batch), first_row(dst, c, size, batch)
@@ -402,17 +366,9 @@ def relu_forward(a: FloatArray, src: int, dst: int, channels: int, size: int, ba
 
 
 @kernel
-def relu_backward(
-    a: FloatArray,
-    d: FloatArray,
-    src: int,
-    dst: int,
-    channels: int,
-    size: int,
-    batch: int,
-    mode: int,
-) -> None:
+def relu_backward(op: Op, a: FloatArray, d: FloatArray, batch: int) -> None:
     """Let the gradient through where the output is above zero."""
+    src, dst, channels, size, mode = op.src, op.dst, op.channels_in, op.size, op.mode
     n, row = size * batch, (size + 2) * batch
     if mode == NO_GRADIENT:
         return
@@ -426,8 +382,9 @@ def relu_backward(
 
 
 @kernel
-def pool_forward(a: FloatArray, src: int, dst: int, channels: int, size: int, batch: int) -> None:
+def pool_forward(op: Op, a: FloatArray, batch: int) -> None:
     """Take the maximum of every 2x2 square; a last odd row or column is left out."""
+    src, dst, channels, size = op.src, op.dst, op.channels_in, op.size
     row, half = (size + 2) * batch, size // 2
     for c in range(channels):
         x, y = first_row(src, c, size, batch), first_row(dst, c, half, batch)
@@ -444,10 +401,9 @@ def pool_forward(a: FloatArray, src: int, dst: int, channels: int, size: int, ba
 
 
 @kernel
-def pool_backward(
-    a: FloatArray, d: FloatArray, src: int, dst: int, channels: int, size: int, batch: int
-) -> None:
+def pool_backward(op: Op, a: FloatArray, d: FloatArray, batch: int) -> None:
     """Give each gradient to the first of the four that is the maximum; the others get zero."""
+    src, dst, channels, size = op.src, op.dst, op.channels_in, op.size
     n, row, half = size * batch, (size + 2) * batch, size // 2
     zero = np.float32(0)
     for c in range(channels):
@@ -551,24 +507,12 @@ def affine_backward(
 
 
 @kernel
-def excite_forward(
-    a: FloatArray,
-    p: FloatArray,
-    src: int,
-    dst: int,
-    channels: int,
-    hidden: int,
-    size: int,
-    batch: int,
-    aux: int,
-    w1: int,
-    stride1: int,
-    b1: int,
-    w2: int,
-    stride2: int,
-    b2: int,
-) -> None:
+def excite_forward(op: Op, a: FloatArray, p: FloatArray, batch: int) -> None:
     """Squeeze and excite; `aux` holds pooled, map 1, its silu, map 2 and its tanh."""
+    src, dst, channels, hidden, size, aux, w1, stride1, b1, w2, stride2, b2 = (
+        op.src, op.dst, op.channels_in, op.hidden, op.size, op.aux,
+        op.weight, op.stride, op.bias, op.weight_2, op.stride_2, op.bias_2,
+    )  # fmt: skip
     z1, h = aux + channels * batch, aux + (channels + hidden) * batch
     z2, e = aux + (channels + 2 * hidden) * batch, aux + (2 * channels + 2 * hidden) * batch
     average(a, src, aux, channels, size, batch)
@@ -592,26 +536,13 @@ def excite_forward(
 
 @kernel
 def excite_backward(
-    a: FloatArray,
-    d: FloatArray,
-    p: FloatArray,
-    g: FloatArray,
-    src: int,
-    dst: int,
-    channels: int,
-    hidden: int,
-    size: int,
-    batch: int,
-    aux: int,
-    w1: int,
-    stride1: int,
-    b1: int,
-    w2: int,
-    stride2: int,
-    b2: int,
-    mode: int,
+    op: Op, a: FloatArray, d: FloatArray, p: FloatArray, g: FloatArray, batch: int
 ) -> None:
     """Write the gradients of both maps and of the input."""
+    src, dst, channels, hidden, size, aux, w1, stride1, b1, w2, stride2, b2, mode = (
+        op.src, op.dst, op.channels_in, op.hidden, op.size, op.aux,
+        op.weight, op.stride, op.bias, op.weight_2, op.stride_2, op.bias_2, op.mode,
+    )  # fmt: skip
     z1, h = aux + channels * batch, aux + (channels + hidden) * batch
     z2, e = aux + (channels + 2 * hidden) * batch, aux + (2 * channels + 2 * hidden) * batch
     row = (size + 2) * batch
@@ -664,8 +595,9 @@ def tanh_of(out: FloatArray, x: FloatArray) -> None:
 
 
 @kernel
-def tanh_forward(a: FloatArray, src: int, channels: int, size: int, batch: int) -> None:
+def tanh_forward(op: Op, a: FloatArray, batch: int) -> None:
     """Replace features by their tanh."""
+    src, channels, size = op.src, op.channels_in, op.size
     row = (size + 2) * batch
     for c in range(channels):
         for y in range(size):
@@ -674,18 +606,11 @@ def tanh_forward(a: FloatArray, src: int, channels: int, size: int, batch: int) 
 
 
 @kernel
-def gate_forward(
-    a: FloatArray,
-    p: FloatArray,
-    src: int,
-    channels: int,
-    size: int,
-    batch: int,
-    aux: int,
-    weight: int,
-    bias: int,
-) -> None:
+def gate_forward(op: Op, a: FloatArray, p: FloatArray, batch: int) -> None:
     """Put the pooled features at `aux` and the gate, (batch,), behind them."""
+    src, channels, size, aux, weight, bias = (
+        op.src, op.channels_in, op.size, op.aux, op.weight, op.bias,
+    )  # fmt: skip
     average(a, src, aux, channels, size, batch)
     gate = aux + channels * batch
     affine_forward(a, p, aux, gate, channels, 1, batch, weight, channels, bias)
@@ -694,19 +619,11 @@ def gate_forward(
 
 
 @kernel
-def mix_forward(
-    a: FloatArray,
-    src: int,
-    branch: int,
-    dst: int,
-    channels: int,
-    size: int,
-    batch: int,
-    blend: int,
-    alpha: np.float32,
-    aux: int,
-) -> None:
+def mix_forward(op: Op, a: FloatArray, alpha: np.float32, batch: int) -> None:
     """H + alpha * r; see `slots`. For MULTIPLY, tanh(d) replaces d at `branch`."""
+    src, branch, dst, channels, size, blend, aux = (
+        op.src, op.branch, op.dst, op.channels_in, op.size, op.blend, op.aux,
+    )  # fmt: skip
     row = (size + 2) * batch
     gate = run(a, aux + channels * batch, batch)
     for c in range(channels):
@@ -732,25 +649,20 @@ def mix_forward(
 
 @kernel
 def mix_backward(
+    op: Op,
     a: FloatArray,
     d: FloatArray,
     p: FloatArray,
     g: FloatArray,
-    src: int,
-    branch: int,
-    dst: int,
-    channels: int,
-    size: int,
-    batch: int,
-    blend: int,
     alpha: np.float32,
     beta: np.float32,
-    aux: int,
-    weight: int,
-    bias: int,
-    is_isolated: bool,
+    batch: int,
 ) -> None:
     """Gradients of features, branch and gate, with beta in place of alpha towards the seed."""
+    src, branch, dst, channels, size, blend, aux, weight, bias, is_isolated = (
+        op.src, op.branch, op.dst, op.channels_in, op.size,
+        op.blend, op.aux, op.weight, op.bias, op.is_isolated != 0,
+    )  # fmt: skip
     row = (size + 2) * batch
     gate, of_gate = run(a, aux + channels * batch, batch), run(d, aux + channels * batch, batch)
     if blend == GATE:
@@ -793,23 +705,15 @@ def mix_backward(
 
 @kernel
 def classify(
-    a: FloatArray,
-    p: FloatArray,
-    src: int,
-    channels: int,
-    size: int,
-    batch: int,
-    classes: int,
-    aux: int,
-    weight: int,
-    stride: int,
-    bias: int,
-    labels: npt.NDArray[np.int64],
+    op: Op, a: FloatArray, p: FloatArray, batch: int, labels: npt.NDArray[np.int64]
 ) -> tuple[float, int]:
     """Return summed loss and number of hits of images with a label, which is not negative.
 
     The softmax is left behind the pooled features at `aux`.
     """
+    src, channels, size, classes, aux, weight, stride, bias = (
+        op.src, op.channels_in, op.size, op.channels_out, op.aux, op.weight, op.stride, op.bias,
+    )  # fmt: skip
     average(a, src, aux, channels, size, batch)
     logits = aux + channels * batch
     affine_forward(a, p, aux, logits, channels, classes, batch, weight, stride, bias)
@@ -836,22 +740,18 @@ def classify(
 
 @kernel
 def classify_backward(
+    op: Op,
     a: FloatArray,
     d: FloatArray,
     p: FloatArray,
     g: FloatArray,
-    src: int,
-    channels: int,
-    size: int,
     batch: int,
-    classes: int,
-    aux: int,
-    weight: int,
-    stride: int,
-    bias: int,
     labels: npt.NDArray[np.int64],
 ) -> None:
     """Gradients of the mean loss, after `classify` on the same features."""
+    src, channels, size, classes, aux, weight, stride, bias = (
+        op.src, op.channels_in, op.size, op.channels_out, op.aux, op.weight, op.stride, op.bias,
+    )  # fmt: skip
     logits = aux + channels * batch
     share = np.float32(1) / np.float32(batch)
     for k in range(classes):

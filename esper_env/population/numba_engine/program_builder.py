@@ -15,13 +15,11 @@ import numpy.typing as npt
 from esper_env.config import Blend
 from esper_env.population.layers import Conv, Layer, Norm, Relu, SqueezeExcite
 from esper_env.population.layout import Column, Layout, PlacedLayer, corner
-from esper_env.population.numba_engine.interpreter import FIELDS, Kind
+from esper_env.population.numba_engine.interpreter import OP, Kind
 
 IntArray = npt.NDArray[np.int64]
 
 
-POSITION = {name: i for i, name in enumerate(FIELDS)}
-"""Column of a field."""
 SUPPORTED = (Conv, Norm, Relu, SqueezeExcite)
 
 
@@ -40,7 +38,7 @@ class Tape:
     """The operations of one composition."""
 
     ops: IntArray
-    """(n, len(FIELDS))."""
+    """(n,) records of `OP`."""
     arena: int
     """Numbers that the regions take."""
     cost: int
@@ -283,9 +281,7 @@ class TapeBuilder:
         return offset
 
     def _finish(self, is_frozen: Sequence[bool]) -> Tape:
-        ops = np.zeros((len(self._ops), len(FIELDS)), dtype=np.int64)
-        for row, op in zip(ops, self._ops, strict=True):
-            row[[POSITION[name] for name in op]] = list(op.values())
+        ops = np.array([tuple(op.get(name, 0) for name in OP.names) for op in self._ops], dtype=OP)
         none = np.zeros(0, dtype=np.int32)
         return Tape(
             ops=ops,
