@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from esper_env.config import BoolArray, FloatArray, IntArray
+from esper_env.config import BoolArray, Float32Array, FloatArray, IntArray
 from esper_env.jit import announce, entry_point
 from esper_env.population.images import Draw, ImageSet
 from esper_env.population.interface import Evaluation, Seeds, SGDSettings, TrainReport
@@ -53,7 +53,7 @@ class CompiledEngine:
         self._settings = np.array(values, dtype=np.float32)
         self._library = Library(self._layout)
         self._chunks: dict[int, tuple[ImageSet, Any, Any]] = {}
-        self._arenas: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
+        self._arenas: dict[tuple[int, int], Float32Array] = {}
         host = self._layout.host
         self._has_host = all(is_supported(host.block(i)) for i in range(host.num_slots))
         self._has_seed = np.array(
@@ -212,7 +212,7 @@ class CompiledEngine:
             for future in others:
                 future.result()
 
-    def _arena(self, thread: int, index: int, size: int) -> npt.NDArray[np.float32]:
+    def _arena(self, thread: int, index: int, size: int) -> Float32Array:
         """Return a thread's array of at least this size."""
         known = self._arenas.get((thread, index))
         if known is None or len(known) < size:
@@ -238,7 +238,7 @@ def _label_weights(weights: FloatArray, row_start: IntArray, labels: IntArray) -
                 labels[row, slot] = label
 
 
-def _aligned(size: int) -> npt.NDArray[np.float32]:
+def _aligned(size: int) -> Float32Array:
     """Return zeros that begin at a multiple of 64 bytes, a cache line and a vector register."""
     raw = np.zeros(size + 16, dtype=np.float32)
     start = -raw.ctypes.data % 64 // 4

@@ -8,50 +8,19 @@ share the forward pass, and a second copy of it would take as long again to comp
 from __future__ import annotations
 
 import math
-from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from esper_env.config import BoolArray, Float32Array, FloatArray, IntArray
 from esper_env.jit import count_up
 from esper_env.population.numba_engine import kernels as k
-from esper_env.population.numba_engine.kernels import kernel, network_entry_point
-
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
+from esper_env.population.numba_engine.kernels import Kind, kernel, network_entry_point
 
 LOOKS = 20_000
 """How often a thread that finds nothing left to do looks whether the others are done: some 0.2 ms,
 which to sleep and be woken would take too."""
-
-
-class Kind(IntEnum):
-    """What an operation does."""
-
-    CONV = 0
-    NORM = 1
-    RELU = 2
-    EXCITE = 3
-    MIX = 4
-    POOL = 5
-    CLASSIFY = 6
-    TANH = 7
-    GATE = 8
-
-
-FIELDS = (
-    *("kind", "src", "dst", "channels_in", "channels_out", "size", "kernel_size", "groups"),
-    *("weight", "stride", "bias", "mean", "var", "aux", "rectify", "mode", "slot", "blend"),
-    *("branch", "hidden", "weight_2", "stride_2", "bias_2", "is_isolated", "row"),
-)
-"""Columns of an operation. Offsets of tensors are into a member's row, those of regions into the
-arena. `mode` is what the backward pass does with the gradient of `src`; `row` counts the networks
-of an evaluation."""
-
-OP = np.dtype([(name, np.int64) for name in FIELDS])
-"""An operation; compiled code reads its fields by name."""
 
 
 class Tapes(NamedTuple):
@@ -59,8 +28,8 @@ class Tapes(NamedTuple):
 
     tape: IntArray
     """Which tape each member has. (m,)."""
-    ops: IntArray
-    """(n, len(FIELDS))."""
+    ops: npt.NDArray[np.void]
+    """(n,) records of `kernels.OPERATION`."""
     op_start: IntArray
     """Where the operations of each tape begin, and the end of the last. (tapes + 1,)."""
     arena: IntArray
@@ -78,9 +47,9 @@ class Tapes(NamedTuple):
 class Matrices(NamedTuple):
     """Tensors of all members, a row each; see `layout`."""
 
-    parameters: FloatArray
-    momentum: FloatArray
-    buffers: FloatArray
+    parameters: Float32Array
+    momentum: Float32Array
+    buffers: Float32Array
 
 
 class Networks(NamedTuple):
@@ -88,15 +57,15 @@ class Networks(NamedTuple):
 
     members: IntArray
     """Rows of the matrices. (m,)."""
-    alpha: FloatArray
+    alpha: Float32Array
     """Forward weights of each network. (networks, slots)."""
     row_start: IntArray
     """Where the networks of each member begin, and the end of the last. (m + 1,)."""
-    beta: FloatArray
+    beta: Float32Array
     """Backward weights. (m, slots), in an evaluation (0, slots)."""
-    rates: FloatArray
+    rates: Float32Array
     """Learning rates of host and seeds. (m, 1 + slots), in an evaluation (0, 1 + slots)."""
-    settings: FloatArray
+    settings: Float32Array
     """Momentum, weight decay of the host, largest norm of a module's gradient. (3,)."""
 
 
@@ -105,15 +74,15 @@ class Pictures(NamedTuple):
 
     images: npt.NDArray[np.uint8]
     """To be drawn from in training. (n, height, width, channels)."""
-    mean: FloatArray
-    std: FloatArray
+    mean: Float32Array
+    std: Float32Array
     indices: IntArray
     """Which images. (m, batches, batch); none in an evaluation."""
     shifts: IntArray
     """(m, batches, batch, 2), or (m, batches, 0, 2) where nothing is cropped."""
     flips: BoolArray
     """(m, batches, batch), or (m, batches, 0) where nothing is mirrored."""
-    chunks: FloatArray
+    chunks: Float32Array
     """Normalised images of an evaluation, the same for all members. (batches, region)."""
     labels: IntArray
     """(m, batches, batch), in an evaluation (1, batches, batch); -1: the image does not count."""
@@ -122,11 +91,11 @@ class Pictures(NamedTuple):
 class Results(NamedTuple):
     """What is measured, added to what is there."""
 
-    losses: npt.NDArray[np.float64]
+    losses: FloatArray
     """Of each network: in training sums over batches of the mean loss, else sums over images."""
-    hits: npt.NDArray[np.float64]
+    hits: FloatArray
     """Images that each network has right. (networks,)."""
-    squares: npt.NDArray[np.float64]
+    squares: FloatArray
     """Sums over batches of the squared norms of seed gradients. (m, slots, tensors)."""
     is_finite: BoolArray
     """Whether all weights and statistics are finite after training. (m,)."""
@@ -137,9 +106,9 @@ def run_members(
     order: IntArray,
     taken: IntArray,
     finished: IntArray,
-    a: FloatArray,
-    d: FloatArray,
-    g: FloatArray,
+    a: Float32Array,
+    d: Float32Array,
+    g: Float32Array,
     tapes: Tapes,
     matrices: Matrices,
     networks: Networks,
@@ -200,10 +169,10 @@ def run_members(
             start = 0
             for i in range(len(ops)):
                 head = ops[i]
-                if head.kind == Kind.CLASSIFY:
+                if head["kind"] == Kind.CLASSIFY:
                     _forward(ops[start:i], a, p, b, alpha, batch, is_training)
                     loss, hits = k.classify(head, a, p, batch, labels)
-                    network = networks.row_start[m] + head.row
+                    network = networks.row_start[m] + head["row"]
                     results.losses[network] += loss / (batch if is_training else 1)
                     results.hits[network] += hits
                     start = i + 1
@@ -230,10 +199,10 @@ def run_members(
 
 @network_entry_point
 def load_chunks(
-    chunks: FloatArray,
+    chunks: Float32Array,
     images: npt.NDArray[np.uint8],
-    mean: FloatArray,
-    std: FloatArray,
+    mean: Float32Array,
+    std: Float32Array,
     shown: IntArray,
     no_shifts: IntArray,
     no_flips: BoolArray,
@@ -245,68 +214,68 @@ def load_chunks(
 
 @kernel
 def _forward(
-    ops: IntArray,
-    a: FloatArray,
-    p: FloatArray,
-    buffers: FloatArray,
-    alpha: FloatArray,
+    ops: npt.NDArray[np.void],
+    a: Float32Array,
+    p: Float32Array,
+    buffers: Float32Array,
+    alpha: Float32Array,
     batch: int,
     training: bool,
 ) -> None:
     """Run operations up to and without CLASSIFY ones."""
     for o in ops:
-        if o.kind == Kind.CONV:
+        if o["kind"] == Kind.CONV:
             k.conv_forward(o, a, p, batch)
-        elif o.kind == Kind.NORM:
+        elif o["kind"] == Kind.NORM:
             k.norm_forward(o, a, p, buffers, batch, training)
-        elif o.kind == Kind.RELU:
+        elif o["kind"] == Kind.RELU:
             k.relu_forward(o, a, batch)
-        elif o.kind == Kind.EXCITE:
+        elif o["kind"] == Kind.EXCITE:
             k.excite_forward(o, a, p, batch)
-        elif o.kind == Kind.TANH:
+        elif o["kind"] == Kind.TANH:
             k.tanh_forward(o, a, batch)
-        elif o.kind == Kind.GATE:
+        elif o["kind"] == Kind.GATE:
             k.gate_forward(o, a, p, batch)
-        elif o.kind == Kind.MIX:
-            k.mix_forward(o, a, alpha[o.row, o.slot], batch)
-        elif o.kind == Kind.POOL:
+        elif o["kind"] == Kind.MIX:
+            k.mix_forward(o, a, alpha[o["row"], o["slot"]], batch)
+        elif o["kind"] == Kind.POOL:
             k.pool_forward(o, a, batch)
 
 
 @kernel
 def _backward(
-    ops: IntArray,
-    a: FloatArray,
-    d: FloatArray,
-    p: FloatArray,
-    g: FloatArray,
-    alpha: FloatArray,
-    beta: FloatArray,
+    ops: npt.NDArray[np.void],
+    a: Float32Array,
+    d: Float32Array,
+    p: Float32Array,
+    g: Float32Array,
+    alpha: Float32Array,
+    beta: Float32Array,
     batch: int,
 ) -> None:
     """Run operations backwards from the last before CLASSIFY."""
     for n in range(len(ops) - 1, -1, -1):
         o = ops[n]
-        if o.kind == Kind.CONV:
+        if o["kind"] == Kind.CONV:
             k.conv_backward(o, a, d, p, g, batch)
-        elif o.kind == Kind.NORM:
+        elif o["kind"] == Kind.NORM:
             k.norm_backward(o, a, d, p, g, batch)
-        elif o.kind == Kind.RELU:
+        elif o["kind"] == Kind.RELU:
             k.relu_backward(o, a, d, batch)
-        elif o.kind == Kind.EXCITE:
+        elif o["kind"] == Kind.EXCITE:
             k.excite_backward(o, a, d, p, g, batch)
-        elif o.kind == Kind.MIX:
-            k.mix_backward(o, a, d, p, g, alpha[o.row, o.slot], beta[o.slot], batch)
-        elif o.kind == Kind.POOL:
+        elif o["kind"] == Kind.MIX:
+            k.mix_backward(o, a, d, p, g, alpha[o["row"], o["slot"]], beta[o["slot"]], batch)
+        elif o["kind"] == Kind.POOL:
             k.pool_backward(o, a, d, batch)
 
 
 @kernel
 def load(
-    a: FloatArray,
+    a: Float32Array,
     images: npt.NDArray[np.uint8],
-    mean: FloatArray,
-    std: FloatArray,
+    mean: Float32Array,
+    std: Float32Array,
     index: IntArray,
     shifts: IntArray,
     flips: BoolArray,
@@ -336,17 +305,17 @@ def load(
 
 @kernel
 def _update(
-    p: FloatArray,
-    momentum: FloatArray,
-    g: FloatArray,
+    p: Float32Array,
+    momentum: Float32Array,
+    g: Float32Array,
     index: IntArray,
     ends: IntArray,
     module: IntArray,
     tensor: IntArray,
     is_frozen: BoolArray,
-    rates: FloatArray,
-    settings: FloatArray,
-    squares: npt.NDArray[np.float64],
+    rates: Float32Array,
+    settings: Float32Array,
+    squares: FloatArray,
 ) -> None:
     """Clip, decay and step like `optimizer.ModuleSGD`; add each seed tensor's squared norm."""
     mu, decay, clip = settings[0], settings[1], settings[2]

@@ -14,16 +14,12 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from enum import IntEnum
 
 import numpy as np
-import numpy.typing as npt
 
+from esper_env.config import Blend, Float32Array, IntArray
 from esper_env.jit import entry_point, inlined
-
-FloatArray = npt.NDArray[np.float32]
-Op = Any
-"""One operation of a tape: a record of `interpreter.OP`."""
 
 EPSILON = np.float32(1e-5)
 """Added to variances, as in torch.nn.BatchNorm2d."""
@@ -31,9 +27,42 @@ KEEP = np.float32(0.9)
 """Share of running statistics that a batch keeps, as there."""
 REORDERED = {"reassoc", "contract", "nsz", "arcp"}
 """Freedom of the compiler: sums in any order, but NaN and infinity stay what they are."""
-ADD, MULTIPLY, GATE = 0, 1, 2
-NO_GRADIENT, ASSIGN, ACCUMULATE = 0, 1, 2
-"""What a backward pass does with the gradient of its input."""
+
+
+class Kind(IntEnum):
+    """What an operation does."""
+
+    CONV = 0
+    NORM = 1
+    RELU = 2
+    EXCITE = 3
+    MIX = 4
+    POOL = 5
+    CLASSIFY = 6
+    TANH = 7
+    GATE = 8
+
+
+class GradientMode(IntEnum):
+    """What the backward pass of an operation does with the gradient of its input."""
+
+    NONE = 0
+    ASSIGN = 1
+    ACCUMULATE = 2
+
+
+OPERATION = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "kind",  # A value of `Kind`.
+            *("src", "dst", "in_channels", "out_channels", "size"),
+            *("kernel_size", "groups", "weight", "stride", "bias"),
+            *("mean", "var", "aux", "rectify", "mode", "slot", "blend", "branch"),
+            *("hidden", "weight_2", "stride_2", "bias_2", "is_isolated", "row"),
+        )
+    ]
+)
 
 
 kernel = functools.partial(inlined, fastmath=REORDERED)
@@ -41,7 +70,7 @@ network_entry_point = functools.partial(entry_point, fastmath=REORDERED)
 
 
 @kernel
-def run(a: FloatArray, offset: int, n: int) -> FloatArray:
+def run(a: Float32Array, offset: int, n: int) -> Float32Array:
     """Return a contiguous run; slices, unlike indices, leave no sign to check in a loop."""
     return a[offset : offset + n]
 
@@ -54,7 +83,7 @@ def first_row(offset: int, channel: int, size: int, batch: int) -> int:
 
 
 @kernel
-def neighbours(a: FloatArray, at: int, row: int, batch: int, n: int) -> tuple[FloatArray, ...]:
+def neighbours(a: Float32Array, at: int, row: int, batch: int, n: int) -> tuple[Float32Array, ...]:
     """Return the nine runs that the taps of a 3x3 kernel see, in their order."""
     above, below = at - row, at + row
     return (
@@ -65,7 +94,7 @@ def neighbours(a: FloatArray, at: int, row: int, batch: int, n: int) -> tuple[Fl
 
 
 @kernel
-def nine_of(w: FloatArray, flip: bool) -> tuple[np.float32, ...]:
+def nine_of(w: Float32Array, flip: bool) -> tuple[np.float32, ...]:
     """Return the taps of a 3x3 kernel, turned if asked for."""
     if flip:
         return w[8], w[7], w[6], w[5], w[4], w[3], w[2], w[1], w[0]
@@ -74,7 +103,7 @@ def nine_of(w: FloatArray, flip: bool) -> tuple[np.float32, ...]:
 
 @kernel
 def add_taps(
-    out: FloatArray, a: FloatArray, at: int, row: int, batch: int, w: FloatArray, flip: bool
+    out: Float32Array, a: Float32Array, at: int, row: int, batch: int, w: Float32Array, flip: bool
 ) -> None:
     """Add the 3x3 correlation of a row with its neighbours to `out`; `flip` turns the kernel."""
     n = len(out)
@@ -89,14 +118,14 @@ def add_taps(
 
 @kernel
 def add_taps_to_two(
-    out: FloatArray,
-    other: FloatArray,
-    a: FloatArray,
+    out: Float32Array,
+    other: Float32Array,
+    a: Float32Array,
     at: int,
     row: int,
     batch: int,
-    w: FloatArray,
-    v: FloatArray,
+    w: Float32Array,
+    v: Float32Array,
     flip: bool,
 ) -> None:
     """Do the same for two outputs of one input, which is read once; `v` is the kernel of `other`.
@@ -119,28 +148,28 @@ def add_taps_to_two(
 
 
 @kernel
-def fill(out: FloatArray, value: np.float32) -> None:
+def fill(out: Float32Array, value: np.float32) -> None:
     """Write the same number everywhere. A loop compiles sooner than an assignment to a slice."""
     for i in range(len(out)):
         out[i] = value
 
 
 @kernel
-def copy(out: FloatArray, x: FloatArray) -> None:
+def copy(out: Float32Array, x: Float32Array) -> None:
     """Write x, likewise."""
     for i in range(len(out)):
         out[i] = x[i]
 
 
 @kernel
-def add_scaled(out: FloatArray, x: FloatArray, w: np.float32) -> None:
+def add_scaled(out: Float32Array, x: Float32Array, w: np.float32) -> None:
     """Add w * x to `out`."""
     for i in range(len(out)):
         out[i] += w * x[i]
 
 
 @kernel
-def dot(x: FloatArray, y: FloatArray) -> np.float32:
+def dot(x: Float32Array, y: Float32Array) -> np.float32:
     """Return the inner product."""
     total = np.float32(0)
     for i in range(len(x)):
@@ -149,7 +178,7 @@ def dot(x: FloatArray, y: FloatArray) -> np.float32:
 
 
 @kernel
-def total_of(x: FloatArray) -> np.float32:
+def total_of(x: Float32Array) -> np.float32:
     """Return the sum."""
     total = np.float32(0)
     for i in range(len(x)):
@@ -158,11 +187,11 @@ def total_of(x: FloatArray) -> np.float32:
 
 
 @kernel
-def conv_forward(op: Op, a: FloatArray, p: FloatArray, batch: int) -> None:
+def conv_forward(op: np.void, a: Float32Array, p: Float32Array, batch: int) -> None:
     """Convolve with kernels of `width` 1 or 3; weights of one output are `stride` apart."""
     src, dst, cin, cout, size, width, groups, weight, stride, bias = (
-        op.src, op.dst, op.channels_in, op.channels_out, op.size,
-        op.kernel_size, op.groups, op.weight, op.stride, op.bias,
+        op["src"], op["dst"], op["in_channels"], op["out_channels"], op["size"],
+        op["kernel_size"], op["groups"], op["weight"], op["stride"], op["bias"],
     )  # fmt: skip
     n, row = size * batch, (size + 2) * batch
     group_in, group_out = cin // groups, cout // groups
@@ -192,12 +221,12 @@ def conv_forward(op: Op, a: FloatArray, p: FloatArray, batch: int) -> None:
 
 @kernel
 def conv_backward(
-    op: Op, a: FloatArray, d: FloatArray, p: FloatArray, g: FloatArray, batch: int
+    op: np.void, a: Float32Array, d: Float32Array, p: Float32Array, g: Float32Array, batch: int
 ) -> None:
-    """Write the gradients of weights and bias, and of the input unless `mode` is NO_GRADIENT."""
+    """Write the gradients of weights and bias, and of the input unless the mode is NONE."""
     src, dst, cin, cout, size, width, groups, weight, stride, bias, mode = (
-        op.src, op.dst, op.channels_in, op.channels_out, op.size,
-        op.kernel_size, op.groups, op.weight, op.stride, op.bias, op.mode,
+        op["src"], op["dst"], op["in_channels"], op["out_channels"], op["size"],
+        op["kernel_size"], op["groups"], op["weight"], op["stride"], op["bias"], op["mode"],
     )  # fmt: skip
     n, row = size * batch, (size + 2) * batch
     group_in, group_out = cin // groups, cout // groups
@@ -219,7 +248,7 @@ def conv_backward(
                 g[w] = total
             else:
                 _tap_gradients(run(g, w, 9), a, d, first, at, size, batch)
-    if mode == NO_GRADIENT:
+    if mode == GradientMode.NONE:
         return
     for y in range(size):
         ci = 0
@@ -227,7 +256,7 @@ def conv_backward(
             pairs = width == 3 and (ci + 1) % group_in != 0
             out = run(d, first_row(src, ci, size, batch) + y * row, n)
             other = run(d, first_row(src, ci + pairs, size, batch) + y * row, n)
-            if mode == ASSIGN:
+            if mode == GradientMode.ASSIGN:
                 fill(out, np.float32(0))
                 fill(other, np.float32(0))
             group = ci // group_in
@@ -248,7 +277,7 @@ def conv_backward(
 
 @kernel
 def _tap_gradients(
-    out: FloatArray, a: FloatArray, d: FloatArray, first: int, at: int, size: int, batch: int
+    out: Float32Array, a: Float32Array, d: Float32Array, first: int, at: int, size: int, batch: int
 ) -> None:
     """Write the nine inner products of a gradient with its shifted input."""
     n, row = size * batch, (size + 2) * batch
@@ -272,12 +301,17 @@ def _tap_gradients(
 
 @kernel
 def norm_forward(
-    op: Op, a: FloatArray, p: FloatArray, buffers: FloatArray, batch: int, training: bool
+    op: np.void,
+    a: Float32Array,
+    p: Float32Array,
+    buffers: Float32Array,
+    batch: int,
+    training: bool,
 ) -> None:
     """Batch norm, and a rectifier if asked for; mean and 1 / std of the batch go to `stats`."""
     src, dst, channels, size, scale, shift, mean_at, var_at, stats, rectify = (
-        op.src, op.dst, op.channels_in, op.size, op.weight,
-        op.bias, op.mean, op.var, op.aux, op.rectify != 0,
+        op["src"], op["dst"], op["in_channels"], op["size"], op["weight"],
+        op["bias"], op["mean"], op["var"], op["aux"], op["rectify"] != 0,
     )  # fmt: skip
     n, row, count = size * batch, (size + 2) * batch, np.float32(size * size * batch)
     for c in range(channels):
@@ -315,12 +349,12 @@ def norm_forward(
 
 @kernel
 def norm_backward(
-    op: Op, a: FloatArray, d: FloatArray, p: FloatArray, g: FloatArray, batch: int
+    op: np.void, a: Float32Array, d: Float32Array, p: Float32Array, g: Float32Array, batch: int
 ) -> None:
     """Gradients of scale, shift and input. Source: Ioffe and Szegedy (2015), section 3."""
     src, dst, channels, size, scale, shift, stats, rectify, mode = (
-        op.src, op.dst, op.channels_in, op.size,
-        op.weight, op.bias, op.aux, op.rectify != 0, op.mode,
+        op["src"], op["dst"], op["in_channels"], op["size"],
+        op["weight"], op["bias"], op["aux"], op["rectify"] != 0, op["mode"],
     )  # fmt: skip
     n, row, count = size * batch, (size + 2) * batch, np.float32(size * size * batch)
     for c in range(channels):
@@ -337,14 +371,14 @@ def norm_backward(
                 of_scale += grad[i] * (v[i] - mean)
         of_scale *= inverse
         g[shift + c], g[scale + c] = of_shift, of_scale
-        if mode == NO_GRADIENT:
+        if mode == GradientMode.NONE:
             continue
         factor = p[scale + c] * inverse
         mean_grad = of_shift / count
         slope = of_scale / count * inverse
         for r in range(size):
             v, grad, out = run(a, x + r * row, n), run(d, y + r * row, n), run(d, x + r * row, n)
-            if mode == ASSIGN:
+            if mode == GradientMode.ASSIGN:
                 for i in range(n):
                     out[i] = factor * (grad[i] - mean_grad - (v[i] - mean) * slope)
             else:
@@ -353,9 +387,9 @@ def norm_backward(
 
 
 @kernel
-def relu_forward(op: Op, a: FloatArray, batch: int) -> None:
+def relu_forward(op: np.void, a: Float32Array, batch: int) -> None:
     """Rectify."""
-    src, dst, channels, size = op.src, op.dst, op.channels_in, op.size
+    src, dst, channels, size = op["src"], op["dst"], op["in_channels"], op["size"]
     n, row = size * batch, (size + 2) * batch
     for c in range(channels):
         x, y = first_row(src, c, size, batch), first_row(dst, c, size, batch)
@@ -366,11 +400,11 @@ def relu_forward(op: Op, a: FloatArray, batch: int) -> None:
 
 
 @kernel
-def relu_backward(op: Op, a: FloatArray, d: FloatArray, batch: int) -> None:
+def relu_backward(op: np.void, a: Float32Array, d: Float32Array, batch: int) -> None:
     """Let the gradient through where the output is above zero."""
-    src, dst, channels, size, mode = op.src, op.dst, op.channels_in, op.size, op.mode
+    src, dst, channels, size, mode = op["src"], op["dst"], op["in_channels"], op["size"], op["mode"]
     n, row = size * batch, (size + 2) * batch
-    if mode == NO_GRADIENT:
+    if mode == GradientMode.NONE:
         return
     for c in range(channels):
         x, y = first_row(src, c, size, batch), first_row(dst, c, size, batch)
@@ -378,13 +412,13 @@ def relu_backward(op: Op, a: FloatArray, d: FloatArray, batch: int) -> None:
             v, grad, out = run(a, y + r * row, n), run(d, y + r * row, n), run(d, x + r * row, n)
             for i in range(n):
                 through = np.float32(0) if v[i] <= 0 else grad[i]
-                out[i] = through if mode == ASSIGN else out[i] + through
+                out[i] = through if mode == GradientMode.ASSIGN else out[i] + through
 
 
 @kernel
-def pool_forward(op: Op, a: FloatArray, batch: int) -> None:
+def pool_forward(op: np.void, a: Float32Array, batch: int) -> None:
     """Take the maximum of every 2x2 square; a last odd row or column is left out."""
-    src, dst, channels, size = op.src, op.dst, op.channels_in, op.size
+    src, dst, channels, size = op["src"], op["dst"], op["in_channels"], op["size"]
     row, half = (size + 2) * batch, size // 2
     for c in range(channels):
         x, y = first_row(src, c, size, batch), first_row(dst, c, half, batch)
@@ -401,9 +435,9 @@ def pool_forward(op: Op, a: FloatArray, batch: int) -> None:
 
 
 @kernel
-def pool_backward(op: Op, a: FloatArray, d: FloatArray, batch: int) -> None:
+def pool_backward(op: np.void, a: Float32Array, d: Float32Array, batch: int) -> None:
     """Give each gradient to the first of the four that is the maximum; the others get zero."""
-    src, dst, channels, size = op.src, op.dst, op.channels_in, op.size
+    src, dst, channels, size = op["src"], op["dst"], op["in_channels"], op["size"]
     n, row, half = size * batch, (size + 2) * batch, size // 2
     zero = np.float32(0)
     for c in range(channels):
@@ -431,7 +465,7 @@ def pool_backward(op: Op, a: FloatArray, d: FloatArray, batch: int) -> None:
 
 
 @kernel
-def average(a: FloatArray, src: int, dst: int, channels: int, size: int, batch: int) -> None:
+def average(a: Float32Array, src: int, dst: int, channels: int, size: int, batch: int) -> None:
     """Pool over pixels. (channels, size + 2, size + 2, batch) -> (channels, batch)."""
     row = (size + 2) * batch
     share = np.float32(1) / np.float32(size * size)
@@ -445,7 +479,7 @@ def average(a: FloatArray, src: int, dst: int, channels: int, size: int, batch: 
 
 @kernel
 def spread_average(
-    d: FloatArray, src: int, dst: int, channels: int, size: int, batch: int, mode: int
+    d: Float32Array, src: int, dst: int, channels: int, size: int, batch: int, mode: int
 ) -> None:
     """Give every pixel of `src` its share of the gradient of its average at `dst`."""
     row = (size + 2) * batch
@@ -455,15 +489,15 @@ def spread_average(
         for r in range(size):
             for q in range(size):
                 out = run(d, x + r * row + q * batch, batch)
-                if mode == ASSIGN:
+                if mode == GradientMode.ASSIGN:
                     fill(out, np.float32(0))
                 add_scaled(out, grad, share)
 
 
 @kernel
 def affine_forward(
-    a: FloatArray,
-    p: FloatArray,
+    a: Float32Array,
+    p: Float32Array,
     src: int,
     dst: int,
     cin: int,
@@ -483,10 +517,10 @@ def affine_forward(
 
 @kernel
 def affine_backward(
-    a: FloatArray,
-    d: FloatArray,
-    p: FloatArray,
-    g: FloatArray,
+    a: Float32Array,
+    d: Float32Array,
+    p: Float32Array,
+    g: Float32Array,
     src: int,
     dst: int,
     cin: int,
@@ -507,11 +541,11 @@ def affine_backward(
 
 
 @kernel
-def excite_forward(op: Op, a: FloatArray, p: FloatArray, batch: int) -> None:
+def excite_forward(op: np.void, a: Float32Array, p: Float32Array, batch: int) -> None:
     """Squeeze and excite; `aux` holds pooled, map 1, its silu, map 2 and its tanh."""
     src, dst, channels, hidden, size, aux, w1, stride1, b1, w2, stride2, b2 = (
-        op.src, op.dst, op.channels_in, op.hidden, op.size, op.aux,
-        op.weight, op.stride, op.bias, op.weight_2, op.stride_2, op.bias_2,
+        op["src"], op["dst"], op["in_channels"], op["hidden"], op["size"], op["aux"],
+        op["weight"], op["stride"], op["bias"], op["weight_2"], op["stride_2"], op["bias_2"],
     )  # fmt: skip
     z1, h = aux + channels * batch, aux + (channels + hidden) * batch
     z2, e = aux + (channels + 2 * hidden) * batch, aux + (2 * channels + 2 * hidden) * batch
@@ -536,12 +570,13 @@ def excite_forward(op: Op, a: FloatArray, p: FloatArray, batch: int) -> None:
 
 @kernel
 def excite_backward(
-    op: Op, a: FloatArray, d: FloatArray, p: FloatArray, g: FloatArray, batch: int
+    op: np.void, a: Float32Array, d: Float32Array, p: Float32Array, g: Float32Array, batch: int
 ) -> None:
     """Write the gradients of both maps and of the input."""
     src, dst, channels, hidden, size, aux, w1, stride1, b1, w2, stride2, b2, mode = (
-        op.src, op.dst, op.channels_in, op.hidden, op.size, op.aux,
-        op.weight, op.stride, op.bias, op.weight_2, op.stride_2, op.bias_2, op.mode,
+        op["src"], op["dst"], op["in_channels"], op["hidden"], op["size"], op["aux"],
+        op["weight"], op["stride"], op["bias"], op["weight_2"], op["stride_2"], op["bias_2"],
+        op["mode"],
     )  # fmt: skip
     z1, h = aux + channels * batch, aux + (channels + hidden) * batch
     z2, e = aux + (channels + 2 * hidden) * batch, aux + (2 * channels + 2 * hidden) * batch
@@ -556,10 +591,10 @@ def excite_backward(
                 v, grad, out = run(a, x + at, batch), run(d, y + at, batch), run(d, x + at, batch)
                 for i in range(batch):
                     of_factor[i] += grad[i] * v[i]
-                if mode != NO_GRADIENT:
+                if mode != GradientMode.NONE:
                     for i in range(batch):
                         through = grad[i] * factor[i]
-                        out[i] = through if mode == ASSIGN else out[i] + through
+                        out[i] = through if mode == GradientMode.ASSIGN else out[i] + through
         for i in range(batch):
             of_factor[i] *= 1 - factor[i] * factor[i]
     affine_backward(a, d, p, g, h, z2, hidden, channels, batch, w2, stride2, b2)
@@ -567,12 +602,12 @@ def excite_backward(
         s = 1 / (1 + math.exp(-a[z1 + i]))
         d[z1 + i] = d[h + i] * np.float32(s * (1 + a[z1 + i] * (1 - s)))
     affine_backward(a, d, p, g, aux, z1, channels, hidden, batch, w1, stride1, b1)
-    if mode != NO_GRADIENT:
-        spread_average(d, src, aux, channels, size, batch, ACCUMULATE)
+    if mode != GradientMode.NONE:
+        spread_average(d, src, aux, channels, size, batch, GradientMode.ACCUMULATE)
 
 
 @kernel
-def tanh_of(out: FloatArray, x: FloatArray) -> None:
+def tanh_of(out: Float32Array, x: Float32Array) -> None:
     """Write tanh(x), by a rational function that a loop can vectorise.
 
     Within 5e-7 of the true value, like Eigen's, whose coefficients these are.
@@ -595,9 +630,9 @@ def tanh_of(out: FloatArray, x: FloatArray) -> None:
 
 
 @kernel
-def tanh_forward(op: Op, a: FloatArray, batch: int) -> None:
+def tanh_forward(op: np.void, a: Float32Array, batch: int) -> None:
     """Replace features by their tanh."""
-    src, channels, size = op.src, op.channels_in, op.size
+    src, channels, size = op["src"], op["in_channels"], op["size"]
     row = (size + 2) * batch
     for c in range(channels):
         for y in range(size):
@@ -606,10 +641,10 @@ def tanh_forward(op: Op, a: FloatArray, batch: int) -> None:
 
 
 @kernel
-def gate_forward(op: Op, a: FloatArray, p: FloatArray, batch: int) -> None:
+def gate_forward(op: np.void, a: Float32Array, p: Float32Array, batch: int) -> None:
     """Put the pooled features at `aux` and the gate, (batch,), behind them."""
     src, channels, size, aux, weight, bias = (
-        op.src, op.channels_in, op.size, op.aux, op.weight, op.bias,
+        op["src"], op["in_channels"], op["size"], op["aux"], op["weight"], op["bias"],
     )  # fmt: skip
     average(a, src, aux, channels, size, batch)
     gate = aux + channels * batch
@@ -619,10 +654,10 @@ def gate_forward(op: Op, a: FloatArray, p: FloatArray, batch: int) -> None:
 
 
 @kernel
-def mix_forward(op: Op, a: FloatArray, alpha: np.float32, batch: int) -> None:
+def mix_forward(op: np.void, a: Float32Array, alpha: np.float32, batch: int) -> None:
     """H + alpha * r; see `slots`. For MULTIPLY, tanh(d) replaces d at `branch`."""
     src, branch, dst, channels, size, blend, aux = (
-        op.src, op.branch, op.dst, op.channels_in, op.size, op.blend, op.aux,
+        op["src"], op["branch"], op["dst"], op["in_channels"], op["size"], op["blend"], op["aux"],
     )  # fmt: skip
     row = (size + 2) * batch
     gate = run(a, aux + channels * batch, batch)
@@ -634,10 +669,10 @@ def mix_forward(op: Op, a: FloatArray, alpha: np.float32, batch: int) -> None:
             residual = run(a, v + r * row, size * batch)
             if alpha == 0:
                 copy(out, h)
-            elif blend == ADD:
+            elif blend == Blend.ADD:
                 for i in range(len(h)):
                     out[i] = h[i] + alpha * residual[i]
-            elif blend == MULTIPLY:
+            elif blend == Blend.MULTIPLY:
                 for i in range(len(h)):
                     out[i] = h[i] + alpha * h[i] * residual[i]
             else:
@@ -649,23 +684,23 @@ def mix_forward(op: Op, a: FloatArray, alpha: np.float32, batch: int) -> None:
 
 @kernel
 def mix_backward(
-    op: Op,
-    a: FloatArray,
-    d: FloatArray,
-    p: FloatArray,
-    g: FloatArray,
+    op: np.void,
+    a: Float32Array,
+    d: Float32Array,
+    p: Float32Array,
+    g: Float32Array,
     alpha: np.float32,
     beta: np.float32,
     batch: int,
 ) -> None:
     """Gradients of features, branch and gate, with beta in place of alpha towards the seed."""
     src, branch, dst, channels, size, blend, aux, weight, bias, is_isolated = (
-        op.src, op.branch, op.dst, op.channels_in, op.size,
-        op.blend, op.aux, op.weight, op.bias, op.is_isolated != 0,
+        op["src"], op["branch"], op["dst"], op["in_channels"], op["size"],
+        op["blend"], op["aux"], op["weight"], op["bias"], op["is_isolated"] != 0,
     )  # fmt: skip
     row = (size + 2) * batch
     gate, of_gate = run(a, aux + channels * batch, batch), run(d, aux + channels * batch, batch)
-    if blend == GATE:
+    if blend == Blend.GATE:
         fill(of_gate, np.float32(0))
     for c in range(channels):
         x, v = first_row(src, c, size, batch), first_row(branch, c, size, batch)
@@ -675,11 +710,11 @@ def mix_backward(
             h, grad = run(a, x + r * row, n), run(d, y + r * row, n)
             residual, of_residual = run(a, v + r * row, n), run(d, v + r * row, n)
             of_h = run(d, x + r * row, n)
-            if blend == ADD:
+            if blend == Blend.ADD:
                 for i in range(n):
                     of_h[i] = grad[i]
                     of_residual[i] = beta * grad[i]
-            elif blend == MULTIPLY:
+            elif blend == Blend.MULTIPLY:
                 for i in range(n):
                     of_h[i] = grad[i]
                     slope = 1 - residual[i] * residual[i]
@@ -694,25 +729,26 @@ def mix_backward(
                         of_h[k] = grad[k]
                         of_residual[k] = beta * grad[k] * gate[i]
                         of_gate[i] += beta * grad[k] * residual[k]
-    if blend == GATE:
+    if blend == Blend.GATE:
         for i in range(batch):
             of_gate[i] *= gate[i] * (1 - gate[i])
         at = aux + channels * batch
         affine_backward(a, d, p, g, aux, at, channels, 1, batch, weight, channels, bias)
         if not is_isolated:
-            spread_average(d, src, aux, channels, size, batch, ACCUMULATE)
+            spread_average(d, src, aux, channels, size, batch, GradientMode.ACCUMULATE)
 
 
 @kernel
 def classify(
-    op: Op, a: FloatArray, p: FloatArray, batch: int, labels: npt.NDArray[np.int64]
+    op: np.void, a: Float32Array, p: Float32Array, batch: int, labels: IntArray
 ) -> tuple[float, int]:
     """Return summed loss and number of hits of images with a label, which is not negative.
 
     The softmax is left behind the pooled features at `aux`.
     """
     src, channels, size, classes, aux, weight, stride, bias = (
-        op.src, op.channels_in, op.size, op.channels_out, op.aux, op.weight, op.stride, op.bias,
+        op["src"], op["in_channels"], op["size"], op["out_channels"], op["aux"], op["weight"],
+        op["stride"], op["bias"],
     )  # fmt: skip
     average(a, src, aux, channels, size, batch)
     logits = aux + channels * batch
@@ -740,17 +776,18 @@ def classify(
 
 @kernel
 def classify_backward(
-    op: Op,
-    a: FloatArray,
-    d: FloatArray,
-    p: FloatArray,
-    g: FloatArray,
+    op: np.void,
+    a: Float32Array,
+    d: Float32Array,
+    p: Float32Array,
+    g: Float32Array,
     batch: int,
-    labels: npt.NDArray[np.int64],
+    labels: IntArray,
 ) -> None:
     """Gradients of the mean loss, after `classify` on the same features."""
     src, channels, size, classes, aux, weight, stride, bias = (
-        op.src, op.channels_in, op.size, op.channels_out, op.aux, op.weight, op.stride, op.bias,
+        op["src"], op["in_channels"], op["size"], op["out_channels"], op["aux"], op["weight"],
+        op["stride"], op["bias"],
     )  # fmt: skip
     logits = aux + channels * batch
     share = np.float32(1) / np.float32(batch)
@@ -759,4 +796,4 @@ def classify_backward(
             hit = np.float32(labels[i] == k)
             d[logits + k * batch + i] = (a[logits + k * batch + i] - hit) * share
     affine_backward(a, d, p, g, aux, logits, channels, classes, batch, weight, stride, bias)
-    spread_average(d, src, aux, channels, size, batch, ASSIGN)
+    spread_average(d, src, aux, channels, size, batch, GradientMode.ASSIGN)

@@ -12,13 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from esper_env.config import Blend
+from esper_env.config import Blend, BoolArray, IntArray
 from esper_env.population.layers import Conv, Layer, Norm, Relu, SqueezeExcite
 from esper_env.population.layout import Column, Layout, PlacedLayer, corner
-from esper_env.population.numba_engine.interpreter import OP, Kind
-
-IntArray = npt.NDArray[np.int64]
-
+from esper_env.population.numba_engine.kernels import OPERATION, GradientMode, Kind
 
 SUPPORTED = (Conv, Norm, Relu, SqueezeExcite)
 
@@ -37,8 +34,8 @@ class SeedState:
 class Tape:
     """The operations of one composition."""
 
-    ops: IntArray
-    """(n,) records of `OP`."""
+    ops: npt.NDArray[np.void]
+    """(n,) records of `kernels.OPERATION`."""
     arena: int
     """Numbers that the regions take."""
     cost: int
@@ -51,7 +48,7 @@ class Tape:
     """0 for the host's tensors, 1 + slot for a seed's."""
     tensor: IntArray
     """Position of a seed's tensor among its tensors, -1 for the host's."""
-    is_frozen: npt.NDArray[np.bool_]
+    is_frozen: BoolArray
     """Which modules keep still. (1 + slots,)."""
 
 
@@ -153,13 +150,13 @@ class TapeBuilder:
         self._train(columns, shapes, 1 + slot, 0)
         size = self._host.slot_size(slot)
         if seed.blend == Blend.MULTIPLY:
-            op = {"kind": Kind.TANH, "src": out, "channels_in": channels, "size": size}
+            op = {"kind": Kind.TANH, "src": out, "in_channels": channels, "size": size}
             self._ops.append(op)
         elif seed.blend == Blend.GATE:
             gate = layout.gates[slot]
             self._train(gate, [(channels,), (1,)], 1 + slot, layout.max_seed_tensors - len(gate))
             aux = self._take((channels + 1) * self._batch)
-            op = {"kind": Kind.GATE, "src": x, "channels_in": channels, "size": size, "aux": aux}
+            op = {"kind": Kind.GATE, "src": x, "in_channels": channels, "size": size, "aux": aux}
             self._ops.append(op | {"weight": gate[0].offset, "bias": gate[1].offset})
         return out, aux
 
@@ -174,14 +171,14 @@ class TapeBuilder:
             if isinstance(layer, Conv):
                 stride = tensors.parameters[0].spec.size // tensors.parameters[0].spec.shape[0]
                 x = self._region(layer.out_channels, size)
-                op |= {"kind": Kind.CONV, "channels_in": layer.in_channels, "stride": stride}
-                op |= {"channels_out": layer.out_channels, "kernel_size": layer.kernel_size}
+                op |= {"kind": Kind.CONV, "in_channels": layer.in_channels, "stride": stride}
+                op |= {"out_channels": layer.out_channels, "kernel_size": layer.kernel_size}
                 op |= {"groups": layer.groups, "weight": offsets[0]}
                 op["bias"] = offsets[1] if layer.bias else -1
                 self._channels = layer.out_channels
             elif isinstance(layer, Norm):
                 x = self._region(layer.channels, size)
-                op |= {"kind": Kind.NORM, "channels_in": layer.channels, "weight": offsets[0]}
+                op |= {"kind": Kind.NORM, "in_channels": layer.channels, "weight": offsets[0]}
                 op |= {"bias": offsets[1], "aux": self._take(2 * layer.channels)}
                 op |= {"mean": tensors.buffers[0].offset, "var": tensors.buffers[1].offset}
                 self._channels = layer.channels
@@ -190,12 +187,12 @@ class TapeBuilder:
                     i += 1
             elif isinstance(layer, Relu):
                 x = self._region(self._channels, size)
-                op |= {"kind": Kind.RELU, "channels_in": self._channels}
+                op |= {"kind": Kind.RELU, "in_channels": self._channels}
             else:
                 assert isinstance(layer, SqueezeExcite)
                 c, h = layer.channels, layer.hidden
                 x = self._region(c, size)
-                op |= {"kind": Kind.EXCITE, "channels_in": c, "hidden": h}
+                op |= {"kind": Kind.EXCITE, "in_channels": c, "hidden": h}
                 op["aux"] = self._take((3 * c + 2 * h) * self._batch)
                 op |= {"weight": offsets[0], "bias": offsets[1]}
                 op |= {"weight_2": offsets[2], "bias_2": offsets[3]}
@@ -211,7 +208,7 @@ class TapeBuilder:
         gate = self._layout.gates[slot]
         out = self._region(channels, size)
         op = {"kind": Kind.MIX, "src": x, "dst": out, "branch": branch, "size": size}
-        op |= {"channels_in": channels, "slot": slot, "blend": seed.blend}
+        op |= {"in_channels": channels, "slot": slot, "blend": seed.blend}
         op |= {"weight": gate[0].offset, "bias": gate[1].offset}
         self._ops.append(op | {"aux": max(aux, 0), "is_isolated": int(seed.is_isolated)})
         return out
@@ -219,15 +216,15 @@ class TapeBuilder:
     def _pool(self, slot: int, x: int) -> int:
         channels, size = self._host.channels[slot], self._host.slot_size(slot)
         out = self._region(channels, size // 2)
-        op = {"kind": Kind.POOL, "src": x, "dst": out, "channels_in": channels, "size": size}
+        op = {"kind": Kind.POOL, "src": x, "dst": out, "in_channels": channels, "size": size}
         self._ops.append(op)
         return out
 
     def _head(self, x: int, row: int) -> None:
         host = self._host
         weight, bias = self._layout.head
-        op = {"kind": Kind.CLASSIFY, "src": x, "channels_in": host.channels[-1], "row": row}
-        op |= {"channels_out": host.num_classes, "size": host.image_size >> host.num_slots}
+        op = {"kind": Kind.CLASSIFY, "src": x, "in_channels": host.channels[-1], "row": row}
+        op |= {"out_channels": host.num_classes, "size": host.image_size >> host.num_slots}
         op |= {"weight": weight.offset, "bias": bias.offset, "stride": weight.spec.shape[1]}
         op["aux"] = self._take((host.channels[-1] + host.num_classes) * self._batch)
         self._ops.append(op)
@@ -255,21 +252,21 @@ class TapeBuilder:
         for op in reversed(self._ops):
             if op["kind"] in (Kind.TANH, Kind.GATE):
                 continue  # MIX works out their gradients.
-            src, mode = op["src"], 1
+            src, mode = op["src"], GradientMode.ASSIGN
             is_detached = src == self._image or (op["kind"] != Kind.MIX and op.get("is_isolated"))
             if is_detached:
-                mode = 0
+                mode = GradientMode.NONE
             elif src in assigned:
-                mode = 2
+                mode = GradientMode.ACCUMULATE
             op["mode"] = mode
-            if mode:
+            if mode != GradientMode.NONE:
                 assigned.add(src)
 
     def _cost(self, op: dict[str, int]) -> int:
-        features = op["channels_in"] * op["size"] ** 2
+        features = op["in_channels"] * op["size"] ** 2
         if op["kind"] != Kind.CONV:
             return 4 * features
-        return features * op["channels_out"] // op["groups"] * op["kernel_size"] ** 2
+        return features * op["out_channels"] // op["groups"] * op["kernel_size"] ** 2
 
     def _region(self, channels: int, size: int) -> int:
         return self._take(channels * (size + 2) ** 2 * self._batch)
@@ -281,7 +278,8 @@ class TapeBuilder:
         return offset
 
     def _finish(self, is_frozen: Sequence[bool]) -> Tape:
-        ops = np.array([tuple(op.get(name, 0) for name in OP.names) for op in self._ops], dtype=OP)
+        blank = dict.fromkeys(OPERATION.fields or (), 0)
+        ops = np.array([tuple((blank | op).values()) for op in self._ops], dtype=OPERATION)
         none = np.zeros(0, dtype=np.int32)
         return Tape(
             ops=ops,

@@ -15,7 +15,8 @@ import numpy.typing as npt
 from esper_env.config import IntArray
 from esper_env.population.interface import Seeds
 from esper_env.population.layout import Layout
-from esper_env.population.numba_engine.interpreter import OP, Tapes
+from esper_env.population.numba_engine.interpreter import Tapes
+from esper_env.population.numba_engine.kernels import OPERATION
 from esper_env.population.numba_engine.program_builder import SeedState, Tape, TapeBuilder
 
 MAX_TAPES = 4096
@@ -46,7 +47,7 @@ class Library:
         modules = 1 + self._layout.host.num_slots
         self._numbers: dict[tuple[tuple[str, int], bytes], int] = {}
         self._last: dict[tuple[str, int], tuple[bytes, Assignment]] = {}
-        self._ops = _Rows((), OP)
+        self._ops = _Rows((), OPERATION)
         self._columns = _Rows((), np.int32)
         self._ends, self._module, self._tensor = (_Rows((), np.int64) for _ in range(3))
         self._starts = [_Rows((), np.int64) for _ in range(3)]
