@@ -35,7 +35,7 @@ from esper_env.growth.observation import CHANGE_SCALE
 from esper_env.growth.simulation import Simulation
 from esper_env.growth.state import DOWN, SlotState
 from esper_env.population.layout import Layout
-from esper_env.population.numba_engine import program_cache as library
+from esper_env.population.numba_engine import program_cache
 from esper_env.population.numba_engine.engine import _pool
 from esper_env.population.population import Population
 from esper_env.tasks.instances import SET_SIZES
@@ -843,8 +843,8 @@ def test_networks_do_not_depend_on_how_many_compositions_are_remembered(
 ) -> None:
     """Bitwise: forgotten before every call, and in arrays that had to grow."""
     observations, sizes = [], []
-    for limit in (library.MAX_TAPES, 0):
-        monkeypatch.setattr(library, "MAX_TAPES", limit)
+    for limit in (program_cache.MAX_PROGRAMS, 0):
+        monkeypatch.setattr(program_cache, "MAX_PROGRAMS", limit)
         envs = make(8, instances="train", batches_per_step=1, batch_size=4, episode_steps=40)
         envs.reset(seed=0)
         observations.append([result[0] for result in play(envs, 39)])

@@ -1,51 +1,61 @@
-"""Runs the operations of tapes, compiled: members are trained and evaluated one after the other.
+"""Interpreter of programs, compiled: trains and evaluates members one after the other.
 
-A tape (see `tape`) says what a member computes; here is what each operation does, forwards and
-backwards, with the kernels of its layer. Training and evaluation are one entry point because they
-share the forward pass, and a second copy of it would take as long again to compile.
+A program (see `program_builder`) lists the operations of a member, and `kernels` computes them.
+Training and evaluation share one entry point, because they share the forward pass and compiling it
+twice would take twice as long.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from esper_env.config import BoolArray, Float32Array, FloatArray, IntArray
 from esper_env.jit import count_up
+from esper_env.population.images import Draw, ImageSet
 from esper_env.population.numba_engine import kernels as k
 from esper_env.population.numba_engine.kernels import Kind, kernel, network_entry_point
 
-LOOKS = 20_000
-"""How often a thread that finds nothing left to do looks whether the others are done: some 0.2 ms,
-which to sleep and be woken would take too."""
+SPINS = 20_000
+"""Iterations (about 0.2 ms) before a finished thread blocks on the others; blocking and waking up
+would take as long."""
+
+_NO_NUMBERS = np.zeros((0, 0), dtype=np.float32)
+_NO_INDICES = np.zeros((0, 0, 0), dtype=np.int64)
 
 
-class Tapes(NamedTuple):
-    """Tapes of some members, joined: arrays of all tapes one after the other; see `tape.Tape`."""
+class Programs(NamedTuple):
+    """Programs of all compositions, concatenated; see `program_builder.Program`."""
 
-    tape: IntArray
-    """Which tape each member has. (m,)."""
+    program: IntArray
+    """Index of each member's program. (m,)."""
     ops: npt.NDArray[np.void]
-    """(n,) records of `kernels.OPERATION`."""
+    """Records of `kernels.OPERATION`. (n,)."""
     op_start: IntArray
-    """Where the operations of each tape begin, and the end of the last. (tapes + 1,)."""
+    """First operation of each program, and the number of operations. (programs + 1,)."""
     arena: IntArray
-    """Numbers that the regions of each tape take. (tapes,)."""
+    """Length of the arena of each program. (programs,)."""
     columns: npt.NDArray[np.int32]
+    """Positions of the trained parameters in a member's row."""
     columns_start: IntArray
+    """First of `columns` of each program, and their number. (programs + 1,)."""
     ends: IntArray
+    """End of each trained tensor in its program's columns. (tensors,)."""
     module: IntArray
+    """0 for a tensor of the host, 1 + slot for a tensor of a seed. (tensors,)."""
     tensor: IntArray
+    """Index of a seed's tensor among the tensors of the seed, -1 for the host's. (tensors,)."""
     tensor_start: IntArray
+    """First tensor of each program, and the number of tensors. (programs + 1,)."""
     is_frozen: BoolArray
-    """(tapes, 1 + slots)."""
+    """Whether the parameters of each module are frozen. (programs, 1 + slots)."""
 
 
 class Matrices(NamedTuple):
-    """Tensors of all members, a row each; see `layout`."""
+    """Tensors of all members, one row per member; see `layout`."""
 
     parameters: Float32Array
     momentum: Float32Array
@@ -53,52 +63,93 @@ class Matrices(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """Which members are run, and with which weights their seeds are mixed in."""
+    """Members to run, and the weights of their seeds. Fields with defaults are for training."""
 
     members: IntArray
     """Rows of the matrices. (m,)."""
-    alpha: Float32Array
-    """Forward weights of each network. (networks, slots)."""
     row_start: IntArray
-    """Where the networks of each member begin, and the end of the last. (m + 1,)."""
-    beta: Float32Array
-    """Backward weights. (m, slots), in an evaluation (0, slots)."""
-    rates: Float32Array
-    """Learning rates of host and seeds. (m, 1 + slots), in an evaluation (0, 1 + slots)."""
+    """First network of each member, and the number of networks. (m + 1,)."""
+    alpha: Float32Array
+    """Forward weights of the seeds in each network. (networks, slots)."""
     settings: Float32Array
     """Momentum, weight decay of the host, largest norm of a module's gradient. (3,)."""
+    beta: Float32Array = _NO_NUMBERS
+    """Backward weights of the seeds. (m, slots)."""
+    rates: Float32Array = _NO_NUMBERS
+    """Learning rates of host and seeds. (m, 1 + slots)."""
 
 
 class Pictures(NamedTuple):
-    """What the networks are shown."""
+    """Images and labels; either the fields of training are empty or those of evaluation."""
 
-    images: npt.NDArray[np.uint8]
-    """To be drawn from in training. (n, height, width, channels)."""
-    mean: Float32Array
-    std: Float32Array
-    indices: IntArray
-    """Which images. (m, batches, batch); none in an evaluation."""
-    shifts: IntArray
-    """(m, batches, batch, 2), or (m, batches, 0, 2) where nothing is cropped."""
-    flips: BoolArray
-    """(m, batches, batch), or (m, batches, 0) where nothing is mirrored."""
-    chunks: Float32Array
-    """Normalised images of an evaluation, the same for all members. (batches, region)."""
     labels: IntArray
-    """(m, batches, batch), in an evaluation (1, batches, batch); -1: the image does not count."""
+    """Classes. (m, batches, batch); in an evaluation (1, batches, batch), -1 for padding."""
+    images: npt.NDArray[np.uint8]
+    """Raw images to sample from. (n, size, size, channels)."""
+    mean: Float32Array
+    """Subtracted from each channel. (channels,)."""
+    std: Float32Array
+    """Divides each channel. (channels,)."""
+    indices: IntArray = _NO_INDICES
+    """Sampled images. (m, batches, batch), in training."""
+    shifts: IntArray = _NO_INDICES[..., None]
+    """Shifts of the crops; (m, batches, batch, 2) [pixels], or (m, batches, 0, 2) without crops."""
+    flips: BoolArray = _NO_INDICES.astype(bool)
+    """Whether images are mirrored. (m, batches, batch), or (m, batches, 0) without mirroring."""
+    chunks: Float32Array = _NO_NUMBERS
+    """Normalised images of all members, in an evaluation. (batches, region)."""
+
+    @classmethod
+    def for_training(cls, images: ImageSet, draw: Draw) -> Pictures:
+        """Return batches that are sampled from a split."""
+        batches, _, m = draw.indices.shape
+        none = np.zeros((batches, 0, m, 2), dtype=np.int64)
+        return cls(
+            labels=_by_member(draw.labels),
+            images=images.images.numpy(),
+            mean=images.mean.numpy(),
+            std=images.std.numpy(),
+            indices=_by_member(draw.indices),
+            shifts=_by_member(none if draw.shifts is None else draw.shifts),
+            flips=_by_member(none[..., 0] > 0 if draw.flips is None else draw.flips),
+        )
+
+    @classmethod
+    def for_evaluation(cls, images: ImageSet, batch: int) -> Pictures:
+        """Return a whole split in chunks of `batch` images, the last one padded."""
+        count, size, _, channels = images.images.shape
+        num_chunks = -(-count // batch)
+        labels = np.full((1, num_chunks, batch), -1)
+        labels.reshape(-1)[:count] = images.labels.numpy()
+        pixels = np.zeros((num_chunks * batch, channels, size + 2, size + 2), dtype=np.float32)
+        pixels[:count, :, 1:-1, 1:-1] = images.normalised(0, count).numpy()
+        # (chunks * batch, channels, size + 2, size + 2) -> (chunks, channels * ..., batch)
+        chunks = pixels.reshape(num_chunks, batch, -1).transpose(0, 2, 1)
+        return cls(
+            labels=labels,
+            images=images.images.numpy(),
+            mean=images.mean.numpy(),
+            std=images.std.numpy(),
+            chunks=chunks.reshape(num_chunks, -1),
+        )
 
 
 class Results(NamedTuple):
-    """What is measured, added to what is there."""
+    """Sums that are added to. Fields with defaults are for training."""
 
     losses: FloatArray
-    """Of each network: in training sums over batches of the mean loss, else sums over images."""
+    """Sum over batches of the mean loss, in an evaluation over images. (networks,)."""
     hits: FloatArray
-    """Images that each network has right. (networks,)."""
-    squares: FloatArray
-    """Sums over batches of the squared norms of seed gradients. (m, slots, tensors)."""
-    is_finite: BoolArray
+    """Number of images that each network classifies correctly. (networks,)."""
+    squares: FloatArray = np.zeros((0, 0, 0))
+    """Sum over batches of the squared gradient norm of each seed tensor. (m, slots, tensors)."""
+    is_finite: BoolArray = np.zeros(0, dtype=bool)
     """Whether all weights and statistics are finite after training. (m,)."""
+
+
+def _by_member(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(batches, size, m, ...) -> (m, batches, size, ...)."""
+    return np.ascontiguousarray(array.transpose(2, 0, 1, *range(3, array.ndim)))
 
 
 @network_entry_point
@@ -109,7 +160,7 @@ def run_members(
     a: Float32Array,
     d: Float32Array,
     g: Float32Array,
-    tapes: Tapes,
+    programs: Programs,
     matrices: Matrices,
     networks: Networks,
     pictures: Pictures,
@@ -118,98 +169,107 @@ def run_members(
 ) -> bool:
     """Train members on their batches, or evaluate all their networks.
 
-    Threads that share the work call this with the same arrays, but arenas of their own; each takes
-    the next member whenever it is done with one.
+    Threads that share the work call this with the same arrays, except for `a`, `d` and `g`. Each
+    takes the next member when it has finished one.
 
     Args:
-        order: Positions of the members in the arrays with a row per member, in order of work.
-        taken: How many of them some thread has begun with. (1,).
-        finished: How many of them are done. (1,).
+        order: Positions of the members in arrays with a row per member, in order of work. (m,).
+        taken: Number of members that a thread has started. (1,).
+        finished: Number of members that are finished. (1,).
         a: Arena.
-        d: Gradient of the arena; not touched in an evaluation.
-        g: Gradient of a member's parameters; likewise.
-        tapes: What the members compute.
-        matrices: What they are; training changes their rows.
-        networks: How their seeds are mixed in.
-        pictures: What they are shown.
-        results: Where measurements go.
+        d: Gradient of the arena; unused in an evaluation.
+        g: Gradient of a member's parameters; unused in an evaluation.
+        programs: Programs of the members.
+        matrices: Tensors of the members; training changes their rows.
+        networks: Weights of the seeds.
+        pictures: Images and labels.
+        results: Sums to add to.
         is_training: Whether to train.
 
     Returns:
-        Whether all members are done; if not, other threads are still busy with the last ones.
+        Whether all members are finished; if not, other threads are still running the last ones.
     """
     last = -1
-    batch = pictures.labels.shape[2]
+    # Members, until all are taken: a fixed share per thread would wait for the slowest core.
     while True:
         turn = count_up(taken, 1)
         if turn >= len(order):
             break
         m = order[turn]
-        t = tapes.tape[m]
+        t = programs.program[m]
         if t != last:
-            k.fill(k.run(a, 0, tapes.arena[t]), np.float32(0))
+            # Regions of another program lie elsewhere, and their borders must be zero.
+            k.fill(k.run(a, 0, programs.arena[t]), np.float32(0))
             if is_training:
-                k.fill(k.run(d, 0, tapes.arena[t]), np.float32(0))
+                k.fill(k.run(d, 0, programs.arena[t]), np.float32(0))
             last = t
-        ops = tapes.ops[tapes.op_start[t] : tapes.op_start[t + 1]]
-        first, stop = tapes.tensor_start[t], tapes.tensor_start[t + 1]
-        where = tapes.columns[tapes.columns_start[t] : tapes.columns_start[t + 1]]
-        row = networks.members[m]
-        p, v, b = matrices.parameters[row], matrices.momentum[row], matrices.buffers[row]
-        alpha = networks.alpha[networks.row_start[m] : networks.row_start[m + 1]]
-        for n in range(pictures.labels.shape[1]):
-            labels = pictures.labels[m if is_training else 0, n]
-            if is_training:
-                load(
-                    a, pictures.images, pictures.mean, pictures.std, pictures.indices[m, n],
-                    pictures.shifts[m, n], pictures.flips[m, n],
-                )  # fmt: skip
-            else:
-                k.copy(k.run(a, 0, pictures.chunks.shape[1]), pictures.chunks[n])
-            start = 0
-            for i in range(len(ops)):
-                head = ops[i]
-                if head["kind"] == Kind.CLASSIFY:
-                    _forward(ops[start:i], a, p, b, alpha, batch, is_training)
-                    loss, hits = k.classify(head, a, p, batch, labels)
-                    network = networks.row_start[m] + head["row"]
-                    results.losses[network] += loss / (batch if is_training else 1)
-                    results.hits[network] += hits
-                    start = i + 1
-            if is_training:
-                body, head = ops[:-1], ops[-1]
-                k.classify_backward(head, a, d, p, g, batch, labels)
-                _backward(body, a, d, p, g, alpha, networks.beta[m], batch)
-                _update(
-                    p, v, g, where, tapes.ends[first:stop], tapes.module[first:stop],
-                    tapes.tensor[first:stop], tapes.is_frozen[t], networks.rates[m],
-                    networks.settings, results.squares[m],
-                )  # fmt: skip
-        if is_training:
-            total = np.float32(0)
-            for i in where:
-                total += p[i]
-            results.is_finite[m] = math.isfinite(total) and math.isfinite(k.total_of(b))
+        _run_member(m, a, d, g, programs, matrices, networks, pictures, results, is_training)
         count_up(finished, 1)
-    looks = 0
-    while count_up(finished, 0) < len(order) and looks < LOOKS:
-        looks += 1
-    return looks < LOOKS
+    spins = 0
+    # Other threads' last members: they usually finish sooner than this thread could block.
+    while count_up(finished, 0) < len(order) and spins < SPINS:
+        spins += 1
+    return spins < SPINS
 
 
-@network_entry_point
-def load_chunks(
-    chunks: Float32Array,
-    images: npt.NDArray[np.uint8],
-    mean: Float32Array,
-    std: Float32Array,
-    shown: IntArray,
-    no_shifts: IntArray,
-    no_flips: BoolArray,
+@kernel
+def _run_member(
+    m: int,
+    a: Float32Array,
+    d: Float32Array,
+    g: Float32Array,
+    programs: Programs,
+    matrices: Matrices,
+    networks: Networks,
+    pictures: Pictures,
+    results: Results,
+    is_training: bool,
 ) -> None:
-    """Write normalised images into every chunk."""
-    for n in range(len(chunks)):
-        load(chunks[n], images, mean, std, shown[n], no_shifts, no_flips)
+    """Run all batches of one member."""
+    t = programs.program[m]
+    ops = programs.ops[programs.op_start[t] : programs.op_start[t + 1]]
+    first, stop = programs.tensor_start[t], programs.tensor_start[t + 1]
+    columns = programs.columns[programs.columns_start[t] : programs.columns_start[t + 1]]
+    row = networks.members[m]
+    p, momentum = matrices.parameters[row], matrices.momentum[row]
+    buffers = matrices.buffers[row]
+    alpha = networks.alpha[networks.row_start[m] : networks.row_start[m + 1]]
+    batch = pictures.labels.shape[2]
+    # Batches.
+    for n in range(pictures.labels.shape[1]):
+        labels = pictures.labels[m if is_training else 0, n]
+        if is_training:
+            load(
+                a, pictures.images, pictures.mean, pictures.std, pictures.indices[m, n],
+                pictures.shifts[m, n], pictures.flips[m, n],
+            )  # fmt: skip
+        else:
+            k.copy(k.run(a, 0, pictures.chunks.shape[1]), pictures.chunks[n])
+        start = 0
+        # Classifiers: one in training, one per network in an evaluation.
+        for i in range(len(ops)):
+            head = ops[i]
+            if head["kind"] == Kind.CLASSIFY:
+                _forward(ops[start:i], a, p, buffers, alpha, batch, is_training)
+                loss, hits = k.classify(head, a, p, batch, labels)
+                network = networks.row_start[m] + head["row"]
+                results.losses[network] += loss / (batch if is_training else 1)
+                results.hits[network] += hits
+                start = i + 1
+        if is_training:
+            k.classify_backward(ops[-1], a, d, p, g, batch, labels)
+            _backward(ops[:-1], a, d, p, g, alpha, networks.beta[m], batch)
+            _update(
+                p, momentum, g, columns, programs.ends[first:stop], programs.module[first:stop],
+                programs.tensor[first:stop], programs.is_frozen[t], networks.rates[m],
+                networks.settings, results.squares[m],
+            )  # fmt: skip
+    if is_training:
+        # A sum is finite only if every number is.
+        total = np.float32(0)
+        for i in columns:
+            total += p[i]
+        results.is_finite[m] = math.isfinite(total) and math.isfinite(k.total_of(buffers))
 
 
 @kernel
@@ -220,26 +280,26 @@ def _forward(
     buffers: Float32Array,
     alpha: Float32Array,
     batch: int,
-    training: bool,
+    is_training: bool,
 ) -> None:
-    """Run operations up to and without CLASSIFY ones."""
-    for o in ops:
-        if o["kind"] == Kind.CONV:
-            k.conv_forward(o, a, p, batch)
-        elif o["kind"] == Kind.NORM:
-            k.norm_forward(o, a, p, buffers, batch, training)
-        elif o["kind"] == Kind.RELU:
-            k.relu_forward(o, a, batch)
-        elif o["kind"] == Kind.EXCITE:
-            k.excite_forward(o, a, p, batch)
-        elif o["kind"] == Kind.TANH:
-            k.tanh_forward(o, a, batch)
-        elif o["kind"] == Kind.GATE:
-            k.gate_forward(o, a, p, batch)
-        elif o["kind"] == Kind.MIX:
-            k.mix_forward(o, a, alpha[o["row"], o["slot"]], batch)
-        elif o["kind"] == Kind.POOL:
-            k.pool_forward(o, a, batch)
+    """Run operations other than CLASSIFY."""
+    for op in ops:
+        if op["kind"] == Kind.CONV:
+            k.conv_forward(op, a, p, batch)
+        elif op["kind"] == Kind.NORM:
+            k.norm_forward(op, a, p, buffers, batch, is_training)
+        elif op["kind"] == Kind.RELU:
+            k.relu_forward(op, a, batch)
+        elif op["kind"] == Kind.EXCITE:
+            k.excite_forward(op, a, p, batch)
+        elif op["kind"] == Kind.TANH:
+            k.tanh_forward(op, a, batch)
+        elif op["kind"] == Kind.GATE:
+            k.gate_forward(op, a, p, batch)
+        elif op["kind"] == Kind.MIX:
+            k.mix_forward(op, a, alpha[op["row"], op["slot"]], batch)
+        elif op["kind"] == Kind.POOL:
+            k.pool_forward(op, a, batch)
 
 
 @kernel
@@ -253,21 +313,21 @@ def _backward(
     beta: Float32Array,
     batch: int,
 ) -> None:
-    """Run operations backwards from the last before CLASSIFY."""
+    """Run the backward passes of operations other than CLASSIFY, last operation first."""
     for n in range(len(ops) - 1, -1, -1):
-        o = ops[n]
-        if o["kind"] == Kind.CONV:
-            k.conv_backward(o, a, d, p, g, batch)
-        elif o["kind"] == Kind.NORM:
-            k.norm_backward(o, a, d, p, g, batch)
-        elif o["kind"] == Kind.RELU:
-            k.relu_backward(o, a, d, batch)
-        elif o["kind"] == Kind.EXCITE:
-            k.excite_backward(o, a, d, p, g, batch)
-        elif o["kind"] == Kind.MIX:
-            k.mix_backward(o, a, d, p, g, alpha[o["row"], o["slot"]], beta[o["slot"]], batch)
-        elif o["kind"] == Kind.POOL:
-            k.pool_backward(o, a, d, batch)
+        op = ops[n]
+        if op["kind"] == Kind.CONV:
+            k.conv_backward(op, a, d, p, g, batch)
+        elif op["kind"] == Kind.NORM:
+            k.norm_backward(op, a, d, p, g, batch)
+        elif op["kind"] == Kind.RELU:
+            k.relu_backward(op, a, d, batch)
+        elif op["kind"] == Kind.EXCITE:
+            k.excite_backward(op, a, d, p, g, batch)
+        elif op["kind"] == Kind.MIX:
+            k.mix_backward(op, a, d, p, g, alpha[op["row"], op["slot"]], beta[op["slot"]], batch)
+        elif op["kind"] == Kind.POOL:
+            k.pool_backward(op, a, d, batch)
 
 
 @kernel
@@ -276,29 +336,31 @@ def load(
     images: npt.NDArray[np.uint8],
     mean: Float32Array,
     std: Float32Array,
-    index: IntArray,
+    indices: IntArray,
     shifts: IntArray,
     flips: BoolArray,
 ) -> None:
-    """Write normalised images into the first region, (channels, size + 2, size + 2, batch).
-
-    `shifts` and `flips` are empty where nothing is changed.
-    """
-    batch, size, channels = len(index), images.shape[1], images.shape[3]
+    """Write a batch of sampled, augmented and normalised images into the first region."""
+    # a[0]: (channels, size + 2, size + 2, batch)
+    # images: (n, size, size, channels); indices: (batch,)
+    # shifts: (batch, 2) or (0, 2); flips: (batch,) or (0,)
+    batch, size, channels = len(indices), images.shape[1], images.shape[3]
     row = (size + 2) * batch
+    # Images of the batch.
     for i in range(batch):
         dy, dx, flip = 0, 0, False
         if len(shifts):
             dy, dx = shifts[i, 0], shifts[i, 1]
         if len(flips):
             flip = flips[i]
+        # Pixels of the crop; (u, v) is where a pixel comes from, black outside the image.
         for y in range(size):
             for x in range(size):
                 u = y + dy
                 v = (size - 1 - x if flip else x) + dx
                 inside = u >= 0 and u < size and v >= 0 and v < size
                 for c in range(channels):
-                    value = np.float32(images[index[i], u, v, c]) if inside else np.float32(0)
+                    value = np.float32(images[indices[i], u, v, c]) if inside else np.float32(0)
                     at = k.first_row(0, c, size, batch) + y * row + x * batch + i
                     a[at] = (value - mean[c]) / std[c]
 
@@ -308,7 +370,7 @@ def _update(
     p: Float32Array,
     momentum: Float32Array,
     g: Float32Array,
-    index: IntArray,
+    columns: npt.NDArray[np.int32],
     ends: IntArray,
     module: IntArray,
     tensor: IntArray,
@@ -317,19 +379,23 @@ def _update(
     settings: Float32Array,
     squares: FloatArray,
 ) -> None:
-    """Clip, decay and step like `optimizer.ModuleSGD`; add each seed tensor's squared norm."""
+    """Clip, decay and step as `torch_engine.sgd.ModuleSGD` does; record squared gradient norms."""
+    # p, momentum, g: (parameters,); columns[first : ends[t]] are the numbers of tensor t
+    # is_frozen, rates: (1 + slots,), indexed by module; squares: (slots, tensors)
     mu, decay, clip = settings[0], settings[1], settings[2]
     norms = np.zeros(len(rates), dtype=np.float32)
     first = 0
+    # Trained tensors: the squared gradient norm of each module, and of each tensor of a seed.
     for t in range(len(ends)):
         total = np.float32(0)
         for i in range(first, ends[t]):
-            total += g[index[i]] * g[index[i]]
+            total += g[columns[i]] * g[columns[i]]
         norms[module[t]] += total
         if tensor[t] >= 0:
             squares[module[t] - 1, tensor[t]] += total
         first = ends[t]
     first = 0
+    # Trained tensors again: each is scaled by the norm of its whole module.
     for t in range(len(ends)):
         m = module[t]
         if not is_frozen[m]:
@@ -337,7 +403,7 @@ def _update(
             scale = np.float32(1) if scale > 1 else scale
             pull = decay if m == 0 else np.float32(0)
             for i in range(first, ends[t]):
-                at = index[i]
+                at = columns[i]
                 momentum[at] = mu * momentum[at] + g[at] * scale + pull * p[at]
                 p[at] -= rates[m] * momentum[at]
         first = ends[t]

@@ -1,13 +1,14 @@
-"""Networks as lists of operations for `interpreter`: what a member computes, region by region.
+"""Builds the program of a member: its network as a list of operations on regions of the arena.
 
-A tape depends on the composition of a member alone (its width, and the kind and state of its
-seeds), so members of one composition share it, and building it is rare.
+A program depends only on the composition of a member: its width and the kinds and states of its
+seeds. Members of one composition share a program, and `program_cache` keeps it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,36 +21,49 @@ from esper_env.population.numba_engine.kernels import OPERATION, GradientMode, K
 SUPPORTED = (Conv, Norm, Relu, SqueezeExcite)
 
 
-@dataclass(frozen=True)
-class SeedState:
-    """A seed that runs, as far as a tape depends on it."""
+class SeedState(NamedTuple):
+    """State of a running seed, as far as a program depends on it."""
 
     blueprint: int
     blend: int
-    is_isolated: bool
-    is_frozen: bool
+    is_isolated: bool = False
+    is_frozen: bool = False
+
+
+class Composition(NamedTuple):
+    """Everything that a member's program depends on; the key of the program cache."""
+
+    width: int
+    """Index into `Layout.hosts`."""
+    batch: int
+    """Images per batch."""
+    seeds: tuple[SeedState | None, ...]
+    """Seed of each slot, None where none runs."""
+    networks: tuple[tuple[int, ...], ...] = ()
+    """Networks to evaluate, each a label of the blend weight of every slot. Equal labels are equal
+    weights, 0 is weight 0. Empty for training."""
 
 
 @dataclass(frozen=True)
-class Tape:
-    """The operations of one composition."""
+class Program:
+    """Operations of one composition, and the tensors that they train."""
 
     ops: npt.NDArray[np.void]
-    """(n,) records of `kernels.OPERATION`."""
+    """Records of `kernels.OPERATION`. (n,)."""
     arena: int
-    """Numbers that the regions take."""
+    """Length of the arena."""
     cost: int
-    """Multiply-adds and visits of a feature per image, to share work out."""
-    index: npt.NDArray[np.int32]
-    """Positions in the row of all trained parameters, tensor by tensor."""
+    """Estimated time per image [multiply-adds], to balance threads."""
+    columns: npt.NDArray[np.int32]
+    """Positions of all trained parameters in a member's row, tensor by tensor."""
     ends: IntArray
-    """Where each tensor ends in `index`."""
+    """End of each trained tensor in `columns`. (tensors,)."""
     module: IntArray
-    """0 for the host's tensors, 1 + slot for a seed's."""
+    """0 for a tensor of the host, 1 + slot for a tensor of a seed. (tensors,)."""
     tensor: IntArray
-    """Position of a seed's tensor among its tensors, -1 for the host's."""
+    """Index of a seed's tensor among the tensors of the seed, -1 for the host's. (tensors,)."""
     is_frozen: BoolArray
-    """Which modules keep still. (1 + slots,)."""
+    """Whether the parameters of each module are frozen. (1 + slots,)."""
 
 
 def is_supported(layers: Sequence[Layer]) -> bool:
@@ -61,200 +75,221 @@ def is_supported(layers: Sequence[Layer]) -> bool:
     )
 
 
-class TapeBuilder:
-    """Builds tapes for members of one layout and width.
+class ProgramBuilder:
+    """Builds one program.
 
     Args:
-        layout: Of the widest members.
-        width: Index into `layout.hosts`.
-        batch: Images side by side.
+        layout: Offsets of all tensors in a member's row.
+        composition: Composition of the member.
     """
 
-    def __init__(self, layout: Layout, width: int, batch: int) -> None:
-        self._layout, self._batch = layout, batch
-        self._host = layout.hosts[width]
+    def __init__(self, layout: Layout, composition: Composition) -> None:
+        self._layout, self._composition = layout, composition
+        self._host = layout.hosts[composition.width]
         self._ops: list[dict[str, int]] = []
         self._cursor = 0
         self._image = self._region(self._host.in_channels, self._host.image_size)
         self._tensors: list[tuple[IntArray, int, int]] = []
-        self._channels = self._host.in_channels
+        """Columns, module and index of each trained tensor."""
 
-    # ------------------------------------------------------------------ the two kinds of tape
+    def build(self) -> Program:
+        """Return the program of a training batch, or of an evaluation if networks are given."""
+        if networks := self._composition.networks:
+            self._evaluate_from(0, self._image, range(len(networks)))
+            self._tensors.clear()  # An evaluation trains nothing.
+        else:
+            self._train()
+        blank = dict.fromkeys(OPERATION.fields or (), 0)
+        none = np.zeros(0, dtype=np.int32)
+        return Program(
+            ops=np.array([tuple((blank | op).values()) for op in self._ops], dtype=OPERATION),
+            arena=self._cursor,
+            cost=sum(self._cost(op) for op in self._ops),
+            columns=np.concatenate([none, *(c.astype(np.int32) for c, _, _ in self._tensors)]),
+            ends=np.cumsum([len(columns) for columns, _, _ in self._tensors], dtype=np.int64),
+            module=np.array([module for _, module, _ in self._tensors], dtype=np.int64),
+            tensor=np.array([tensor for _, _, tensor in self._tensors], dtype=np.int64),
+            is_frozen=np.array(
+                [False, *(seed is not None and seed.is_frozen for seed in self._composition.seeds)]
+            ),
+        )
 
-    def training(self, seeds: Sequence[SeedState | None]) -> Tape:
-        """Return the tape of a training batch; `seeds` are those that run, by slot."""
+    def _train(self) -> None:
+        """Append the one network that is trained."""
         x = self._image
-        for slot, seed in enumerate(seeds):
+        for slot, seed in enumerate(self._composition.seeds):
             x = self._block(slot, x)
             if seed is not None:
                 x = self._mix(slot, seed, x, *self._branch(slot, seed, x))
             x = self._pool(slot, x)
         self._head(x, 0)
-        self._train_host()
-        self._choose_modes()
-        frozen = [seed is not None and seed.is_frozen for seed in seeds]
-        return self._finish([False, *frozen])
-
-    def evaluation(self, seeds: Sequence[SeedState | None], rows: Sequence[Sequence[int]]) -> Tape:
-        """Return the tape of networks that differ in blend weights; what they share is run once.
-
-        Args:
-            seeds: Seeds with weight in some of the networks, by slot.
-            rows: Per network and slot a label of its blend weight; equal labels are equal weights,
-                0 is no weight.
-        """
-        self._evaluate_from(0, self._image, seeds, rows, list(range(len(rows))))
-        self._tensors.clear()  # Nothing is trained.
-        return self._finish([False] * (1 + self._host.num_slots))
-
-    def _evaluate_from(
-        self,
-        slot: int,
-        x: int,
-        seeds: Sequence[SeedState | None],
-        rows: Sequence[Sequence[int]],
-        members: list[int],
-    ) -> None:
-        """Run the blocks from `slot` on for some networks that agree on everything before it."""
-        if slot == self._host.num_slots:
-            self._head(x, members[0])
-            return
-        x = self._block(slot, x)
-        labels = sorted({rows[i][slot] for i in members})
-        seed, branch = seeds[slot], (-1, -1)
-        if seed is not None and labels != [0]:
-            branch = self._branch(slot, seed, x)
-        for label in labels:
-            own = [i for i in members if rows[i][slot] == label]
-            mixed = x
-            if label and seed is not None:
-                mixed = self._mix(slot, seed, x, *branch)
-                self._ops[-1]["row"] = own[0]
-            self._evaluate_from(slot + 1, self._pool(slot, mixed), seeds, rows, own)
-
-    # ------------------------------------------------------------------ parts of a network
-
-    def _block(self, slot: int, x: int) -> int:
-        return self._layers(self._layout.blocks[slot], self._host.block(slot), x, slot)
-
-    def _branch(self, slot: int, seed: SeedState, x: int) -> tuple[int, int]:
-        """Return the regions of the branch's output and of its gate, -1 if it has none."""
-        layout, channels = self._layout, self._host.channels[slot]
-        placed = layout.seeds[slot][seed.blueprint]
-        layers = layout.blueprints[seed.blueprint].build(channels)
-        first, aux = len(self._ops), -1
-        out = self._layers(placed, layers, x, slot)
-        self._ops[first]["is_isolated"] = int(seed.is_isolated)
-        columns = [c for p in placed for c in p.parameters]
-        shapes = [s.shape for layer in layers for s in layer.parameters]
-        self._train(columns, shapes, 1 + slot, 0)
-        size = self._host.slot_size(slot)
-        if seed.blend == Blend.MULTIPLY:
-            op = {"kind": Kind.TANH, "src": out, "in_channels": channels, "size": size}
-            self._ops.append(op)
-        elif seed.blend == Blend.GATE:
-            gate = layout.gates[slot]
-            self._train(gate, [(channels,), (1,)], 1 + slot, layout.max_seed_tensors - len(gate))
-            aux = self._take((channels + 1) * self._batch)
-            op = {"kind": Kind.GATE, "src": x, "in_channels": channels, "size": size, "aux": aux}
-            self._ops.append(op | {"weight": gate[0].offset, "bias": gate[1].offset})
-        return out, aux
-
-    def _layers(
-        self, placed: Sequence[PlacedLayer], layers: Sequence[Layer], x: int, slot: int
-    ) -> int:
-        size, i = self._host.slot_size(slot), 0
-        while i < len(layers):
-            layer, tensors = layers[i], placed[i]
-            offsets = [c.offset for c in tensors.parameters]
-            op = {"src": x, "size": size}
-            if isinstance(layer, Conv):
-                stride = tensors.parameters[0].spec.size // tensors.parameters[0].spec.shape[0]
-                x = self._region(layer.out_channels, size)
-                op |= {"kind": Kind.CONV, "in_channels": layer.in_channels, "stride": stride}
-                op |= {"out_channels": layer.out_channels, "kernel_size": layer.kernel_size}
-                op |= {"groups": layer.groups, "weight": offsets[0]}
-                op["bias"] = offsets[1] if layer.bias else -1
-                self._channels = layer.out_channels
-            elif isinstance(layer, Norm):
-                x = self._region(layer.channels, size)
-                op |= {"kind": Kind.NORM, "in_channels": layer.channels, "weight": offsets[0]}
-                op |= {"bias": offsets[1], "aux": self._take(2 * layer.channels)}
-                op |= {"mean": tensors.buffers[0].offset, "var": tensors.buffers[1].offset}
-                self._channels = layer.channels
-                if i + 1 < len(layers) and isinstance(layers[i + 1], Relu):
-                    op["rectify"] = 1
-                    i += 1
-            elif isinstance(layer, Relu):
-                x = self._region(self._channels, size)
-                op |= {"kind": Kind.RELU, "in_channels": self._channels}
-            else:
-                assert isinstance(layer, SqueezeExcite)
-                c, h = layer.channels, layer.hidden
-                x = self._region(c, size)
-                op |= {"kind": Kind.EXCITE, "in_channels": c, "hidden": h}
-                op["aux"] = self._take((3 * c + 2 * h) * self._batch)
-                op |= {"weight": offsets[0], "bias": offsets[1]}
-                op |= {"weight_2": offsets[2], "bias_2": offsets[3]}
-                op["stride"] = tensors.parameters[0].spec.shape[1]
-                op["stride_2"] = tensors.parameters[2].spec.shape[1]
-            op["dst"] = x
-            self._ops.append(op)
-            i += 1
-        return x
-
-    def _mix(self, slot: int, seed: SeedState, x: int, branch: int, aux: int) -> int:
-        channels, size = self._host.channels[slot], self._host.slot_size(slot)
-        gate = self._layout.gates[slot]
-        out = self._region(channels, size)
-        op = {"kind": Kind.MIX, "src": x, "dst": out, "branch": branch, "size": size}
-        op |= {"in_channels": channels, "slot": slot, "blend": seed.blend}
-        op |= {"weight": gate[0].offset, "bias": gate[1].offset}
-        self._ops.append(op | {"aux": max(aux, 0), "is_isolated": int(seed.is_isolated)})
-        return out
-
-    def _pool(self, slot: int, x: int) -> int:
-        channels, size = self._host.channels[slot], self._host.slot_size(slot)
-        out = self._region(channels, size // 2)
-        op = {"kind": Kind.POOL, "src": x, "dst": out, "in_channels": channels, "size": size}
-        self._ops.append(op)
-        return out
-
-    def _head(self, x: int, row: int) -> None:
-        host = self._host
-        weight, bias = self._layout.head
-        op = {"kind": Kind.CLASSIFY, "src": x, "in_channels": host.channels[-1], "row": row}
-        op |= {"out_channels": host.num_classes, "size": host.image_size >> host.num_slots}
-        op |= {"weight": weight.offset, "bias": bias.offset, "stride": weight.spec.shape[1]}
-        op["aux"] = self._take((host.channels[-1] + host.num_classes) * self._batch)
-        self._ops.append(op)
-
-    # ------------------------------------------------------------------ bookkeeping
-
-    def _train_host(self) -> None:
-        """Register all tensors of the host as trained."""
         host = self._host
         layers = [layer for i in range(host.num_slots) for layer in host.block(i)]
         shapes = [s.shape for layer in layers for s in layer.parameters]
         shapes += [s.shape for s in host.head]
-        self._train(self._layout.host_columns()[0], shapes, 0, -1)
+        self._add_trained(self._layout.host_columns()[0], shapes, 0, -1)
+        self._choose_modes()
 
-    def _train(
+    def _evaluate_from(self, slot: int, x: int, rows: Iterable[int]) -> None:
+        """Append all networks of an evaluation from `slot` on, computing what they share once.
+
+        Args:
+            slot: First slot to append; the networks have equal weights in all earlier ones.
+            x: Region of the features before it.
+            rows: Indices of the networks.
+        """
+        rows = list(rows)
+        if slot == self._host.num_slots:
+            self._head(x, rows[0])
+            return
+        networks, seed = self._composition.networks, self._composition.seeds[slot]
+        x = self._block(slot, x)
+        labels = sorted({networks[row][slot] for row in rows})
+        branch = (-1, -1)
+        if seed is not None and labels != [0]:
+            branch = self._branch(slot, seed, x)
+        for label in labels:
+            own = [row for row in rows if networks[row][slot] == label]
+            mixed = x
+            if label and seed is not None:
+                mixed = self._mix(slot, seed, x, *branch)
+                self._ops[-1]["row"] = own[0]
+            self._evaluate_from(slot + 1, self._pool(slot, mixed), own)
+
+    # ------------------------------------------------------------------ parts of a network
+
+    def _block(self, slot: int, x: int) -> int:
+        """Append the host's block before a slot; return the region of its output."""
+        channels = (self._host.in_channels, *self._host.channels)[slot]
+        return self._layers(self._layout.blocks[slot], self._host.block(slot), x, channels, slot)
+
+    def _branch(self, slot: int, seed: SeedState, x: int) -> tuple[int, int]:
+        """Append the seed's branch; return the regions of its output and its gate (-1: none)."""
+        layout, channels = self._layout, self._host.channels[slot]
+        placed = layout.seeds[slot][seed.blueprint]
+        layers = layout.blueprints[seed.blueprint].build(channels)
+        first, aux = len(self._ops), -1
+        out = self._layers(placed, layers, x, channels, slot)
+        self._ops[first]["is_isolated"] = int(seed.is_isolated)
+        columns = [c for p in placed for c in p.parameters]
+        shapes = [s.shape for layer in layers for s in layer.parameters]
+        self._add_trained(columns, shapes, 1 + slot, 0)
+        same = {"in_channels": channels, "size": self._host.slot_size(slot)}
+        if seed.blend == Blend.MULTIPLY:
+            self._add(Kind.TANH, src=out, **same)
+        elif seed.blend == Blend.GATE:
+            gate = layout.gates[slot]
+            first_tensor = layout.max_seed_tensors - len(gate)
+            self._add_trained(gate, [(channels,), (1,)], 1 + slot, first_tensor)
+            aux = self._take((channels + 1) * self._composition.batch)
+            offsets = {"weight": gate[0].offset, "bias": gate[1].offset}
+            self._add(Kind.GATE, src=x, aux=aux, **same, **offsets)
+        return out, aux
+
+    def _layers(
+        self,
+        placed: Sequence[PlacedLayer],
+        layers: Sequence[Layer],
+        x: int,
+        channels: int,
+        slot: int,
+    ) -> int:
+        """Append layers that read `channels` channels at `x`; return the region of their output."""
+        size = self._host.slot_size(slot)
+        for i, (layer, tensors) in enumerate(zip(layers, placed, strict=True)):
+            if isinstance(layer, Relu) and i and isinstance(layers[i - 1], Norm):
+                self._ops[-1]["rectify"] = 1  # Fused into the norm, so features are read once.
+                continue
+            fields = {"src": x, "size": size, "in_channels": channels}
+            channels = layer.out_channels if isinstance(layer, Conv) else channels
+            fields["dst"] = x = self._region(channels, size)
+            offsets = [c.offset for c in tensors.parameters]
+            shapes = [c.spec.shape for c in tensors.parameters]
+            if isinstance(layer, Conv):
+                fields |= {"kernel_size": layer.kernel_size, "groups": layer.groups}
+                fields |= {"weight": offsets[0], "bias": offsets[1] if layer.bias else -1}
+                stride = int(np.prod(shapes[0][1:]))
+                self._add(Kind.CONV, **fields, out_channels=channels, stride=stride)
+            elif isinstance(layer, Norm):
+                fields |= {"weight": offsets[0], "bias": offsets[1]}
+                mean, var = (c.offset for c in tensors.buffers)
+                aux = self._take(2 * channels)
+                self._add(Kind.NORM, **fields, aux=aux, mean=mean, var=var)
+            elif isinstance(layer, Relu):
+                self._add(Kind.RELU, **fields)
+            else:
+                assert isinstance(layer, SqueezeExcite)
+                aux = self._take((3 * channels + 2 * layer.hidden) * self._composition.batch)
+                fields |= {"weight": offsets[0], "stride": shapes[0][1], "bias": offsets[1]}
+                fields |= {"weight_2": offsets[2], "stride_2": shapes[2][1], "bias_2": offsets[3]}
+                self._add(Kind.EXCITE, **fields, hidden=layer.hidden, aux=aux)
+        return x
+
+    def _mix(self, slot: int, seed: SeedState, x: int, branch: int, aux: int) -> int:
+        """Append the blend of features and branch; return the region of its output."""
+        channels, size = self._host.channels[slot], self._host.slot_size(slot)
+        weight, bias = self._layout.gates[slot]
+        out = self._region(channels, size)
+        self._add(
+            Kind.MIX,
+            src=x, branch=branch, dst=out, in_channels=channels, size=size, slot=slot,
+            blend=seed.blend, weight=weight.offset, bias=bias.offset, aux=max(aux, 0),
+            is_isolated=int(seed.is_isolated),
+        )  # fmt: skip
+        return out
+
+    def _pool(self, slot: int, x: int) -> int:
+        """Append the 2x2 max-pool after a slot; return the region of its output."""
+        channels, size = self._host.channels[slot], self._host.slot_size(slot)
+        out = self._region(channels, size // 2)
+        self._add(Kind.POOL, src=x, dst=out, in_channels=channels, size=size)
+        return out
+
+    def _head(self, x: int, row: int) -> None:
+        """Append the classifier of network `row`."""
+        host, batch = self._host, self._composition.batch
+        weight, bias = self._layout.head
+        self._add(
+            Kind.CLASSIFY,
+            src=x, in_channels=host.channels[-1], out_channels=host.num_classes,
+            size=host.image_size >> host.num_slots, weight=weight.offset, bias=bias.offset,
+            stride=weight.spec.shape[1], row=row,
+            aux=self._take((host.channels[-1] + host.num_classes) * batch),
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ bookkeeping
+
+    def _add(self, kind: Kind, **fields: int) -> None:
+        """Append an operation; fields that are not given are 0."""
+        self._ops.append({"kind": kind, **fields})
+
+    def _add_trained(
         self, columns: Sequence[Column], shapes: Sequence[tuple[int, ...]], module: int, first: int
     ) -> None:
+        """Register tensors as trained.
+
+        Args:
+            columns: Tensors of the widest member.
+            shapes: Shapes of this member's leading corner of each.
+            module: 0 for the host, 1 + slot for a seed.
+            first: Index of the first tensor among those of its seed.
+        """
         for i, (column, shape) in enumerate(zip(columns, shapes, strict=True)):
             index = column.offset + corner(column.spec.shape, shape)
             self._tensors.append((index, module, first + i if module else -1))
 
     def _choose_modes(self) -> None:
-        """The last reader of a region assigns its gradient, earlier ones add to it."""
+        """Let the last reader of a region assign its gradient, and earlier readers add to it.
+
+        The backward pass runs in reverse, so the last reader comes first. No gradient goes to the
+        image, nor from an isolated branch to the host's features.
+        """
         assigned: set[int] = set()
         for op in reversed(self._ops):
             if op["kind"] in (Kind.TANH, Kind.GATE):
-                continue  # MIX works out their gradients.
+                continue  # The backward pass of MIX includes theirs.
             src, mode = op["src"], GradientMode.ASSIGN
-            is_detached = src == self._image or (op["kind"] != Kind.MIX and op.get("is_isolated"))
-            if is_detached:
+            if src == self._image or (op["kind"] != Kind.MIX and op.get("is_isolated")):
                 mode = GradientMode.NONE
             elif src in assigned:
                 mode = GradientMode.ACCUMULATE
@@ -263,31 +298,18 @@ class TapeBuilder:
                 assigned.add(src)
 
     def _cost(self, op: dict[str, int]) -> int:
+        """Return the multiply-adds of a convolution, or 4 per feature of another operation."""
         features = op["in_channels"] * op["size"] ** 2
         if op["kind"] != Kind.CONV:
             return 4 * features
         return features * op["out_channels"] // op["groups"] * op["kernel_size"] ** 2
 
     def _region(self, channels: int, size: int) -> int:
-        return self._take(channels * (size + 2) ** 2 * self._batch)
+        """Reserve (channels, size + 2, size + 2, batch) numbers; return the offset."""
+        return self._take(channels * (size + 2) ** 2 * self._composition.batch)
 
     def _take(self, count: int) -> int:
-        """Reserve numbers of the arena, aligned to 64 bytes."""
+        """Reserve `count` numbers of the arena at a multiple of 64 bytes; return the offset."""
         offset = self._cursor
         self._cursor += -(-count // 16) * 16
         return offset
-
-    def _finish(self, is_frozen: Sequence[bool]) -> Tape:
-        blank = dict.fromkeys(OPERATION.fields or (), 0)
-        ops = np.array([tuple((blank | op).values()) for op in self._ops], dtype=OPERATION)
-        none = np.zeros(0, dtype=np.int32)
-        return Tape(
-            ops=ops,
-            arena=self._cursor,
-            cost=sum(self._cost(op) for op in self._ops),
-            index=np.concatenate([none, *(i.astype(np.int32) for i, _, _ in self._tensors)]),
-            ends=np.cumsum([len(index) for index, _, _ in self._tensors], dtype=np.int64),
-            module=np.array([module for _, module, _ in self._tensors], dtype=np.int64),
-            tensor=np.array([tensor for _, _, tensor in self._tensors], dtype=np.int64),
-            is_frozen=np.array(is_frozen, dtype=bool),
-        )

@@ -1,12 +1,8 @@
-"""The tapes of a population, and what makes members share one.
-
-A member's composition is written as bytes; equal bytes are one tape, built when first asked for.
-"""
+"""Programs of a population: one per composition, built when a member first has it."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,28 +11,35 @@ import numpy.typing as npt
 from esper_env.config import IntArray
 from esper_env.population.interface import Seeds
 from esper_env.population.layout import Layout
-from esper_env.population.numba_engine.interpreter import Tapes
+from esper_env.population.numba_engine.interpreter import Programs
 from esper_env.population.numba_engine.kernels import OPERATION
-from esper_env.population.numba_engine.program_builder import SeedState, Tape, TapeBuilder
+from esper_env.population.numba_engine.program_builder import (
+    Composition,
+    Program,
+    ProgramBuilder,
+    SeedState,
+)
 
-MAX_TAPES = 4096
-"""Compositions of members that are remembered, some 20 MB."""
+MAX_PROGRAMS = 4096
+"""Programs that are kept, about 20 MB; all are dropped when there are more."""
+
+ListCompositions = Callable[..., list[Composition]]
 
 
 class Assignment(NamedTuple):
-    """The tapes of some members."""
+    """Programs of some members."""
 
-    tape: IntArray
-    """Number of each member's tape. (m,)."""
+    program: IntArray
+    """Index of each member's program. (m,)."""
     order: IntArray
-    """Positions of the members by falling cost, those of one composition together. (m,)."""
+    """Positions of the members by falling cost, members of one program together. (m,)."""
 
 
-class Library:
-    """All tapes that were asked for, one behind the other; a member's tape is given by its number.
+class ProgramCache:
+    """All programs built so far, stored one after the other; a program is given by its index.
 
     Args:
-        layout: Of the members.
+        layout: Offsets of all tensors in a member's row.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -45,101 +48,100 @@ class Library:
 
     def _clear(self) -> None:
         modules = 1 + self._layout.host.num_slots
-        self._numbers: dict[tuple[tuple[str, int], bytes], int] = {}
-        self._last: dict[tuple[str, int], tuple[bytes, Assignment]] = {}
-        self._ops = _Rows((), OPERATION)
-        self._columns = _Rows((), np.int32)
-        self._ends, self._module, self._tensor = (_Rows((), np.int64) for _ in range(3))
-        self._starts = [_Rows((), np.int64) for _ in range(3)]
+        self._index: dict[Composition, int] = {}
+        self._last: dict[ListCompositions, tuple[tuple[object, ...], Assignment]] = {}
+        self._ops = _GrowingArray((), OPERATION)
+        self._columns = _GrowingArray((), np.int32)
+        self._ends, self._module, self._tensor = (_GrowingArray((), np.int64) for _ in range(3))
+        self._starts = [_GrowingArray((), np.int64) for _ in range(3)]
         for start in self._starts:
             start.extend([0])
-        self._is_frozen = _Rows((modules,), np.bool_)
-        self.arena = _Rows((), np.int64)
-        """Numbers that the regions of each tape take."""
-        self._cost = _Rows((), np.int64)
-        self.squares = _Rows((modules - 1, self._layout.max_seed_tensors), np.float64)
-        """Per tape, 0 for each tensor of a seed that it trains, else NaN."""
+        self._is_frozen = _GrowingArray((modules,), np.bool_)
+        self._cost = _GrowingArray((), np.int64)
+        self.arena = _GrowingArray((), np.int64)
+        """Length of the arena of each program."""
+        self.squares = _GrowingArray((modules - 1, self._layout.max_seed_tensors), np.float64)
+        """0 for each tensor of a seed that the program trains, else NaN."""
 
-    def training(self, members: IntArray, seeds: Seeds, size: int) -> Assignment:
-        """Return the members' tapes for training batches of some size."""
-        kinds = members, seeds.width, seeds.blueprint, seeds.blend
-        states = seeds.is_isolated, seeds.is_frozen, seeds.beta > 0
-        return self._find(
-            ("train", size),
-            b"".join(array.tobytes() for array in (*kinds, *states)),
-            lambda: _cut(_training_rows(members, seeds), range(len(members) + 1)),
-            lambda key: _training_tape(self._layout, key, size),
+    def training(self, members: IntArray, seeds: Seeds, batch: int) -> Assignment:
+        """Return the programs of members for training.
+
+        Args:
+            members: Indices of the members. (m,).
+            seeds: Seeds of the population.
+            batch: Images per batch.
+        """
+        arrays = seeds.beta > 0, seeds.blueprint, seeds.blend, seeds.is_isolated, seeds.is_frozen
+        return self._assign(
+            _training_compositions, batch, seeds.width[members], *(a[members] for a in arrays)
         )
 
     def evaluation(
-        self, members: IntArray, seeds: Seeds, row_start: IntArray, labels: IntArray, size: int
+        self, members: IntArray, seeds: Seeds, row_start: IntArray, labels: IntArray, batch: int
     ) -> Assignment:
-        """Return the members' tapes for evaluations of some images side by side.
+        """Return the programs of members for evaluation.
 
         Args:
-            members: Positions. (m,).
-            seeds: Of the population.
-            row_start: Where the networks of each member begin, and the end of the last. (m + 1,).
-            labels: Per network and slot a label of its blend weight; see `TapeBuilder.evaluation`.
-            size: Images.
+            members: Indices of the members. (m,).
+            seeds: Seeds of the population.
+            row_start: First network of each member, and the number of networks. (m + 1,).
+            labels: Label of the blend weight of each network and slot; see `Composition.networks`.
+                (networks, slots).
+            batch: Images per batch.
         """
-        state = seeds.width[members], seeds.blueprint[members], seeds.blend[members]
-        return self._find(
-            ("evaluate", size),
-            b"".join(array.tobytes() for array in (*state, row_start, labels)),
-            lambda: _evaluation_keys(*state, row_start, labels),
-            lambda key: _evaluation_tape(self._layout, key, size),
-        )
+        arrays = (a[members] for a in (seeds.width, seeds.blueprint, seeds.blend))
+        return self._assign(_evaluation_compositions, batch, *arrays, row_start, labels)
 
-    def _find(
-        self,
-        name: tuple[str, int],
-        state: bytes,
-        list_keys: Callable[[], list[bytes]],
-        build: Callable[[bytes], Tape],
+    def _assign(
+        self, list_compositions: ListCompositions, batch: int, *arrays: npt.NDArray[Any]
     ) -> Assignment:
-        """Look compositions up, after building the tapes that are missing.
+        """Return the programs of members, after building those that are missing.
 
         Args:
-            name: Kind and images side by side.
-            state: All that the members' tapes depend on; often that of the last call.
-            list_keys: Tells it apart by member.
-            build: Makes the tape of a key.
+            list_compositions: Function from `batch` and `arrays` to each member's composition.
+            batch: Images per batch.
+            arrays: State that the programs depend on. Usually it has not changed since the last
+                call, so its bytes are compared first.
         """
-        if name in self._last and self._last[name][0] == state:
-            return self._last[name][1]
-        if len(self._numbers) >= MAX_TAPES:
+        state = batch, *(array.tobytes() for array in arrays)
+        if list_compositions in self._last and self._last[list_compositions][0] == state:
+            return self._last[list_compositions][1]
+        if len(self._index) >= MAX_PROGRAMS:
             self._clear()
-        known, keys = self._numbers, list_keys()
-        for key in keys:
-            if (name, key) not in known:
-                self._add(build(key))
-                known[name, key] = len(known)
-        tape = np.array([known[name, key] for key in keys])
-        found = Assignment(tape, np.lexsort((tape, -self._cost.rows[tape])))
-        self._last[name] = state, found
-        return found
+        compositions = list_compositions(batch, *arrays)
+        for composition in compositions:
+            if composition not in self._index:
+                self._append(ProgramBuilder(self._layout, composition).build())
+                self._index[composition] = len(self._index)
+        program = np.array([self._index[composition] for composition in compositions])
+        assignment = Assignment(program, np.lexsort((program, -self._cost.rows[program])))
+        self._last[list_compositions] = state, assignment
+        return assignment
 
-    def _add(self, tape: Tape) -> None:
-        parts = (self._ops, tape.ops), (self._columns, tape.index), (self._ends, tape.ends)
-        for (rows, part), start in zip(parts, self._starts, strict=True):
-            rows.extend(part)
-            start.extend([rows.count])
-        self._module.extend(tape.module)
-        self._tensor.extend(tape.tensor)
-        self._is_frozen.extend([tape.is_frozen])
-        self.arena.extend([tape.arena])
-        self._cost.extend([tape.cost])
+    def _append(self, program: Program) -> None:
+        parts = (
+            (self._ops, program.ops),
+            (self._columns, program.columns),
+            (self._ends, program.ends),
+        )
+        for (array, part), start in zip(parts, self._starts, strict=True):
+            array.extend(part)
+            start.extend([array.count])
+        self._module.extend(program.module)
+        self._tensor.extend(program.tensor)
+        self._is_frozen.extend([program.is_frozen])
+        self.arena.extend([program.arena])
+        self._cost.extend([program.cost])
         squares = np.full(self.squares.rows.shape[1:], np.nan)
-        is_seed = tape.tensor >= 0
-        squares[tape.module[is_seed] - 1, tape.tensor[is_seed]] = 0.0
+        is_seed = program.tensor >= 0
+        squares[program.module[is_seed] - 1, program.tensor[is_seed]] = 0.0
         self.squares.extend([squares])
 
-    def tapes_of(self, tape: IntArray) -> Tapes:
-        """Return the tapes for members that have these numbers."""
+    def programs_of(self, program: IntArray) -> Programs:
+        """Return all programs, for members that have the programs of these indices. (m,)."""
         op_start, columns_start, tensor_start = self._starts
-        return Tapes(
-            tape=tape,
+        return Programs(
+            program=program,
             ops=self._ops.rows,
             op_start=op_start.rows,
             arena=self.arena.rows,
@@ -153,79 +155,68 @@ class Library:
         )
 
 
-def _training_rows(members: IntArray, seeds: Seeds) -> IntArray:
-    """Return what the training tape of each member depends on, a row each.
-
-    Width, and per slot blueprint, blend, isolated, frozen of the seed, -1 if none runs.
-    """
-    count, slots = seeds.blueprint[members].shape
-    rows = np.empty((count, 1 + 4 * slots), dtype=np.int64)
-    rows[:, 0] = seeds.width[members]
-    packed = rows[:, 1:].reshape(count, slots, 4)
-    fields = (seeds.blueprint, seeds.blend, seeds.is_isolated, seeds.is_frozen)
-    for i, array in enumerate(fields):
-        packed[..., i] = array[members]
-    packed[seeds.beta[members] <= 0] = -1
-    return rows
-
-
-def _training_tape(layout: Layout, key: bytes, size: int) -> Tape:
-    width, *fields = np.frombuffer(key, dtype=np.int64).tolist()
-    seeds = [_seed(*fields[i : i + 4]) for i in range(0, len(fields), 4)]
-    return TapeBuilder(layout, width, size).training(seeds)
-
-
-def _evaluation_keys(
-    width: IntArray, blueprint: IntArray, blend: IntArray, row_start: IntArray, labels: IntArray
-) -> list[bytes]:
-    """Return what the evaluation tape of each member depends on.
-
-    As int64: width; per slot blueprint, and per slot blend, of a seed with weight in some of the
-    networks, else -1; per network and slot a label of its blend weight.
-    """
-    is_used = np.maximum.reduceat(labels, row_start[:-1]) > 0
-    seeds = [np.where(is_used, array, -1) for array in (blueprint, blend)]
-    heads = np.column_stack([width, *seeds]).astype(np.int64)
-    own = _cut(labels, row_start.tolist())
-    return [a + b for a, b in zip(_cut(heads, range(len(heads) + 1)), own, strict=True)]
-
-
-def _evaluation_tape(layout: Layout, key: bytes, size: int) -> Tape:
-    slots = layout.host.num_slots
-    width, *fields = np.frombuffer(key, dtype=np.int64).tolist()
-    blueprints, blends, labels = fields[:slots], fields[slots : 2 * slots], fields[2 * slots :]
-    seeds = [_seed(*seed, 0, 0) for seed in zip(blueprints, blends, strict=True)]
-    rows = [labels[i : i + slots] for i in range(0, len(labels), slots)]
-    return TapeBuilder(layout, width, size).evaluation(seeds, rows)
-
-
-def _seed(blueprint: int, blend: int, is_isolated: int, is_frozen: int) -> SeedState | None:
-    if blueprint < 0:
-        return None
-    return SeedState(blueprint, blend, bool(is_isolated), bool(is_frozen))
-
-
-def _cut(rows: IntArray, starts: Sequence[int]) -> list[bytes]:
-    """Return the bytes of the rows from each start to the next."""
-    everything, width = rows.tobytes(), rows.itemsize * rows.shape[1]
-    return [everything[a * width : b * width] for a, b in itertools.pairwise(starts)]
-
-
-class _Rows:
-    """An array that grows by rows at its end, seldom by copying.
+def _training_compositions(
+    batch: int, width: IntArray, is_running: npt.NDArray[np.bool_], *fields: npt.NDArray[Any]
+) -> list[Composition]:
+    """Return the composition of each member that is trained.
 
     Args:
-        shape: Of a row.
-        dtype: Of the numbers.
+        batch: Images per batch.
+        width: Index of each member's width. (m,).
+        is_running: Whether the slot has a seed that runs. (m, slots).
+        fields: Fields of `SeedState`. (m, slots).
+    """
+    seeds = _seed_states(is_running, *fields)
+    return [Composition(w, batch, s) for w, s in zip(width.tolist(), seeds, strict=True)]
+
+
+def _evaluation_compositions(
+    batch: int,
+    width: IntArray,
+    blueprint: IntArray,
+    blend: IntArray,
+    row_start: IntArray,
+    labels: IntArray,
+) -> list[Composition]:
+    """Return the composition of each member that is evaluated; see `ProgramCache.evaluation`.
+
+    A seed runs if it has weight in any of the member's networks.
+    """
+    is_running = np.maximum.reduceat(labels, row_start[:-1]) > 0
+    seeds, rows = _seed_states(is_running, blueprint, blend), [*map(tuple, labels.tolist())]
+    starts = row_start.tolist()
+    return [
+        Composition(w, batch, s, tuple(rows[first:stop]))
+        for w, s, first, stop in zip(width.tolist(), seeds, starts[:-1], starts[1:], strict=True)
+    ]
+
+
+def _seed_states(
+    is_running: npt.NDArray[np.bool_], *fields: npt.NDArray[Any]
+) -> list[tuple[SeedState | None, ...]]:
+    """Return the seed of each slot by member. Arrays are (m, slots)."""
+    rows = zip(is_running.tolist(), *(field.tolist() for field in fields), strict=True)
+    return [
+        tuple(SeedState(*seed) if runs else None for runs, *seed in zip(*row, strict=True))
+        for row in rows
+    ]
+
+
+class _GrowingArray:
+    """Array that grows at its end; its capacity doubles, so rows are seldom copied.
+
+    Args:
+        shape: Shape of a row.
+        dtype: Type of the numbers.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         self.rows: npt.NDArray[Any] = np.zeros((64, *shape), dtype=dtype)
-        """Those that are there, and zeros."""
+        """The rows, then zeros up to the capacity."""
         self.count = 0
 
     def extend(self, rows: Any) -> None:
-        """Put rows behind the last one."""
+        """Append rows."""
         end = self.count + len(rows)
         if end > len(self.rows):
             more = np.zeros((2 * end, *self.rows.shape[1:]), dtype=self.rows.dtype)
