@@ -143,7 +143,7 @@ class CompiledEngine:
         thread waits only for helpers that have taken one.
         """
         storage, programs = self._storage, self._programs.programs_of(assignment.program)
-        order, arena = assignment.order, int(programs.arena[assignment.program].max())
+        order, arena = assignment.order, int(programs.records["arena"][assignment.program].max())
         taken, finished = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
         matrices = Matrices(
             storage.parameters.numpy(), storage.momentum.numpy(), storage.buffers.numpy()

@@ -17,7 +17,12 @@ from esper_env.config import BoolArray, Float32Array, FloatArray, IntArray
 from esper_env.jit import count_up
 from esper_env.population.images import Draw, ImageSet
 from esper_env.population.numba_engine import kernels as k
-from esper_env.population.numba_engine.kernels import Kind, kernel, network_entry_point
+from esper_env.population.numba_engine.kernels import (
+    Kind,
+    kernel,
+    network_entry_point,
+    record_dtype,
+)
 
 SPINS = 20_000
 """Iterations (about 0.2 ms) before a finished thread blocks on the others; blocking and waking up
@@ -27,31 +32,36 @@ _NO_NUMBERS = np.zeros((0, 0), dtype=np.float32)
 _NO_INDICES = np.zeros((0, 0, 0), dtype=np.int64)
 
 
+PROGRAM = record_dtype(
+    *("op_start", "op_stop"),  # Range of its operations.
+    *("column_start", "column_stop"),  # Range of its columns.
+    *("tensor_start", "tensor_stop"),  # Range of its trained tensors.
+    "arena",  # Length of its arena.
+    "cost",  # Estimated time per image [multiply-adds].
+)
+"""A program; see `program_builder.Program`."""
+TENSOR = record_dtype(
+    *("start", "stop"),  # Range of its numbers in the columns of the program.
+    "module",  # 0 for a tensor of the host, 1 + slot for a tensor of a seed.
+    "index",  # Index among the tensors of its seed, -1 for the host's.
+    "is_frozen",  # Whether only its gradient is measured.
+)
+"""A tensor that a program trains."""
+
+
 class Programs(NamedTuple):
-    """Programs of all compositions, concatenated; see `program_builder.Program`."""
+    """Programs of all compositions; their operations, columns and tensors are concatenated."""
 
     program: IntArray
     """Index of each member's program. (m,)."""
+    records: npt.NDArray[np.void]
+    """Records of `PROGRAM`. (programs,)."""
     ops: npt.NDArray[np.void]
-    """Records of `kernels.OPERATION`. (n,)."""
-    op_start: IntArray
-    """First operation of each program, and the number of operations. (programs + 1,)."""
-    arena: IntArray
-    """Length of the arena of each program. (programs,)."""
+    """Records of `kernels.OPERATION`. (ops,)."""
     columns: npt.NDArray[np.int32]
-    """Positions of the trained parameters in a member's row."""
-    columns_start: IntArray
-    """First of `columns` of each program, and their number. (programs + 1,)."""
-    ends: IntArray
-    """End of each trained tensor in its program's columns. (tensors,)."""
-    module: IntArray
-    """0 for a tensor of the host, 1 + slot for a tensor of a seed. (tensors,)."""
-    tensor: IntArray
-    """Index of a seed's tensor among the tensors of the seed, -1 for the host's. (tensors,)."""
-    tensor_start: IntArray
-    """First tensor of each program, and the number of tensors. (programs + 1,)."""
-    is_frozen: BoolArray
-    """Whether the parameters of each module are frozen. (programs, 1 + slots)."""
+    """Positions of trained numbers in a member's row. (columns,)."""
+    tensors: npt.NDArray[np.void]
+    """Records of `TENSOR`. (tensors,)."""
 
 
 class Matrices(NamedTuple):
@@ -196,13 +206,14 @@ def run_members(
         if turn >= len(order):
             break
         m = order[turn]
-        t = programs.program[m]
-        if t != last:
+        index = programs.program[m]
+        if index != last:
             # Regions of another program lie elsewhere, and their borders must be zero.
-            k.fill(k.run(a, 0, programs.arena[t]), np.float32(0))
+            arena = programs.records[index].arena
+            k.fill(k.run(a, 0, arena), np.float32(0))
             if is_training:
-                k.fill(k.run(d, 0, programs.arena[t]), np.float32(0))
-            last = t
+                k.fill(k.run(d, 0, arena), np.float32(0))
+            last = index
         _run_member(m, a, d, g, programs, matrices, networks, pictures, results, is_training)
         count_up(finished, 1)
     spins = 0
@@ -226,10 +237,10 @@ def _run_member(
     is_training: bool,
 ) -> None:
     """Run all batches of one member."""
-    t = programs.program[m]
-    ops = programs.ops[programs.op_start[t] : programs.op_start[t + 1]]
-    first, stop = programs.tensor_start[t], programs.tensor_start[t + 1]
-    columns = programs.columns[programs.columns_start[t] : programs.columns_start[t + 1]]
+    program = programs.records[programs.program[m]]
+    ops = programs.ops[program.op_start : program.op_stop]
+    columns = programs.columns[program.column_start : program.column_stop]
+    tensors = programs.tensors[program.tensor_start : program.tensor_stop]
     row = networks.members[m]
     p, momentum = matrices.parameters[row], matrices.momentum[row]
     buffers = matrices.buffers[row]
@@ -249,21 +260,18 @@ def _run_member(
         # Classifiers: one in training, one per network in an evaluation.
         for i in range(len(ops)):
             head = ops[i]
-            if head["kind"] == Kind.CLASSIFY:
+            if head.kind == Kind.CLASSIFY:
                 _forward(ops[start:i], a, p, buffers, alpha, batch, is_training)
                 loss, hits = k.classify(head, a, p, batch, labels)
-                network = networks.row_start[m] + head["row"]
+                network = networks.row_start[m] + head.row
                 results.losses[network] += loss / (batch if is_training else 1)
                 results.hits[network] += hits
                 start = i + 1
         if is_training:
             k.classify_backward(ops[-1], a, d, p, g, batch, labels)
             _backward(ops[:-1], a, d, p, g, alpha, networks.beta[m], batch)
-            _update(
-                p, momentum, g, columns, programs.ends[first:stop], programs.module[first:stop],
-                programs.tensor[first:stop], programs.is_frozen[t], networks.rates[m],
-                networks.settings, results.squares[m],
-            )  # fmt: skip
+            rates, squares = networks.rates[m], results.squares[m]
+            _update(p, momentum, g, columns, tensors, rates, networks.settings, squares)
     if is_training:
         # A sum is finite only if every number is.
         total = np.float32(0)
@@ -284,21 +292,21 @@ def _forward(
 ) -> None:
     """Run operations other than CLASSIFY."""
     for op in ops:
-        if op["kind"] == Kind.CONV:
+        if op.kind == Kind.CONV:
             k.conv_forward(op, a, p, batch)
-        elif op["kind"] == Kind.NORM:
+        elif op.kind == Kind.NORM:
             k.norm_forward(op, a, p, buffers, batch, is_training)
-        elif op["kind"] == Kind.RELU:
+        elif op.kind == Kind.RELU:
             k.relu_forward(op, a, batch)
-        elif op["kind"] == Kind.EXCITE:
+        elif op.kind == Kind.EXCITE:
             k.excite_forward(op, a, p, batch)
-        elif op["kind"] == Kind.TANH:
+        elif op.kind == Kind.TANH:
             k.tanh_forward(op, a, batch)
-        elif op["kind"] == Kind.GATE:
+        elif op.kind == Kind.GATE:
             k.gate_forward(op, a, p, batch)
-        elif op["kind"] == Kind.MIX:
-            k.mix_forward(op, a, alpha[op["row"], op["slot"]], batch)
-        elif op["kind"] == Kind.POOL:
+        elif op.kind == Kind.MIX:
+            k.mix_forward(op, a, alpha[op.row, op.slot], batch)
+        elif op.kind == Kind.POOL:
             k.pool_forward(op, a, batch)
 
 
@@ -316,17 +324,17 @@ def _backward(
     """Run the backward passes of operations other than CLASSIFY, last operation first."""
     for n in range(len(ops) - 1, -1, -1):
         op = ops[n]
-        if op["kind"] == Kind.CONV:
+        if op.kind == Kind.CONV:
             k.conv_backward(op, a, d, p, g, batch)
-        elif op["kind"] == Kind.NORM:
+        elif op.kind == Kind.NORM:
             k.norm_backward(op, a, d, p, g, batch)
-        elif op["kind"] == Kind.RELU:
+        elif op.kind == Kind.RELU:
             k.relu_backward(op, a, d, batch)
-        elif op["kind"] == Kind.EXCITE:
+        elif op.kind == Kind.EXCITE:
             k.excite_backward(op, a, d, p, g, batch)
-        elif op["kind"] == Kind.MIX:
-            k.mix_backward(op, a, d, p, g, alpha[op["row"], op["slot"]], beta[op["slot"]], batch)
-        elif op["kind"] == Kind.POOL:
+        elif op.kind == Kind.MIX:
+            k.mix_backward(op, a, d, p, g, alpha[op.row, op.slot], beta[op.slot], batch)
+        elif op.kind == Kind.POOL:
             k.pool_backward(op, a, d, batch)
 
 
@@ -341,11 +349,11 @@ def load(
     flips: BoolArray,
 ) -> None:
     """Write a batch of sampled, augmented and normalised images into the first region."""
-    # a[0]: (channels, size + 2, size + 2, batch)
-    # images: (n, size, size, channels); indices: (batch,)
+    # a[0]: (channels, side + 2, side + 2, batch)
+    # images: (n, side, side, channels); indices: (batch,)
     # shifts: (batch, 2) or (0, 2); flips: (batch,) or (0,)
-    batch, size, channels = len(indices), images.shape[1], images.shape[3]
-    row = (size + 2) * batch
+    batch, side, channels = len(indices), images.shape[1], images.shape[3]
+    row = (side + 2) * batch
     # Images of the batch.
     for i in range(batch):
         dy, dx, flip = 0, 0, False
@@ -354,14 +362,14 @@ def load(
         if len(flips):
             flip = flips[i]
         # Pixels of the crop; (u, v) is where a pixel comes from, black outside the image.
-        for y in range(size):
-            for x in range(size):
+        for y in range(side):
+            for x in range(side):
                 u = y + dy
-                v = (size - 1 - x if flip else x) + dx
-                inside = u >= 0 and u < size and v >= 0 and v < size
+                v = (side - 1 - x if flip else x) + dx
+                inside = u >= 0 and u < side and v >= 0 and v < side
                 for c in range(channels):
                     value = np.float32(images[indices[i], u, v, c]) if inside else np.float32(0)
-                    at = k.first_row(0, c, size, batch) + y * row + x * batch + i
+                    at = k.first_row(0, c, side, batch) + y * row + x * batch + i
                     a[at] = (value - mean[c]) / std[c]
 
 
@@ -371,39 +379,31 @@ def _update(
     momentum: Float32Array,
     g: Float32Array,
     columns: npt.NDArray[np.int32],
-    ends: IntArray,
-    module: IntArray,
-    tensor: IntArray,
-    is_frozen: BoolArray,
+    tensors: npt.NDArray[np.void],
     rates: Float32Array,
     settings: Float32Array,
     squares: FloatArray,
 ) -> None:
     """Clip, decay and step as `torch_engine.sgd.ModuleSGD` does; record squared gradient norms."""
-    # p, momentum, g: (parameters,); columns[first : ends[t]] are the numbers of tensor t
-    # is_frozen, rates: (1 + slots,), indexed by module; squares: (slots, tensors)
+    # p, momentum, g: (parameters,); columns: (n,); rates: (1 + slots,); squares: (slots, tensors)
     mu, decay, clip = settings[0], settings[1], settings[2]
     norms = np.zeros(len(rates), dtype=np.float32)
-    first = 0
-    # Trained tensors: the squared gradient norm of each module, and of each tensor of a seed.
-    for t in range(len(ends)):
+    # Trained tensors and their numbers: squared norms of each module, and of each seed's tensor.
+    for t in tensors:
         total = np.float32(0)
-        for i in range(first, ends[t]):
+        for i in range(t.start, t.stop):
             total += g[columns[i]] * g[columns[i]]
-        norms[module[t]] += total
-        if tensor[t] >= 0:
-            squares[module[t] - 1, tensor[t]] += total
-        first = ends[t]
-    first = 0
-    # Trained tensors again: each is scaled by the norm of its whole module.
-    for t in range(len(ends)):
-        m = module[t]
-        if not is_frozen[m]:
-            scale = clip / (np.sqrt(norms[m]) + np.float32(1e-6))
+        norms[t.module] += total
+        if t.module > 0:
+            squares[t.module - 1, t.index] += total
+    # Trained tensors again, as each is scaled by the norm of its whole module.
+    for t in tensors:
+        if not t.is_frozen:
+            rate = rates[t.module]
+            scale = clip / (np.sqrt(norms[t.module]) + np.float32(1e-6))
             scale = np.float32(1) if scale > 1 else scale
-            pull = decay if m == 0 else np.float32(0)
-            for i in range(first, ends[t]):
+            pull = decay if t.module == 0 else np.float32(0)
+            for i in range(t.start, t.stop):
                 at = columns[i]
                 momentum[at] = mu * momentum[at] + g[at] * scale + pull * p[at]
-                p[at] -= rates[m] * momentum[at]
-        first = ends[t]
+                p[at] -= rate * momentum[at]

@@ -1,13 +1,15 @@
-"""Layers of one network on a CPU, compiled: forward and backward on flat arrays.
+"""Kernels of the compiled engine: forward and backward pass of each operation on flat arrays.
 
-Features of a batch are kept image-innermost, (channels, size + 2, size + 2, batch), with a border
-of zeros. So the 3x3 convolution of a row is nine multiply-adds of long contiguous runs, whatever
+All features of a program lie in one array `a`, the arena, and their gradients at the same offsets
+in `d`. `p` is a member's row of parameters, `g` its gradient. An operation is a record of
+`OPERATION`. In comments, a[src] is the region of `a` that begins at offset `op.src`.
+
+Features are (channels, side + 2, side + 2, batch): images innermost, and a border of zeros that no
+kernel writes. So a row of a 3x3 convolution is nine multiply-adds of long contiguous runs, whatever
 the number of channels: 40 to 80 GFLOP/s on one core, where a grouped convolution of such small
 networks reaches 5 to 10.
 
-Everything a network computes lies in one array `a` (the arena), its gradient at the same place in
-`d`. A region is named by its offset; `p` is the member's row of parameters, `g` their gradient.
-NaN must stay visible, so the compiler may reorder sums but not assume that numbers are finite.
+The compiler may reorder sums, but it may not assume that numbers are finite: NaN must stay visible.
 """
 
 from __future__ import annotations
@@ -24,13 +26,16 @@ from esper_env.jit import entry_point, inlined
 EPSILON = np.float32(1e-5)
 """Added to variances, as in torch.nn.BatchNorm2d."""
 KEEP = np.float32(0.9)
-"""Share of running statistics that a batch keeps, as there."""
+"""Weight of the old running statistics in an update, as in torch.nn.BatchNorm2d."""
 REORDERED = {"reassoc", "contract", "nsz", "arcp"}
-"""Freedom of the compiler: sums in any order, but NaN and infinity stay what they are."""
+"""Freedom of the compiler with floating-point numbers, in LLVM's words."""
+
+kernel = functools.partial(inlined, fastmath=REORDERED)
+network_entry_point = functools.partial(entry_point, fastmath=REORDERED)
 
 
 class Kind(IntEnum):
-    """What an operation does."""
+    """Kind of an operation."""
 
     CONV = 0
     NORM = 1
@@ -44,119 +49,63 @@ class Kind(IntEnum):
 
 
 class GradientMode(IntEnum):
-    """What the backward pass of an operation does with the gradient of its input."""
+    """What a backward pass does with the gradient of the operation's input."""
 
     NONE = 0
     ASSIGN = 1
     ACCUMULATE = 2
 
 
-OPERATION = np.dtype(
-    [
-        (name, np.int64)
-        for name in (
-            "kind",  # A value of `Kind`.
-            *("src", "dst", "in_channels", "out_channels", "size"),
-            *("kernel_size", "groups", "weight", "stride", "bias"),
-            *("mean", "var", "aux", "rectify", "mode", "slot", "blend", "branch"),
-            *("hidden", "weight_2", "stride_2", "bias_2", "is_isolated", "row"),
-        )
-    ]
+def record_dtype(*names: str) -> np.dtype[np.void]:
+    """Return the dtype of records with integer fields, whose names are attributes."""
+    return np.dtype((np.record, [(name, np.int64) for name in names]))
+
+
+OPERATION = record_dtype(
+    "kind",  # A value of `Kind`.
+    *("src", "dst"),  # Regions of input and output, as offsets into the arena.
+    *("in_channels", "out_channels", "side"),  # Shape of the input; `side` is height and width.
+    *("weight", "bias"),  # Offsets into the parameters; bias -1 means none.
+    "stride",  # Distance between the weights of two outputs, which the widest member determines.
+    "aux",  # Region of intermediate results.
+    "mode",  # A value of `GradientMode`.
+    "row",  # Index of the network in an evaluation.
+    *("kernel_size", "groups"),  # CONV.
+    *("running_mean", "running_var"),  # NORM: offsets into the buffers.
+    "rectify",  # NORM: whether a ReLU follows.
+    *("hidden", "weight_2", "stride_2", "bias_2"),  # EXCITE: hidden channels, second map.
+    *("slot", "branch", "blend"),  # MIX: slot, region of the branch's output, a value of `Blend`.
+    "is_isolated",  # MIX and the first layer of a branch: whether the seed's input is detached.
 )
+"""An operation of a program. Fields that its kind does not use are 0."""
 
 
-kernel = functools.partial(inlined, fastmath=REORDERED)
-network_entry_point = functools.partial(entry_point, fastmath=REORDERED)
+# ---------------------------------------------------------------------------------- contiguous runs
 
 
 @kernel
 def run(a: Float32Array, offset: int, n: int) -> Float32Array:
-    """Return a contiguous run; slices, unlike indices, leave no sign to check in a loop."""
+    """Return a contiguous run. Indexing a slice from 0 needs no check for negative indices."""
     return a[offset : offset + n]
 
 
 @kernel
-def first_row(offset: int, channel: int, size: int, batch: int) -> int:
-    """Return where the first row of a channel begins, behind the border."""
-    row = (size + 2) * batch
-    return offset + channel * (size + 2) * row + row + batch
-
-
-@kernel
-def neighbours(a: Float32Array, at: int, row: int, batch: int, n: int) -> tuple[Float32Array, ...]:
-    """Return the nine runs that the taps of a 3x3 kernel see, in their order."""
-    above, below = at - row, at + row
-    return (
-        run(a, above - batch, n), run(a, above, n), run(a, above + batch, n),
-        run(a, at - batch, n), run(a, at, n), run(a, at + batch, n),
-        run(a, below - batch, n), run(a, below, n), run(a, below + batch, n),
-    )  # fmt: skip
-
-
-@kernel
-def nine_of(w: Float32Array, flip: bool) -> tuple[np.float32, ...]:
-    """Return the taps of a 3x3 kernel, turned if asked for."""
-    if flip:
-        return w[8], w[7], w[6], w[5], w[4], w[3], w[2], w[1], w[0]
-    return w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8]
-
-
-@kernel
-def add_taps(
-    out: Float32Array, a: Float32Array, at: int, row: int, batch: int, w: Float32Array, flip: bool
-) -> None:
-    """Add the 3x3 correlation of a row with its neighbours to `out`; `flip` turns the kernel."""
-    n = len(out)
-    x0, x1, x2, x3, x4, x5, x6, x7, x8 = neighbours(a, at, row, batch, n)
-    w0, w1, w2, w3, w4, w5, w6, w7, w8 = nine_of(w, flip)
-    for i in range(n):
-        out[i] += (
-            w0 * x0[i] + w1 * x1[i] + w2 * x2[i] + w3 * x3[i] + w4 * x4[i]
-            + w5 * x5[i] + w6 * x6[i] + w7 * x7[i] + w8 * x8[i]
-        )  # fmt: skip
-
-
-@kernel
-def add_taps_to_two(
-    out: Float32Array,
-    other: Float32Array,
-    a: Float32Array,
-    at: int,
-    row: int,
-    batch: int,
-    w: Float32Array,
-    v: Float32Array,
-    flip: bool,
-) -> None:
-    """Do the same for two outputs of one input, which is read once; `v` is the kernel of `other`.
-
-    The processor reads little more than half as much per multiplication.
-    """
-    n = len(out)
-    x0, x1, x2, x3, x4, x5, x6, x7, x8 = neighbours(a, at, row, batch, n)
-    w0, w1, w2, w3, w4, w5, w6, w7, w8 = nine_of(w, flip)
-    v0, v1, v2, v3, v4, v5, v6, v7, v8 = nine_of(v, flip)
-    for i in range(n):
-        out[i] += (
-            w0 * x0[i] + w1 * x1[i] + w2 * x2[i] + w3 * x3[i] + w4 * x4[i]
-            + w5 * x5[i] + w6 * x6[i] + w7 * x7[i] + w8 * x8[i]
-        )  # fmt: skip
-        other[i] += (
-            v0 * x0[i] + v1 * x1[i] + v2 * x2[i] + v3 * x3[i] + v4 * x4[i]
-            + v5 * x5[i] + v6 * x6[i] + v7 * x7[i] + v8 * x8[i]
-        )  # fmt: skip
+def first_row(offset: int, channel: int, side: int, batch: int) -> int:
+    """Return the offset of the first pixel of a channel inside the border."""
+    row = (side + 2) * batch
+    return offset + channel * (side + 2) * row + row + batch
 
 
 @kernel
 def fill(out: Float32Array, value: np.float32) -> None:
-    """Write the same number everywhere. A loop compiles sooner than an assignment to a slice."""
+    """Write one number everywhere. A loop compiles faster than an assignment to a slice."""
     for i in range(len(out)):
         out[i] = value
 
 
 @kernel
 def copy(out: Float32Array, x: Float32Array) -> None:
-    """Write x, likewise."""
+    """Write x. A loop compiles faster than an assignment to a slice."""
     for i in range(len(out)):
         out[i] = x[i]
 
@@ -186,27 +135,96 @@ def total_of(x: Float32Array) -> np.float32:
     return total
 
 
+# ---------------------------------------------------------------------------------- convolution
+
+
 @kernel
-def conv_forward(op: np.void, a: Float32Array, p: Float32Array, batch: int) -> None:
-    """Convolve with kernels of `width` 1 or 3; weights of one output are `stride` apart."""
-    src, dst, cin, cout, size, width, groups, weight, stride, bias = (
-        op["src"], op["dst"], op["in_channels"], op["out_channels"], op["size"],
-        op["kernel_size"], op["groups"], op["weight"], op["stride"], op["bias"],
+def neighbours(a: Float32Array, at: int, row: int, batch: int, n: int) -> tuple[Float32Array, ...]:
+    """Return the runs under the nine taps of a 3x3 kernel whose centre is at `at`."""
+    above, below = at - row, at + row
+    return (
+        run(a, above - batch, n), run(a, above, n), run(a, above + batch, n),
+        run(a, at - batch, n), run(a, at, n), run(a, at + batch, n),
+        run(a, below - batch, n), run(a, below, n), run(a, below + batch, n),
     )  # fmt: skip
-    n, row = size * batch, (size + 2) * batch
-    group_in, group_out = cin // groups, cout // groups
-    for y in range(size):
+
+
+@kernel
+def nine_of(w: Float32Array, flip: bool) -> tuple[np.float32, ...]:
+    """Return the taps of a 3x3 kernel, rotated by 180 degrees if `flip`."""
+    if flip:
+        return w[8], w[7], w[6], w[5], w[4], w[3], w[2], w[1], w[0]
+    return w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8]
+
+
+@kernel
+def add_taps(
+    out: Float32Array, a: Float32Array, at: int, row: int, batch: int, w: Float32Array, flip: bool
+) -> None:
+    """Add the 3x3 correlation of one row of features to `out`."""
+    # out: (side * batch,); w: (9,); a[at]: the row, between its neighbours above and below
+    n = len(out)
+    x0, x1, x2, x3, x4, x5, x6, x7, x8 = neighbours(a, at, row, batch, n)
+    w0, w1, w2, w3, w4, w5, w6, w7, w8 = nine_of(w, flip)
+    # Pixels of the row and images: one pass for all nine taps, so `out` is read and written once.
+    for i in range(n):
+        out[i] += (
+            w0 * x0[i] + w1 * x1[i] + w2 * x2[i] + w3 * x3[i] + w4 * x4[i]
+            + w5 * x5[i] + w6 * x6[i] + w7 * x7[i] + w8 * x8[i]
+        )  # fmt: skip
+
+
+@kernel
+def add_taps_to_two(
+    out: Float32Array, other: Float32Array, a: Float32Array, at: int, row: int, batch: int,
+    w: Float32Array, v: Float32Array, flip: bool,
+) -> None:  # fmt: skip
+    """Add the 3x3 correlations of one row of features with two kernels to two outputs.
+
+    The row is loaded once for both, about half as many loads per multiplication.
+    """
+    # out, other: (side * batch,); w, v: (9,), kernels of `out` and `other`
+    n = len(out)
+    x0, x1, x2, x3, x4, x5, x6, x7, x8 = neighbours(a, at, row, batch, n)
+    w0, w1, w2, w3, w4, w5, w6, w7, w8 = nine_of(w, flip)
+    v0, v1, v2, v3, v4, v5, v6, v7, v8 = nine_of(v, flip)
+    # Pixels of the row and images.
+    for i in range(n):
+        out[i] += (
+            w0 * x0[i] + w1 * x1[i] + w2 * x2[i] + w3 * x3[i] + w4 * x4[i]
+            + w5 * x5[i] + w6 * x6[i] + w7 * x7[i] + w8 * x8[i]
+        )  # fmt: skip
+        other[i] += (
+            v0 * x0[i] + v1 * x1[i] + v2 * x2[i] + v3 * x3[i] + v4 * x4[i]
+            + v5 * x5[i] + v6 * x6[i] + v7 * x7[i] + v8 * x8[i]
+        )  # fmt: skip
+
+
+@kernel
+def conv_forward(op: np.record, a: Float32Array, p: Float32Array, batch: int) -> None:
+    """Convolve with a 1x1 or 3x3 kernel, stride 1 and zero padding."""
+    # x = a[src]: (cin, side + 2, side + 2, batch); y = a[dst]: (cout, side + 2, side + 2, batch)
+    # w = p[weight]: (cout, cin / groups, width, width), outputs `stride` apart
+    # b = p[bias]: (cout,)
+    src, dst, weight, bias, stride = op.src, op.dst, op.weight, op.bias, op.stride
+    side, width, cout = op.side, op.kernel_size, op.out_channels
+    n, row = side * batch, (side + 2) * batch
+    group_in, group_out = op.in_channels // op.groups, cout // op.groups
+    # Rows, then output channels: the input rows stay in the cache for all outputs.
+    for y in range(side):
         co = 0
+        # Output channels, two at a time if the next one is in the same group.
         while co < cout:
             pairs = width == 3 and (co + 1) % group_out != 0
-            out = run(a, first_row(dst, co, size, batch) + y * row, n)
-            other = run(a, first_row(dst, co + pairs, size, batch) + y * row, n)
+            out = run(a, first_row(dst, co, side, batch) + y * row, n)
+            other = run(a, first_row(dst, co + pairs, side, batch) + y * row, n)
             fill(out, p[bias + co] if bias >= 0 else np.float32(0))
             if pairs:
                 fill(other, p[bias + co + 1] if bias >= 0 else np.float32(0))
+            # Input channels of the group.
             for c in range(group_in):
                 ci = co // group_out * group_in + c
-                at = first_row(src, ci, size, batch) + y * row
+                at = first_row(src, ci, side, batch) + y * row
                 w = weight + co * stride + c * width * width
                 if width == 1:
                     add_scaled(out, run(a, at, n), p[w])
@@ -221,48 +239,60 @@ def conv_forward(op: np.void, a: Float32Array, p: Float32Array, batch: int) -> N
 
 @kernel
 def conv_backward(
-    op: np.void, a: Float32Array, d: Float32Array, p: Float32Array, g: Float32Array, batch: int
+    op: np.record, a: Float32Array, d: Float32Array, p: Float32Array, g: Float32Array, batch: int
 ) -> None:
     """Write the gradients of weights and bias, and of the input unless the mode is NONE."""
-    src, dst, cin, cout, size, width, groups, weight, stride, bias, mode = (
-        op["src"], op["dst"], op["in_channels"], op["out_channels"], op["size"],
-        op["kernel_size"], op["groups"], op["weight"], op["stride"], op["bias"], op["mode"],
-    )  # fmt: skip
-    n, row = size * batch, (size + 2) * batch
-    group_in, group_out = cin // groups, cout // groups
-    for co in range(cout):
-        first = first_row(dst, co, size, batch)
+    # The forward was y[co] = b[co] + sum over ci of x[ci] correlated with w[co, ci], so
+    # dw[co, ci] = sum of dy[co] * shifted x[ci], db[co] = sum of dy[co], and
+    # dx[ci] = sum over co of dy[co] correlated with w[co, ci] rotated by 180 degrees.
+    # x, dx = a[src], d[src]: (cin, side + 2, side + 2, batch)
+    # dy = d[dst]: (cout, side + 2, side + 2, batch)
+    # w, dw = p[weight], g[weight]: (cout, cin / groups, width, width), outputs `stride` apart
+    # db = g[bias]: (cout,)
+    src, dst, weight, bias, stride = op.src, op.dst, op.weight, op.bias, op.stride
+    side, width, cin, mode = op.side, op.kernel_size, op.in_channels, op.mode
+    n, row = side * batch, (side + 2) * batch
+    group_in, group_out = cin // op.groups, op.out_channels // op.groups
+    # Output channels: gradients of their weights and bias.
+    for co in range(op.out_channels):
+        first = first_row(dst, co, side, batch)
         if bias >= 0:
             total = np.float32(0)
-            for y in range(size):
+            # Rows.
+            for y in range(side):
                 total += total_of(run(d, first + y * row, n))
             g[bias + co] = total
+        # Input channels of the group, a kernel each.
         for c in range(group_in):
             ci = co // group_out * group_in + c
-            at = first_row(src, ci, size, batch)
+            at = first_row(src, ci, side, batch)
             w = weight + co * stride + c * width * width
             if width == 1:
                 total = np.float32(0)
-                for y in range(size):
+                # Rows.
+                for y in range(side):
                     total += dot(run(d, first + y * row, n), run(a, at + y * row, n))
                 g[w] = total
             else:
-                _tap_gradients(run(g, w, 9), a, d, first, at, size, batch)
+                _tap_gradients(run(g, w, 9), a, d, first, at, side, batch)
     if mode == GradientMode.NONE:
         return
-    for y in range(size):
+    # Rows, then input channels: the rows of dy stay in the cache for all inputs.
+    for y in range(side):
         ci = 0
+        # Input channels, two at a time if the next one is in the same group.
         while ci < cin:
             pairs = width == 3 and (ci + 1) % group_in != 0
-            out = run(d, first_row(src, ci, size, batch) + y * row, n)
-            other = run(d, first_row(src, ci + pairs, size, batch) + y * row, n)
+            out = run(d, first_row(src, ci, side, batch) + y * row, n)
+            other = run(d, first_row(src, ci + pairs, side, batch) + y * row, n)
             if mode == GradientMode.ASSIGN:
                 fill(out, np.float32(0))
                 fill(other, np.float32(0))
             group = ci // group_in
+            # Output channels of the group.
             for c in range(group_out):
                 co = group * group_out + c
-                at = first_row(dst, co, size, batch) + y * row
+                at = first_row(dst, co, side, batch) + y * row
                 w = weight + co * stride + (ci - group * group_in) * width * width
                 if width == 1:
                     add_scaled(out, run(d, at, n), p[w])
@@ -277,12 +307,14 @@ def conv_backward(
 
 @kernel
 def _tap_gradients(
-    out: Float32Array, a: Float32Array, d: Float32Array, first: int, at: int, size: int, batch: int
+    out: Float32Array, a: Float32Array, d: Float32Array, first: int, at: int, side: int, batch: int
 ) -> None:
-    """Write the nine inner products of a gradient with its shifted input."""
-    n, row = size * batch, (size + 2) * batch
+    """Write the gradient of one 3x3 kernel: inner products of dy with the shifted input."""
+    # out: (9,); dy = d[first] and x = a[at]: one channel each, (side + 2, side + 2, batch)
+    n, row = side * batch, (side + 2) * batch
     s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = s8 = np.float32(0)
-    for y in range(size):
+    # Rows, then pixels of the row and images: nine sums in registers.
+    for y in range(side):
         v = run(d, first + y * row, n)
         x0, x1, x2, x3, x4, x5, x6, x7, x8 = neighbours(a, at + y * row, row, batch, n)
         for i in range(n):
@@ -299,44 +331,53 @@ def _tap_gradients(
     out[5], out[6], out[7], out[8] = s5, s6, s7, s8
 
 
+# ---------------------------------------------------------------------------------- batch norm
+
+
 @kernel
 def norm_forward(
-    op: np.void,
+    op: np.record,
     a: Float32Array,
     p: Float32Array,
     buffers: Float32Array,
     batch: int,
-    training: bool,
+    is_training: bool,
 ) -> None:
-    """Batch norm, and a rectifier if asked for; mean and 1 / std of the batch go to `stats`."""
-    src, dst, channels, size, scale, shift, mean_at, var_at, stats, rectify = (
-        op["src"], op["dst"], op["in_channels"], op["size"], op["weight"],
-        op["bias"], op["mean"], op["var"], op["aux"], op["rectify"] != 0,
-    )  # fmt: skip
-    n, row, count = size * batch, (size + 2) * batch, np.float32(size * size * batch)
-    for c in range(channels):
-        x, y = first_row(src, c, size, batch), first_row(dst, c, size, batch)
-        if training:
+    """Batch norm, and ReLU if `rectify`; training also updates the running statistics."""
+    # x = a[src], y = a[dst]: (channels, side + 2, side + 2, batch)
+    # scale = p[weight], shift = p[bias]: (channels,)
+    # running mean and variance = buffers[running_mean], buffers[running_var]: (channels,)
+    # a[aux]: (channels, 2), output: mean and 1 / std for the backward pass
+    src, dst, side, rectify, aux = op.src, op.dst, op.side, op.rectify, op.aux
+    n, row, count = side * batch, (side + 2) * batch, np.float32(side * side * batch)
+    # Channels, each with statistics of its own.
+    for c in range(op.in_channels):
+        x, y = first_row(src, c, side, batch), first_row(dst, c, side, batch)
+        if is_training:
             total = np.float32(0)
-            for r in range(size):
+            # Rows: the mean.
+            for r in range(side):
                 total += total_of(run(a, x + r * row, n))
             mean = total / count
             square = np.float32(0)
-            for r in range(size):
+            # Rows again: a variance from squared deviations does not cancel.
+            for r in range(side):
                 v = run(a, x + r * row, n)
                 for i in range(n):
                     square += (v[i] - mean) * (v[i] - mean)
             var = square / count
-            buffers[mean_at + c] = KEEP * buffers[mean_at + c] + (1 - KEEP) * mean
+            at, to = op.running_mean + c, op.running_var + c
+            buffers[at] = KEEP * buffers[at] + (1 - KEEP) * mean
             unbiased = square / (count - 1)
-            buffers[var_at + c] = KEEP * buffers[var_at + c] + (1 - KEEP) * unbiased
+            buffers[to] = KEEP * buffers[to] + (1 - KEEP) * unbiased
         else:
-            mean, var = buffers[mean_at + c], buffers[var_at + c]
+            mean, var = buffers[op.running_mean + c], buffers[op.running_var + c]
         inverse = np.float32(1) / np.sqrt(var + EPSILON)
-        a[stats + 2 * c], a[stats + 2 * c + 1] = mean, inverse
-        factor = p[scale + c] * inverse
-        constant = p[shift + c] - mean * factor
-        for r in range(size):
+        a[aux + 2 * c], a[aux + 2 * c + 1] = mean, inverse
+        factor = p[op.weight + c] * inverse
+        constant = p[op.bias + c] - mean * factor
+        # Rows: y = scale * (x - mean) / std + shift as one multiply-add.
+        for r in range(side):
             v, out = run(a, x + r * row, n), run(a, y + r * row, n)
             if rectify:
                 for i in range(n):
@@ -349,19 +390,27 @@ def norm_forward(
 
 @kernel
 def norm_backward(
-    op: np.void, a: Float32Array, d: Float32Array, p: Float32Array, g: Float32Array, batch: int
+    op: np.record, a: Float32Array, d: Float32Array, p: Float32Array, g: Float32Array, batch: int
 ) -> None:
-    """Gradients of scale, shift and input. Source: Ioffe and Szegedy (2015), section 3."""
-    src, dst, channels, size, scale, shift, stats, rectify, mode = (
-        op["src"], op["dst"], op["in_channels"], op["size"],
-        op["weight"], op["bias"], op["aux"], op["rectify"] != 0, op["mode"],
-    )  # fmt: skip
-    n, row, count = size * batch, (size + 2) * batch, np.float32(size * size * batch)
-    for c in range(channels):
-        x, y = first_row(src, c, size, batch), first_row(dst, c, size, batch)
-        mean, inverse = a[stats + 2 * c], a[stats + 2 * c + 1]
+    """Write the gradients of scale and shift, and of the input unless the mode is NONE.
+
+    Source: Ioffe and Szegedy (2015), section 3.
+    """
+    # The forward was y = scale * z + shift with z = (x - mean) * inverse, and ReLU if `rectify`, so
+    # dshift = sum of dy, dscale = sum of dy * z, and
+    # dx = scale * inverse * (dy - mean of dy - z * mean of dy * z).
+    # x, dx = a[src], d[src]; y, dy = a[dst], d[dst]: (channels, side + 2, side + 2, batch)
+    # scale, dscale = p[weight], g[weight]; dshift = g[bias]: (channels,)
+    # mean, inverse = a[aux]: (channels, 2)
+    src, dst, side, rectify, mode, aux = op.src, op.dst, op.side, op.rectify, op.mode, op.aux
+    n, row, count = side * batch, (side + 2) * batch, np.float32(side * side * batch)
+    # Channels.
+    for c in range(op.in_channels):
+        x, y = first_row(src, c, side, batch), first_row(dst, c, side, batch)
+        mean, inverse = a[aux + 2 * c], a[aux + 2 * c + 1]
         of_shift = of_scale = np.float32(0)
-        for r in range(size):
+        # Rows: dy is masked in place where the ReLU cut off, then both sums.
+        for r in range(side):
             v, grad, out = run(a, x + r * row, n), run(d, y + r * row, n), run(a, y + r * row, n)
             if rectify:
                 for i in range(n):
@@ -370,13 +419,14 @@ def norm_backward(
                 of_shift += grad[i]
                 of_scale += grad[i] * (v[i] - mean)
         of_scale *= inverse
-        g[shift + c], g[scale + c] = of_shift, of_scale
+        g[op.bias + c], g[op.weight + c] = of_shift, of_scale
         if mode == GradientMode.NONE:
             continue
-        factor = p[scale + c] * inverse
+        factor = p[op.weight + c] * inverse
         mean_grad = of_shift / count
         slope = of_scale / count * inverse
-        for r in range(size):
+        # Rows again: dx needs the sums over all of them.
+        for r in range(side):
             v, grad, out = run(a, x + r * row, n), run(d, y + r * row, n), run(d, x + r * row, n)
             if mode == GradientMode.ASSIGN:
                 for i in range(n):
@@ -386,29 +436,37 @@ def norm_backward(
                     out[i] += factor * (grad[i] - mean_grad - (v[i] - mean) * slope)
 
 
+# ---------------------------------------------------------------------------------- ReLU, pooling
+
+
 @kernel
-def relu_forward(op: np.void, a: Float32Array, batch: int) -> None:
-    """Rectify."""
-    src, dst, channels, size = op["src"], op["dst"], op["in_channels"], op["size"]
-    n, row = size * batch, (size + 2) * batch
-    for c in range(channels):
-        x, y = first_row(src, c, size, batch), first_row(dst, c, size, batch)
-        for r in range(size):
+def relu_forward(op: np.record, a: Float32Array, batch: int) -> None:
+    """Write max(x, 0)."""
+    # x = a[src], y = a[dst]: (channels, side + 2, side + 2, batch)
+    src, dst, side = op.src, op.dst, op.side
+    n, row = side * batch, (side + 2) * batch
+    # Channels, rows, then pixels of the row and images; NaN is not <= 0, so it stays NaN.
+    for c in range(op.in_channels):
+        x, y = first_row(src, c, side, batch), first_row(dst, c, side, batch)
+        for r in range(side):
             v, out = run(a, x + r * row, n), run(a, y + r * row, n)
             for i in range(n):
                 out[i] = np.float32(0) if v[i] <= 0 else v[i]
 
 
 @kernel
-def relu_backward(op: np.void, a: Float32Array, d: Float32Array, batch: int) -> None:
-    """Let the gradient through where the output is above zero."""
-    src, dst, channels, size, mode = op["src"], op["dst"], op["in_channels"], op["size"], op["mode"]
-    n, row = size * batch, (size + 2) * batch
+def relu_backward(op: np.record, a: Float32Array, d: Float32Array, batch: int) -> None:
+    """Write the gradient of the input unless the mode is NONE."""
+    # The forward was y = max(x, 0), so dx = dy where y > 0, else 0.
+    # y = a[dst]; dx, dy = d[src], d[dst]: (channels, side + 2, side + 2, batch)
+    src, dst, side, mode = op.src, op.dst, op.side, op.mode
+    n, row = side * batch, (side + 2) * batch
     if mode == GradientMode.NONE:
         return
-    for c in range(channels):
-        x, y = first_row(src, c, size, batch), first_row(dst, c, size, batch)
-        for r in range(size):
+    # Channels, rows, then pixels of the row and images.
+    for c in range(op.in_channels):
+        x, y = first_row(src, c, side, batch), first_row(dst, c, side, batch)
+        for r in range(side):
             v, grad, out = run(a, y + r * row, n), run(d, y + r * row, n), run(d, x + r * row, n)
             for i in range(n):
                 through = np.float32(0) if v[i] <= 0 else grad[i]
@@ -416,18 +474,22 @@ def relu_backward(op: np.void, a: Float32Array, d: Float32Array, batch: int) -> 
 
 
 @kernel
-def pool_forward(op: np.void, a: Float32Array, batch: int) -> None:
-    """Take the maximum of every 2x2 square; a last odd row or column is left out."""
-    src, dst, channels, size = op["src"], op["dst"], op["in_channels"], op["size"]
-    row, half = (size + 2) * batch, size // 2
-    for c in range(channels):
-        x, y = first_row(src, c, size, batch), first_row(dst, c, half, batch)
+def pool_forward(op: np.record, a: Float32Array, batch: int) -> None:
+    """Max-pool every 2x2 square; an odd last row or column is dropped."""
+    # x = a[src]: (channels, side + 2, side + 2, batch)
+    # y = a[dst]: (channels, half + 2, half + 2, batch)
+    src, dst, side = op.src, op.dst, op.side
+    row, half = (side + 2) * batch, side // 2
+    # Channels, then squares by row and column.
+    for c in range(op.in_channels):
+        x, y = first_row(src, c, side, batch), first_row(dst, c, half, batch)
         for r in range(half):
             for q in range(half):
                 at = x + 2 * r * row + 2 * q * batch
                 x0, x1 = run(a, at, batch), run(a, at + batch, batch)
                 x2, x3 = run(a, at + row, batch), run(a, at + row + batch, batch)
                 out = run(a, y + r * (half + 2) * batch + q * batch, batch)
+                # Images.
                 for i in range(batch):
                     upper = x1[i] if x1[i] > x0[i] else x0[i]
                     lower = x3[i] if x3[i] > x2[i] else x2[i]
@@ -435,16 +497,23 @@ def pool_forward(op: np.void, a: Float32Array, batch: int) -> None:
 
 
 @kernel
-def pool_backward(op: np.void, a: Float32Array, d: Float32Array, batch: int) -> None:
-    """Give each gradient to the first of the four that is the maximum; the others get zero."""
-    src, dst, channels, size = op["src"], op["dst"], op["in_channels"], op["size"]
-    n, row, half = size * batch, (size + 2) * batch, size // 2
+def pool_backward(op: np.record, a: Float32Array, d: Float32Array, batch: int) -> None:
+    """Assign the gradient of the input."""
+    # The forward was y = max(x0, x1, x2, x3) for every 2x2 square, so dy goes to the first of the
+    # four that equals y, and the others get 0.
+    # x, dx = a[src], d[src]: (channels, side + 2, side + 2, batch)
+    # y, dy = a[dst], d[dst]: (channels, half + 2, half + 2, batch)
+    src, dst, side = op.src, op.dst, op.side
+    n, row, half = side * batch, (side + 2) * batch, side // 2
     zero = np.float32(0)
-    for c in range(channels):
-        x, y = first_row(src, c, size, batch), first_row(dst, c, half, batch)
-        if size % 2:
-            for r in range(size):
+    # Channels.
+    for c in range(op.in_channels):
+        x, y = first_row(src, c, side, batch), first_row(dst, c, half, batch)
+        if side % 2:
+            # Rows: no square covers the last row and column.
+            for r in range(side):
                 fill(run(d, x + r * row, n), zero)
+        # Squares by row and column.
         for r in range(half):
             for q in range(half):
                 at = x + 2 * r * row + 2 * q * batch
@@ -454,6 +523,7 @@ def pool_backward(op: np.void, a: Float32Array, d: Float32Array, batch: int) -> 
                 top, grad = run(a, to, batch), run(d, to, batch)
                 d0, d1 = run(d, at, batch), run(d, at + batch, batch)
                 d2, d3 = run(d, at + row, batch), run(d, at + row + batch, batch)
+                # Images.
                 for i in range(batch):
                     is0 = x0[i] == top[i]
                     is1 = x1[i] == top[i] and not is0
@@ -464,30 +534,38 @@ def pool_backward(op: np.void, a: Float32Array, d: Float32Array, batch: int) -> 
                     d3[i] = zero if is0 or is1 or is2 else grad[i]
 
 
+# ---------------------------------------------------------------------------------- pooled features
+
+
 @kernel
-def average(a: Float32Array, src: int, dst: int, channels: int, size: int, batch: int) -> None:
-    """Pool over pixels. (channels, size + 2, size + 2, batch) -> (channels, batch)."""
-    row = (size + 2) * batch
-    share = np.float32(1) / np.float32(size * size)
+def average(a: Float32Array, src: int, dst: int, channels: int, side: int, batch: int) -> None:
+    """Average over pixels."""
+    # x = a[src]: (channels, side + 2, side + 2, batch); y = a[dst]: (channels, batch)
+    row = (side + 2) * batch
+    share = np.float32(1) / np.float32(side * side)
+    # Channels, then pixels by row and column.
     for c in range(channels):
-        x, out = first_row(src, c, size, batch), run(a, dst + c * batch, batch)
+        x, out = first_row(src, c, side, batch), run(a, dst + c * batch, batch)
         fill(out, np.float32(0))
-        for r in range(size):
-            for q in range(size):
+        for r in range(side):
+            for q in range(side):
                 add_scaled(out, run(a, x + r * row + q * batch, batch), share)
 
 
 @kernel
 def spread_average(
-    d: Float32Array, src: int, dst: int, channels: int, size: int, batch: int, mode: int
+    d: Float32Array, src: int, dst: int, channels: int, side: int, batch: int, mode: GradientMode
 ) -> None:
-    """Give every pixel of `src` its share of the gradient of its average at `dst`."""
-    row = (size + 2) * batch
-    share = np.float32(1) / np.float32(size * size)
+    """Assign or accumulate the gradient of the input of `average`."""
+    # The forward was y = sum of x / side^2, so dx = dy / side^2 at every pixel.
+    # dx = d[src]: (channels, side + 2, side + 2, batch); dy = d[dst]: (channels, batch)
+    row = (side + 2) * batch
+    share = np.float32(1) / np.float32(side * side)
+    # Channels, then pixels by row and column.
     for c in range(channels):
-        x, grad = first_row(src, c, size, batch), run(d, dst + c * batch, batch)
-        for r in range(size):
-            for q in range(size):
+        x, grad = first_row(src, c, side, batch), run(d, dst + c * batch, batch)
+        for r in range(side):
+            for q in range(side):
                 out = run(d, x + r * row + q * batch, batch)
                 if mode == GradientMode.ASSIGN:
                     fill(out, np.float32(0))
@@ -496,18 +574,13 @@ def spread_average(
 
 @kernel
 def affine_forward(
-    a: Float32Array,
-    p: Float32Array,
-    src: int,
-    dst: int,
-    cin: int,
-    cout: int,
-    batch: int,
-    weight: int,
-    stride: int,
-    bias: int,
-) -> None:
-    """Map (cin, batch) to (cout, batch)."""
+    a: Float32Array, p: Float32Array, src: int, dst: int, cin: int, cout: int, batch: int,
+    weight: int, stride: int, bias: int,
+) -> None:  # fmt: skip
+    """Affine map of pooled features."""
+    # x = a[src]: (cin, batch); y = a[dst]: (cout, batch)
+    # w = p[weight]: (cout, cin), outputs `stride` apart; b = p[bias]: (cout,)
+    # Outputs, then inputs.
     for j in range(cout):
         out = run(a, dst + j * batch, batch)
         fill(out, p[bias + j])
@@ -517,21 +590,17 @@ def affine_forward(
 
 @kernel
 def affine_backward(
-    a: Float32Array,
-    d: Float32Array,
-    p: Float32Array,
-    g: Float32Array,
-    src: int,
-    dst: int,
-    cin: int,
-    cout: int,
-    batch: int,
-    weight: int,
-    stride: int,
-    bias: int,
-) -> None:
-    """Write the gradients of weights, bias and input."""
+    a: Float32Array, d: Float32Array, p: Float32Array, g: Float32Array, src: int, dst: int,
+    cin: int, cout: int, batch: int, weight: int, stride: int, bias: int,
+) -> None:  # fmt: skip
+    """Assign the gradients of weights, bias and input."""
+    # The forward was y[j] = b[j] + sum over c of w[j, c] * x[c], so
+    # dw[j, c] = sum over images of dy[j] * x[c], db[j] = sum over images of dy[j], and
+    # dx[c] = sum over j of w[j, c] * dy[j].
+    # x, dx = a[src], d[src]: (cin, batch); dy = d[dst]: (cout, batch)
+    # w, dw = p[weight], g[weight]: (cout, cin), outputs `stride` apart; db = g[bias]: (cout,)
     fill(run(d, src, cin * batch), np.float32(0))
+    # Outputs, then inputs.
     for j in range(cout):
         grad = run(d, dst + j * batch, batch)
         g[bias + j] = total_of(grad)
@@ -540,53 +609,70 @@ def affine_backward(
             add_scaled(run(d, src + c * batch, batch), grad, p[weight + j * stride + c])
 
 
+# ---------------------------------------------------------------------------------- squeeze-excite
+
+
 @kernel
-def excite_forward(op: np.void, a: Float32Array, p: Float32Array, batch: int) -> None:
-    """Squeeze and excite; `aux` holds pooled, map 1, its silu, map 2 and its tanh."""
-    src, dst, channels, hidden, size, aux, w1, stride1, b1, w2, stride2, b2 = (
-        op["src"], op["dst"], op["in_channels"], op["hidden"], op["size"], op["aux"],
-        op["weight"], op["stride"], op["bias"], op["weight_2"], op["stride_2"], op["bias_2"],
-    )  # fmt: skip
-    z1, h = aux + channels * batch, aux + (channels + hidden) * batch
-    z2, e = aux + (channels + 2 * hidden) * batch, aux + (2 * channels + 2 * hidden) * batch
-    average(a, src, aux, channels, size, batch)
-    affine_forward(a, p, aux, z1, channels, hidden, batch, w1, stride1, b1)
+def _excite_regions(op: np.record, batch: int) -> tuple[int, int, int, int]:
+    """Return the offsets of z1, h, z2 and e, which follow the pooled features."""
+    z1 = op.aux + op.in_channels * batch
+    h = z1 + op.hidden * batch
+    z2 = h + op.hidden * batch
+    return z1, h, z2, z2 + op.in_channels * batch
+
+
+@kernel
+def excite_forward(op: np.record, a: Float32Array, p: Float32Array, batch: int) -> None:
+    """Multiply each channel by a function of all pooled channels."""
+    # x = a[src], y = a[dst]: (channels, side + 2, side + 2, batch)
+    # pooled = a[aux]: (channels, batch); z1, h = silu(z1): (hidden, batch)
+    # z2, e = tanh(z2): (channels, batch)
+    # first map = p[weight], p[bias]; second map = p[weight_2], p[bias_2]
+    channels, hidden, side = op.in_channels, op.hidden, op.side
+    z1, h, z2, e = _excite_regions(op, batch)
+    average(a, op.src, op.aux, channels, side, batch)
+    affine_forward(a, p, op.aux, z1, channels, hidden, batch, op.weight, op.stride, op.bias)
+    # Hidden units and images: silu.
     for i in range(hidden * batch):
         a[h + i] = a[z1 + i] / (1 + math.exp(-a[z1 + i]))
-    affine_forward(a, p, h, z2, hidden, channels, batch, w2, stride2, b2)
+    affine_forward(a, p, h, z2, hidden, channels, batch, op.weight_2, op.stride_2, op.bias_2)
+    # Channels and images: tanh.
     for i in range(channels * batch):
         a[e + i] = math.tanh(a[z2 + i])
-    row = (size + 2) * batch
+    row = (side + 2) * batch
+    # Channels, then pixels by row and column: y = x * e.
     for c in range(channels):
         factor = run(a, e + c * batch, batch)
-        x, y = first_row(src, c, size, batch), first_row(dst, c, size, batch)
-        for r in range(size):
-            for q in range(size):
+        x, y = first_row(op.src, c, side, batch), first_row(op.dst, c, side, batch)
+        for r in range(side):
+            for q in range(side):
                 at = r * row + q * batch
                 v, out = run(a, x + at, batch), run(a, y + at, batch)
+                # Images.
                 for i in range(batch):
                     out[i] = v[i] * factor[i]
 
 
 @kernel
 def excite_backward(
-    op: np.void, a: Float32Array, d: Float32Array, p: Float32Array, g: Float32Array, batch: int
+    op: np.record, a: Float32Array, d: Float32Array, p: Float32Array, g: Float32Array, batch: int
 ) -> None:
-    """Write the gradients of both maps and of the input."""
-    src, dst, channels, hidden, size, aux, w1, stride1, b1, w2, stride2, b2, mode = (
-        op["src"], op["dst"], op["in_channels"], op["hidden"], op["size"], op["aux"],
-        op["weight"], op["stride"], op["bias"], op["weight_2"], op["stride_2"], op["bias_2"],
-        op["mode"],
-    )  # fmt: skip
-    z1, h = aux + channels * batch, aux + (channels + hidden) * batch
-    z2, e = aux + (channels + 2 * hidden) * batch, aux + (2 * channels + 2 * hidden) * batch
-    row = (size + 2) * batch
+    """Write the gradients of both maps, and of the input unless the mode is NONE."""
+    # The forward was y = x * e with e = tanh(W2 silu(W1 pooled(x) + b1) + b2), so
+    # de = sum over pixels of dy * x, dx = dy * e + the gradient that comes back through e.
+    # x, dx = a[src], d[src]; dy = d[dst]: (channels, side + 2, side + 2, batch)
+    # pooled = a[aux]: (channels, batch); z1, h: (hidden, batch); z2, e: (channels, batch)
+    channels, hidden, side, mode = op.in_channels, op.hidden, op.side, op.mode
+    z1, h, z2, e = _excite_regions(op, batch)
+    row = (side + 2) * batch
+    # Channels: dz2, and the part of dx that does not pass through e.
     for c in range(channels):
         factor, of_factor = run(a, e + c * batch, batch), run(d, z2 + c * batch, batch)
         fill(of_factor, np.float32(0))
-        x, y = first_row(src, c, size, batch), first_row(dst, c, size, batch)
-        for r in range(size):
-            for q in range(size):
+        x, y = first_row(op.src, c, side, batch), first_row(op.dst, c, side, batch)
+        # Pixels by row and column, then images.
+        for r in range(side):
+            for q in range(side):
                 at = r * row + q * batch
                 v, grad, out = run(a, x + at, batch), run(d, y + at, batch), run(d, x + at, batch)
                 for i in range(batch):
@@ -595,23 +681,29 @@ def excite_backward(
                     for i in range(batch):
                         through = grad[i] * factor[i]
                         out[i] = through if mode == GradientMode.ASSIGN else out[i] + through
+        # Images: tanh' = 1 - tanh^2.
         for i in range(batch):
             of_factor[i] *= 1 - factor[i] * factor[i]
-    affine_backward(a, d, p, g, h, z2, hidden, channels, batch, w2, stride2, b2)
+    affine_backward(a, d, p, g, h, z2, hidden, channels, batch, op.weight_2, op.stride_2, op.bias_2)
+    # Hidden units and images: silu'(z) = s * (1 + z * (1 - s)) with s = sigmoid(z).
     for i in range(hidden * batch):
         s = 1 / (1 + math.exp(-a[z1 + i]))
         d[z1 + i] = d[h + i] * np.float32(s * (1 + a[z1 + i] * (1 - s)))
-    affine_backward(a, d, p, g, aux, z1, channels, hidden, batch, w1, stride1, b1)
+    affine_backward(a, d, p, g, op.aux, z1, channels, hidden, batch, op.weight, op.stride, op.bias)
     if mode != GradientMode.NONE:
-        spread_average(d, src, aux, channels, size, batch, GradientMode.ACCUMULATE)
+        spread_average(d, op.src, op.aux, channels, side, batch, GradientMode.ACCUMULATE)
+
+
+# ---------------------------------------------------------------------------------- blending
 
 
 @kernel
 def tanh_of(out: Float32Array, x: Float32Array) -> None:
-    """Write tanh(x), by a rational function that a loop can vectorise.
+    """Write tanh(x) as a rational function, which the compiler can vectorise.
 
-    Within 5e-7 of the true value, like Eigen's, whose coefficients these are.
+    Within 5e-7 of the true value. Source: the coefficients of Eigen's `ptanh_float`.
     """
+    # out, x: (n,)
     for i in range(len(x)):
         v = x[i]
         v = np.float32(7.90531110763549805) if v > np.float32(7.90531110763549805) else v
@@ -630,45 +722,50 @@ def tanh_of(out: Float32Array, x: Float32Array) -> None:
 
 
 @kernel
-def tanh_forward(op: np.void, a: Float32Array, batch: int) -> None:
-    """Replace features by their tanh."""
-    src, channels, size = op["src"], op["in_channels"], op["size"]
-    row = (size + 2) * batch
-    for c in range(channels):
-        for y in range(size):
-            x = run(a, first_row(src, c, size, batch) + y * row, size * batch)
+def tanh_forward(op: np.record, a: Float32Array, batch: int) -> None:
+    """Replace the output of a branch by its tanh; `mix_backward` includes the gradient."""
+    # r = a[src]: (channels, side + 2, side + 2, batch), input and output
+    side = op.side
+    # Channels and rows.
+    for c in range(op.in_channels):
+        for y in range(side):
+            x = run(a, first_row(op.src, c, side, batch) + y * (side + 2) * batch, side * batch)
             tanh_of(x, x)
 
 
 @kernel
-def gate_forward(op: np.void, a: Float32Array, p: Float32Array, batch: int) -> None:
-    """Put the pooled features at `aux` and the gate, (batch,), behind them."""
-    src, channels, size, aux, weight, bias = (
-        op["src"], op["in_channels"], op["size"], op["aux"], op["weight"], op["bias"],
-    )  # fmt: skip
-    average(a, src, aux, channels, size, batch)
-    gate = aux + channels * batch
-    affine_forward(a, p, aux, gate, channels, 1, batch, weight, channels, bias)
+def gate_forward(op: np.record, a: Float32Array, p: Float32Array, batch: int) -> None:
+    """Compute a seed's gate; `mix_backward` includes the gradient."""
+    # x = a[src]: (channels, side + 2, side + 2, batch)
+    # pooled = a[aux]: (channels, batch), output; gate, behind it: (batch,), output
+    # w = p[weight]: (channels,); b = p[bias]: (1,)
+    channels = op.in_channels
+    average(a, op.src, op.aux, channels, op.side, batch)
+    gate = op.aux + channels * batch
+    affine_forward(a, p, op.aux, gate, channels, 1, batch, op.weight, channels, op.bias)
+    # Images: sigmoid.
     for i in range(batch):
         a[gate + i] = 1 / (1 + math.exp(-a[gate + i]))
 
 
 @kernel
-def mix_forward(op: np.void, a: Float32Array, alpha: np.float32, batch: int) -> None:
-    """H + alpha * r; see `slots`. For MULTIPLY, tanh(d) replaces d at `branch`."""
-    src, branch, dst, channels, size, blend, aux = (
-        op["src"], op["branch"], op["dst"], op["in_channels"], op["size"], op["blend"], op["aux"],
-    )  # fmt: skip
-    row = (size + 2) * batch
-    gate = run(a, aux + channels * batch, batch)
-    for c in range(channels):
-        x, v = first_row(src, c, size, batch), first_row(branch, c, size, batch)
-        y = first_row(dst, c, size, batch)
-        for r in range(size):
-            h, out = run(a, x + r * row, size * batch), run(a, y + r * row, size * batch)
-            residual = run(a, v + r * row, size * batch)
+def mix_forward(op: np.record, a: Float32Array, alpha: np.float32, batch: int) -> None:
+    """Blend the output of a branch into the features, with weight alpha."""
+    # h = a[src], r = a[branch], y = a[dst]: (channels, side + 2, side + 2, batch)
+    # gate, behind the pooled features a[aux]: (batch,); for MULTIPLY, r is a tanh already
+    side, blend = op.side, op.blend
+    row = (side + 2) * batch
+    gate = run(a, op.aux + op.in_channels * batch, batch)
+    # Channels and rows.
+    for c in range(op.in_channels):
+        x, v = first_row(op.src, c, side, batch), first_row(op.branch, c, side, batch)
+        y = first_row(op.dst, c, side, batch)
+        for r in range(side):
+            h, out = run(a, x + r * row, side * batch), run(a, y + r * row, side * batch)
+            residual = run(a, v + r * row, side * batch)
+            # Pixels of the row and images.
             if alpha == 0:
-                copy(out, h)
+                copy(out, h)  # Exactly h, even if the branch is not finite.
             elif blend == Blend.ADD:
                 for i in range(len(h)):
                     out[i] = h[i] + alpha * residual[i]
@@ -676,7 +773,7 @@ def mix_forward(op: np.void, a: Float32Array, alpha: np.float32, batch: int) -> 
                 for i in range(len(h)):
                     out[i] = h[i] + alpha * h[i] * residual[i]
             else:
-                for q in range(size):
+                for q in range(side):
                     for i in range(batch):
                         k = q * batch + i
                         out[k] = h[k] + alpha * gate[i] * residual[k]
@@ -684,32 +781,35 @@ def mix_forward(op: np.void, a: Float32Array, alpha: np.float32, batch: int) -> 
 
 @kernel
 def mix_backward(
-    op: np.void,
-    a: Float32Array,
-    d: Float32Array,
-    p: Float32Array,
-    g: Float32Array,
-    alpha: np.float32,
-    beta: np.float32,
-    batch: int,
-) -> None:
-    """Gradients of features, branch and gate, with beta in place of alpha towards the seed."""
-    src, branch, dst, channels, size, blend, aux, weight, bias, is_isolated = (
-        op["src"], op["branch"], op["dst"], op["in_channels"], op["size"],
-        op["blend"], op["aux"], op["weight"], op["bias"], op["is_isolated"] != 0,
-    )  # fmt: skip
-    row = (size + 2) * batch
-    gate, of_gate = run(a, aux + channels * batch, batch), run(d, aux + channels * batch, batch)
+    op: np.record, a: Float32Array, d: Float32Array, p: Float32Array, g: Float32Array,
+    alpha: np.float32, beta: np.float32, batch: int,
+) -> None:  # fmt: skip
+    """Assign the gradients of features, branch and gate.
+
+    Towards the seed the weight is beta instead of alpha, so a seed can learn while alpha is 0.
+    """
+    # The forward was y = h + alpha * r (ADD), h + alpha * h * tanh(r) (MULTIPLY) or
+    # h + alpha * gate * r (GATE), so
+    # dh = dy (MULTIPLY: + alpha * dy * tanh(r); GATE: + the gradient through the pooled features),
+    # dr = beta * dy, beta * dy * h * (1 - tanh(r)^2) or beta * dy * gate, and
+    # dgate = sum over features of beta * dy * r.
+    # h, dh = a[src], d[src]; r, dr = a[branch], d[branch]: (channels, side + 2, side + 2, batch)
+    # dy = d[dst]: (channels, side + 2, side + 2, batch)
+    # gate, dgate, behind the pooled features a[aux], d[aux]: (batch,)
+    channels, side, blend = op.in_channels, op.side, op.blend
+    n, row, at = side * batch, (side + 2) * batch, op.aux + channels * batch
+    gate, of_gate = run(a, at, batch), run(d, at, batch)
     if blend == Blend.GATE:
         fill(of_gate, np.float32(0))
+    # Channels and rows.
     for c in range(channels):
-        x, v = first_row(src, c, size, batch), first_row(branch, c, size, batch)
-        y = first_row(dst, c, size, batch)
-        for r in range(size):
-            n = size * batch
+        x, v = first_row(op.src, c, side, batch), first_row(op.branch, c, side, batch)
+        y = first_row(op.dst, c, side, batch)
+        for r in range(side):
             h, grad = run(a, x + r * row, n), run(d, y + r * row, n)
             residual, of_residual = run(a, v + r * row, n), run(d, v + r * row, n)
             of_h = run(d, x + r * row, n)
+            # Pixels of the row and images.
             if blend == Blend.ADD:
                 for i in range(n):
                     of_h[i] = grad[i]
@@ -723,49 +823,53 @@ def mix_backward(
                     for i in range(n):
                         of_h[i] += alpha * grad[i] * residual[i]
             else:
-                for q in range(size):
+                for q in range(side):
                     for i in range(batch):
                         k = q * batch + i
                         of_h[k] = grad[k]
                         of_residual[k] = beta * grad[k] * gate[i]
                         of_gate[i] += beta * grad[k] * residual[k]
     if blend == Blend.GATE:
+        # Images: sigmoid' = sigmoid * (1 - sigmoid).
         for i in range(batch):
             of_gate[i] *= gate[i] * (1 - gate[i])
-        at = aux + channels * batch
-        affine_backward(a, d, p, g, aux, at, channels, 1, batch, weight, channels, bias)
-        if not is_isolated:
-            spread_average(d, src, aux, channels, size, batch, GradientMode.ACCUMULATE)
+        affine_backward(a, d, p, g, op.aux, at, channels, 1, batch, op.weight, channels, op.bias)
+        if not op.is_isolated:
+            spread_average(d, op.src, op.aux, channels, side, batch, GradientMode.ACCUMULATE)
+
+
+# ---------------------------------------------------------------------------------- classifier
 
 
 @kernel
 def classify(
-    op: np.void, a: Float32Array, p: Float32Array, batch: int, labels: IntArray
+    op: np.record, a: Float32Array, p: Float32Array, batch: int, labels: IntArray
 ) -> tuple[float, int]:
-    """Return summed loss and number of hits of images with a label, which is not negative.
-
-    The softmax is left behind the pooled features at `aux`.
-    """
-    src, channels, size, classes, aux, weight, stride, bias = (
-        op["src"], op["in_channels"], op["size"], op["out_channels"], op["aux"], op["weight"],
-        op["stride"], op["bias"],
-    )  # fmt: skip
-    average(a, src, aux, channels, size, batch)
+    """Return the summed cross-entropy and the number of hits; negative labels do not count."""
+    # x = a[src]: (channels, side + 2, side + 2, batch); labels: (batch,)
+    # pooled = a[aux]: (channels, batch); softmax, behind it: (classes, batch), output
+    # w = p[weight]: (classes, channels), outputs `stride` apart; b = p[bias]: (classes,)
+    channels, classes, aux = op.in_channels, op.out_channels, op.aux
+    average(a, op.src, aux, channels, op.side, batch)
     logits = aux + channels * batch
-    affine_forward(a, p, aux, logits, channels, classes, batch, weight, stride, bias)
+    affine_forward(a, p, aux, logits, channels, classes, batch, op.weight, op.stride, op.bias)
     loss, hits = 0.0, 0
+    # Images.
     for i in range(batch):
         best = 0
+        # Classes: the first one with the largest logit.
         for k in range(1, classes):
             if a[logits + k * batch + i] > a[logits + best * batch + i]:
                 best = k
         top = a[logits + best * batch + i]
         own = a[logits + max(labels[i], 0) * batch + i] - top
         total = np.float32(0)
+        # Classes: exponentials less the largest logit, so none overflows.
         for k in range(classes):
-            value = np.float32(math.exp(a[logits + k * batch + i] - top))
-            a[logits + k * batch + i] = value
-            total += value
+            at = logits + k * batch + i
+            a[at] = math.exp(a[at] - top)
+            total += a[at]
+        # Classes: divided by their sum.
         for k in range(classes):
             a[logits + k * batch + i] /= total
         if labels[i] >= 0:
@@ -776,24 +880,23 @@ def classify(
 
 @kernel
 def classify_backward(
-    op: np.void,
-    a: Float32Array,
-    d: Float32Array,
-    p: Float32Array,
-    g: Float32Array,
-    batch: int,
+    op: np.record, a: Float32Array, d: Float32Array, p: Float32Array, g: Float32Array, batch: int,
     labels: IntArray,
-) -> None:
-    """Gradients of the mean loss, after `classify` on the same features."""
-    src, channels, size, classes, aux, weight, stride, bias = (
-        op["src"], op["in_channels"], op["size"], op["out_channels"], op["aux"], op["weight"],
-        op["stride"], op["bias"],
-    )  # fmt: skip
+) -> None:  # fmt: skip
+    """Assign the gradients of weights, bias and input of the mean loss, after `classify`."""
+    # The forward was loss = -mean over images of log softmax(logits)[label] with
+    # logits = w pooled(x) + b, so dlogits = (softmax - one_hot(label)) / batch.
+    # dx = d[src]: (channels, side + 2, side + 2, batch); labels: (batch,)
+    # softmax = a[logits], dlogits = d[logits]: (classes, batch)
+    channels, classes, aux = op.in_channels, op.out_channels, op.aux
     logits = aux + channels * batch
     share = np.float32(1) / np.float32(batch)
+    # Classes and images.
     for k in range(classes):
         for i in range(batch):
             hit = np.float32(labels[i] == k)
             d[logits + k * batch + i] = (a[logits + k * batch + i] - hit) * share
-    affine_backward(a, d, p, g, aux, logits, channels, classes, batch, weight, stride, bias)
-    spread_average(d, src, aux, channels, size, batch, GradientMode.ASSIGN)
+    affine_backward(
+        a, d, p, g, aux, logits, channels, classes, batch, op.weight, op.stride, op.bias
+    )
+    spread_average(d, op.src, aux, channels, op.side, batch, GradientMode.ASSIGN)

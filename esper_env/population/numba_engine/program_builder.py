@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from esper_env.config import Blend, BoolArray, IntArray
+from esper_env.config import Blend, IntArray
 from esper_env.population.layers import Conv, Layer, Norm, Relu, SqueezeExcite
 from esper_env.population.layout import Column, Layout, PlacedLayer, corner
+from esper_env.population.numba_engine.interpreter import TENSOR
 from esper_env.population.numba_engine.kernels import OPERATION, GradientMode, Kind
 
 SUPPORTED = (Conv, Norm, Relu, SqueezeExcite)
@@ -50,20 +51,14 @@ class Program:
 
     ops: npt.NDArray[np.void]
     """Records of `kernels.OPERATION`. (n,)."""
+    columns: npt.NDArray[np.int32]
+    """Positions of all trained numbers in a member's row, tensor by tensor."""
+    tensors: npt.NDArray[np.void]
+    """Records of `interpreter.TENSOR`. (tensors,)."""
     arena: int
     """Length of the arena."""
     cost: int
     """Estimated time per image [multiply-adds], to balance threads."""
-    columns: npt.NDArray[np.int32]
-    """Positions of all trained parameters in a member's row, tensor by tensor."""
-    ends: IntArray
-    """End of each trained tensor in `columns`. (tensors,)."""
-    module: IntArray
-    """0 for a tensor of the host, 1 + slot for a tensor of a seed. (tensors,)."""
-    tensor: IntArray
-    """Index of a seed's tensor among the tensors of the seed, -1 for the host's. (tensors,)."""
-    is_frozen: BoolArray
-    """Whether the parameters of each module are frozen. (1 + slots,)."""
 
 
 def is_supported(layers: Sequence[Layer]) -> bool:
@@ -89,8 +84,8 @@ class ProgramBuilder:
         self._ops: list[dict[str, int]] = []
         self._cursor = 0
         self._image = self._region(self._host.in_channels, self._host.image_size)
-        self._tensors: list[tuple[IntArray, int, int]] = []
-        """Columns, module and index of each trained tensor."""
+        self._tensors: list[tuple[IntArray, int, int, bool]] = []
+        """Columns, module, index and `is_frozen` of each trained tensor."""
 
     def build(self) -> Program:
         """Return the program of a training batch, or of an evaluation if networks are given."""
@@ -100,18 +95,15 @@ class ProgramBuilder:
         else:
             self._train()
         blank = dict.fromkeys(OPERATION.fields or (), 0)
+        stops = np.cumsum([0, *(len(columns) for columns, *_ in self._tensors)]).tolist()
+        ranges = zip(stops[:-1], stops[1:], self._tensors, strict=True)
         none = np.zeros(0, dtype=np.int32)
         return Program(
             ops=np.array([tuple((blank | op).values()) for op in self._ops], dtype=OPERATION),
+            columns=np.concatenate([none, *(c.astype(np.int32) for c, *_ in self._tensors)]),
+            tensors=np.array([(*ends, *rest) for *ends, (_, *rest) in ranges], dtype=TENSOR),
             arena=self._cursor,
             cost=sum(self._cost(op) for op in self._ops),
-            columns=np.concatenate([none, *(c.astype(np.int32) for c, _, _ in self._tensors)]),
-            ends=np.cumsum([len(columns) for columns, _, _ in self._tensors], dtype=np.int64),
-            module=np.array([module for _, module, _ in self._tensors], dtype=np.int64),
-            tensor=np.array([tensor for _, _, tensor in self._tensors], dtype=np.int64),
-            is_frozen=np.array(
-                [False, *(seed is not None and seed.is_frozen for seed in self._composition.seeds)]
-            ),
         )
 
     def _train(self) -> None:
@@ -127,7 +119,7 @@ class ProgramBuilder:
         layers = [layer for i in range(host.num_slots) for layer in host.block(i)]
         shapes = [s.shape for layer in layers for s in layer.parameters]
         shapes += [s.shape for s in host.head]
-        self._add_trained(self._layout.host_columns()[0], shapes, 0, -1)
+        self._add_trained(self._layout.host_columns()[0], shapes, 0)
         self._choose_modes()
 
     def _evaluate_from(self, slot: int, x: int, rows: Iterable[int]) -> None:
@@ -173,14 +165,14 @@ class ProgramBuilder:
         self._ops[first]["is_isolated"] = int(seed.is_isolated)
         columns = [c for p in placed for c in p.parameters]
         shapes = [s.shape for layer in layers for s in layer.parameters]
-        self._add_trained(columns, shapes, 1 + slot, 0)
-        same = {"in_channels": channels, "size": self._host.slot_size(slot)}
+        self._add_trained(columns, shapes, 1 + slot, is_frozen=seed.is_frozen)
+        same = {"in_channels": channels, "side": self._host.slot_size(slot)}
         if seed.blend == Blend.MULTIPLY:
             self._add(Kind.TANH, src=out, **same)
         elif seed.blend == Blend.GATE:
             gate = layout.gates[slot]
-            first_tensor = layout.max_seed_tensors - len(gate)
-            self._add_trained(gate, [(channels,), (1,)], 1 + slot, first_tensor)
+            start = layout.max_seed_tensors - len(gate)
+            self._add_trained(gate, [(channels,), (1,)], 1 + slot, start, seed.is_frozen)
             aux = self._take((channels + 1) * self._composition.batch)
             offsets = {"weight": gate[0].offset, "bias": gate[1].offset}
             self._add(Kind.GATE, src=x, aux=aux, **same, **offsets)
@@ -195,14 +187,14 @@ class ProgramBuilder:
         slot: int,
     ) -> int:
         """Append layers that read `channels` channels at `x`; return the region of their output."""
-        size = self._host.slot_size(slot)
+        side = self._host.slot_size(slot)
         for i, (layer, tensors) in enumerate(zip(layers, placed, strict=True)):
             if isinstance(layer, Relu) and i and isinstance(layers[i - 1], Norm):
                 self._ops[-1]["rectify"] = 1  # Fused into the norm, so features are read once.
                 continue
-            fields = {"src": x, "size": size, "in_channels": channels}
+            fields = {"src": x, "side": side, "in_channels": channels}
             channels = layer.out_channels if isinstance(layer, Conv) else channels
-            fields["dst"] = x = self._region(channels, size)
+            fields["dst"] = x = self._region(channels, side)
             offsets = [c.offset for c in tensors.parameters]
             shapes = [c.spec.shape for c in tensors.parameters]
             if isinstance(layer, Conv):
@@ -214,7 +206,7 @@ class ProgramBuilder:
                 fields |= {"weight": offsets[0], "bias": offsets[1]}
                 mean, var = (c.offset for c in tensors.buffers)
                 aux = self._take(2 * channels)
-                self._add(Kind.NORM, **fields, aux=aux, mean=mean, var=var)
+                self._add(Kind.NORM, **fields, aux=aux, running_mean=mean, running_var=var)
             elif isinstance(layer, Relu):
                 self._add(Kind.RELU, **fields)
             else:
@@ -227,12 +219,12 @@ class ProgramBuilder:
 
     def _mix(self, slot: int, seed: SeedState, x: int, branch: int, aux: int) -> int:
         """Append the blend of features and branch; return the region of its output."""
-        channels, size = self._host.channels[slot], self._host.slot_size(slot)
+        channels, side = self._host.channels[slot], self._host.slot_size(slot)
         weight, bias = self._layout.gates[slot]
-        out = self._region(channels, size)
+        out = self._region(channels, side)
         self._add(
             Kind.MIX,
-            src=x, branch=branch, dst=out, in_channels=channels, size=size, slot=slot,
+            src=x, branch=branch, dst=out, in_channels=channels, side=side, slot=slot,
             blend=seed.blend, weight=weight.offset, bias=bias.offset, aux=max(aux, 0),
             is_isolated=int(seed.is_isolated),
         )  # fmt: skip
@@ -240,9 +232,9 @@ class ProgramBuilder:
 
     def _pool(self, slot: int, x: int) -> int:
         """Append the 2x2 max-pool after a slot; return the region of its output."""
-        channels, size = self._host.channels[slot], self._host.slot_size(slot)
-        out = self._region(channels, size // 2)
-        self._add(Kind.POOL, src=x, dst=out, in_channels=channels, size=size)
+        channels, side = self._host.channels[slot], self._host.slot_size(slot)
+        out = self._region(channels, side // 2)
+        self._add(Kind.POOL, src=x, dst=out, in_channels=channels, side=side)
         return out
 
     def _head(self, x: int, row: int) -> None:
@@ -252,7 +244,7 @@ class ProgramBuilder:
         self._add(
             Kind.CLASSIFY,
             src=x, in_channels=host.channels[-1], out_channels=host.num_classes,
-            size=host.image_size >> host.num_slots, weight=weight.offset, bias=bias.offset,
+            side=host.image_size >> host.num_slots, weight=weight.offset, bias=bias.offset,
             stride=weight.spec.shape[1], row=row,
             aux=self._take((host.channels[-1] + host.num_classes) * batch),
         )  # fmt: skip
@@ -264,7 +256,12 @@ class ProgramBuilder:
         self._ops.append({"kind": kind, **fields})
 
     def _add_trained(
-        self, columns: Sequence[Column], shapes: Sequence[tuple[int, ...]], module: int, first: int
+        self,
+        columns: Sequence[Column],
+        shapes: Sequence[tuple[int, ...]],
+        module: int,
+        start: int = 0,
+        is_frozen: bool = False,
     ) -> None:
         """Register tensors as trained.
 
@@ -272,11 +269,12 @@ class ProgramBuilder:
             columns: Tensors of the widest member.
             shapes: Shapes of this member's leading corner of each.
             module: 0 for the host, 1 + slot for a seed.
-            first: Index of the first tensor among those of its seed.
+            start: Index of the first tensor among those of its module.
+            is_frozen: Whether only gradients are measured.
         """
         for i, (column, shape) in enumerate(zip(columns, shapes, strict=True)):
             index = column.offset + corner(column.spec.shape, shape)
-            self._tensors.append((index, module, first + i if module else -1))
+            self._tensors.append((index, module, start + i, is_frozen))
 
     def _choose_modes(self) -> None:
         """Let the last reader of a region assign its gradient, and earlier readers add to it.
@@ -299,14 +297,14 @@ class ProgramBuilder:
 
     def _cost(self, op: dict[str, int]) -> int:
         """Return the multiply-adds of a convolution, or 4 per feature of another operation."""
-        features = op["in_channels"] * op["size"] ** 2
+        features = op["in_channels"] * op["side"] ** 2
         if op["kind"] != Kind.CONV:
             return 4 * features
         return features * op["out_channels"] // op["groups"] * op["kernel_size"] ** 2
 
-    def _region(self, channels: int, size: int) -> int:
-        """Reserve (channels, size + 2, size + 2, batch) numbers; return the offset."""
-        return self._take(channels * (size + 2) ** 2 * self._composition.batch)
+    def _region(self, channels: int, side: int) -> int:
+        """Reserve (channels, side + 2, side + 2, batch) numbers; return the offset."""
+        return self._take(channels * (side + 2) ** 2 * self._composition.batch)
 
     def _take(self, count: int) -> int:
         """Reserve `count` numbers of the arena at a multiple of 64 bytes; return the offset."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from esper_env.config import IntArray
 from esper_env.population.interface import Seeds
 from esper_env.population.layout import Layout
-from esper_env.population.numba_engine.interpreter import Programs
+from esper_env.population.numba_engine.interpreter import PROGRAM, TENSOR, Programs
 from esper_env.population.numba_engine.kernels import OPERATION
 from esper_env.population.numba_engine.program_builder import (
     Composition,
@@ -47,20 +47,14 @@ class ProgramCache:
         self._clear()
 
     def _clear(self) -> None:
-        modules = 1 + self._layout.host.num_slots
         self._index: dict[Composition, int] = {}
         self._last: dict[ListCompositions, tuple[tuple[object, ...], Assignment]] = {}
+        self._records = _GrowingArray((), PROGRAM)
         self._ops = _GrowingArray((), OPERATION)
         self._columns = _GrowingArray((), np.int32)
-        self._ends, self._module, self._tensor = (_GrowingArray((), np.int64) for _ in range(3))
-        self._starts = [_GrowingArray((), np.int64) for _ in range(3)]
-        for start in self._starts:
-            start.extend([0])
-        self._is_frozen = _GrowingArray((modules,), np.bool_)
-        self._cost = _GrowingArray((), np.int64)
-        self.arena = _GrowingArray((), np.int64)
-        """Length of the arena of each program."""
-        self.squares = _GrowingArray((modules - 1, self._layout.max_seed_tensors), np.float64)
+        self._tensors = _GrowingArray((), TENSOR)
+        shape = self._layout.host.num_slots, self._layout.max_seed_tensors
+        self.squares = _GrowingArray(shape, np.float64)
         """0 for each tensor of a seed that the program trains, else NaN."""
 
     def training(self, members: IntArray, seeds: Seeds, batch: int) -> Assignment:
@@ -114,45 +108,28 @@ class ProgramCache:
                 self._append(ProgramBuilder(self._layout, composition).build())
                 self._index[composition] = len(self._index)
         program = np.array([self._index[composition] for composition in compositions])
-        assignment = Assignment(program, np.lexsort((program, -self._cost.rows[program])))
+        cost = self._records.rows["cost"][program]
+        assignment = Assignment(program, np.lexsort((program, -cost)))
         self._last[list_compositions] = state, assignment
         return assignment
 
     def _append(self, program: Program) -> None:
-        parts = (
-            (self._ops, program.ops),
-            (self._columns, program.columns),
-            (self._ends, program.ends),
-        )
-        for (array, part), start in zip(parts, self._starts, strict=True):
+        ranges = []
+        parts = (self._ops, program.ops), (self._columns, program.columns)
+        for array, part in (*parts, (self._tensors, program.tensors)):
+            ranges += [array.count, array.count + len(part)]
             array.extend(part)
-            start.extend([array.count])
-        self._module.extend(program.module)
-        self._tensor.extend(program.tensor)
-        self._is_frozen.extend([program.is_frozen])
-        self.arena.extend([program.arena])
-        self._cost.extend([program.cost])
+        record = (*ranges, program.arena, program.cost)
+        self._records.extend(np.array([record], dtype=PROGRAM))
         squares = np.full(self.squares.rows.shape[1:], np.nan)
-        is_seed = program.tensor >= 0
-        squares[program.module[is_seed] - 1, program.tensor[is_seed]] = 0.0
+        trained = program.tensors[program.tensors["module"] > 0]
+        squares[trained["module"] - 1, trained["index"]] = 0.0
         self.squares.extend([squares])
 
     def programs_of(self, program: IntArray) -> Programs:
         """Return all programs, for members that have the programs of these indices. (m,)."""
-        op_start, columns_start, tensor_start = self._starts
-        return Programs(
-            program=program,
-            ops=self._ops.rows,
-            op_start=op_start.rows,
-            arena=self.arena.rows,
-            columns=self._columns.rows,
-            columns_start=columns_start.rows,
-            ends=self._ends.rows,
-            module=self._module.rows,
-            tensor=self._tensor.rows,
-            tensor_start=tensor_start.rows,
-            is_frozen=self._is_frozen.rows,
-        )
+        arrays = (self._records, self._ops, self._columns, self._tensors)
+        return Programs(program, *(array.rows for array in arrays))
 
 
 def _training_compositions(
