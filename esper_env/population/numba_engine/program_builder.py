@@ -6,6 +6,7 @@ seeds. Members of one composition share a program, and `program_cache` keeps it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,8 +28,8 @@ class SeedState(NamedTuple):
 
     blueprint: int
     blend: int
-    is_isolated: bool = False
-    is_frozen: bool = False
+    is_isolated: bool
+    is_frozen: bool
 
 
 class Composition(NamedTuple):
@@ -200,7 +201,7 @@ class ProgramBuilder:
             if isinstance(layer, Conv):
                 fields |= {"kernel_size": layer.kernel_size, "groups": layer.groups}
                 fields |= {"weight": offsets[0], "bias": offsets[1] if layer.bias else -1}
-                stride = int(np.prod(shapes[0][1:]))
+                stride = math.prod(shapes[0][1:])
                 self._add(Kind.CONV, **fields, out_channels=channels, stride=stride)
             elif isinstance(layer, Norm):
                 fields |= {"weight": offsets[0], "bias": offsets[1]}

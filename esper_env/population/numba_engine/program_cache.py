@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from esper_env.config import IntArray
+from esper_env.config import BoolArray, IntArray
 from esper_env.population.interface import Seeds
 from esper_env.population.layout import Layout
 from esper_env.population.numba_engine.interpreter import PROGRAM, TENSOR, Programs
@@ -66,9 +67,7 @@ class ProgramCache:
             batch: Images per batch.
         """
         arrays = seeds.beta > 0, seeds.blueprint, seeds.blend, seeds.is_isolated, seeds.is_frozen
-        return self._assign(
-            _training_compositions, batch, seeds.width[members], *(a[members] for a in arrays)
-        )
+        return self._assign(_training_compositions, batch, members, seeds.width, *arrays)
 
     def evaluation(
         self, members: IntArray, seeds: Seeds, row_start: IntArray, labels: IntArray, batch: int
@@ -83,8 +82,8 @@ class ProgramCache:
                 (networks, slots).
             batch: Images per batch.
         """
-        arrays = (a[members] for a in (seeds.width, seeds.blueprint, seeds.blend))
-        return self._assign(_evaluation_compositions, batch, *arrays, row_start, labels)
+        arrays = seeds.width, seeds.blueprint, seeds.blend, row_start, labels
+        return self._assign(_evaluation_compositions, batch, members, *arrays)
 
     def _assign(
         self, list_compositions: ListCompositions, batch: int, *arrays: npt.NDArray[Any]
@@ -102,16 +101,19 @@ class ProgramCache:
             return self._last[list_compositions][1]
         if len(self._index) >= MAX_PROGRAMS:
             self._clear()
-        compositions = list_compositions(batch, *arrays)
-        for composition in compositions:
-            if composition not in self._index:
-                self._append(ProgramBuilder(self._layout, composition).build())
-                self._index[composition] = len(self._index)
-        program = np.array([self._index[composition] for composition in compositions])
+        program = np.array([self._index_of(c) for c in list_compositions(batch, *arrays)])
         cost = self._records.rows["cost"][program]
         assignment = Assignment(program, np.lexsort((program, -cost)))
         self._last[list_compositions] = state, assignment
         return assignment
+
+    def _index_of(self, composition: Composition) -> int:
+        """Return the index of a program, after building it if it is missing."""
+        index = self._index.get(composition)
+        if index is None:
+            index = self._index[composition] = len(self._index)
+            self._append(ProgramBuilder(self._layout, composition).build())
+        return index
 
     def _append(self, program: Program) -> None:
         ranges = []
@@ -133,22 +135,28 @@ class ProgramCache:
 
 
 def _training_compositions(
-    batch: int, width: IntArray, is_running: npt.NDArray[np.bool_], *fields: npt.NDArray[Any]
+    batch: int,
+    members: IntArray,
+    width: IntArray,
+    is_running: BoolArray,
+    *fields: npt.NDArray[Any],
 ) -> list[Composition]:
     """Return the composition of each member that is trained.
 
     Args:
         batch: Images per batch.
-        width: Index of each member's width. (m,).
-        is_running: Whether the slot has a seed that runs. (m, slots).
-        fields: Fields of `SeedState`. (m, slots).
+        members: Indices of the members. (m,).
+        width: Index of each member's width. (members,).
+        is_running: Whether the slot has a seed that runs. (members, slots).
+        fields: Fields of `SeedState`. (members, slots).
     """
-    seeds = _seed_states(is_running, *fields)
-    return [Composition(w, batch, s) for w, s in zip(width.tolist(), seeds, strict=True)]
+    seeds = _seed_states(is_running[members], *(field[members] for field in fields))
+    return [Composition(w, batch, s) for w, s in zip(width[members].tolist(), seeds, strict=True)]
 
 
 def _evaluation_compositions(
     batch: int,
+    members: IntArray,
     width: IntArray,
     blueprint: IntArray,
     blend: IntArray,
@@ -160,21 +168,21 @@ def _evaluation_compositions(
     A seed runs if it has weight in any of the member's networks.
     """
     is_running = np.maximum.reduceat(labels, row_start[:-1]) > 0
-    seeds, rows = _seed_states(is_running, blueprint, blend), [*map(tuple, labels.tolist())]
-    starts = row_start.tolist()
-    return [
-        Composition(w, batch, s, tuple(rows[first:stop]))
-        for w, s, first, stop in zip(width.tolist(), seeds, starts[:-1], starts[1:], strict=True)
-    ]
+    no = np.zeros_like(is_running)  # Isolation and freezing matter in training alone.
+    seeds = _seed_states(is_running, blueprint[members], blend[members], no, no)
+    rows, starts = [tuple(row) for row in labels.tolist()], row_start.tolist()
+    networks = [tuple(rows[a:b]) for a, b in itertools.pairwise(starts)]
+    each = zip(width[members].tolist(), seeds, networks, strict=True)
+    return [Composition(w, batch, s, n) for w, s, n in each]
 
 
 def _seed_states(
-    is_running: npt.NDArray[np.bool_], *fields: npt.NDArray[Any]
+    is_running: BoolArray, *fields: npt.NDArray[Any]
 ) -> list[tuple[SeedState | None, ...]]:
     """Return the seed of each slot by member. Arrays are (m, slots)."""
     rows = zip(is_running.tolist(), *(field.tolist() for field in fields), strict=True)
     return [
-        tuple(SeedState(*seed) if runs else None for runs, *seed in zip(*row, strict=True))
+        tuple(SeedState._make(seed) if runs else None for runs, *seed in zip(*row, strict=True))
         for row in rows
     ]
 
