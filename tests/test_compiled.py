@@ -1,4 +1,4 @@
-"""The compiled engine: what it alone promises; that it equals plain networks: test_population."""
+"""The compiled engine: threads, batches and layers without kernels."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_tanh_is_that_of_numpy() -> None:
 
 
 def test_a_member_of_a_batch_is_bitwise_the_single_environment() -> None:
-    """A whole episode of five members with different instances; nothing depends on the batch."""
+    """Whole episodes of five members with different instances."""
     options: dict[str, Any] = {"instances": "train", "episode_steps": 30, "attribution": "full"}
     envs = make(5, **options)
     observation, info = envs.reset(seed=40)
@@ -85,8 +85,8 @@ def test_the_number_of_threads_changes_nothing() -> None:
 
 
 @pytest.mark.usefixtures("threads")
-def test_a_thread_that_does_not_come_holds_nobody_up() -> None:
-    """The only helper is busy elsewhere until after the step, which gives the usual results."""
+def test_a_late_helper_thread_delays_nobody() -> None:
+    """The only helper thread is busy until after the step; the results are as with one thread."""
     torch.set_num_threads(1)
     alone, together = make(4), make(4)
     wait = np.zeros((4, 8), dtype=np.int64)
@@ -116,7 +116,7 @@ def make_population(
 
 @pytest.mark.parametrize("size", [5, 7, 9])
 def test_odd_images_are_pooled_as_torch_does(size: int) -> None:
-    """A last odd row and column is left out, forwards and backwards."""
+    """The odd last row and column is dropped, and its gradient is 0."""
     host = Host(in_channels=1, image_size=size, channels=(3, 4), num_classes=5)
     images = make_images(host=host)
     population, seeds = make_population(host), make_seeds(2)
@@ -141,7 +141,7 @@ class Doubled(Relu):
 
 
 def test_members_with_a_layer_without_kernel_run_on_torch_and_the_others_do_not() -> None:
-    """Each gets what it would get alone with its engine."""
+    """The results are those of the torch engine alone."""
 
     def build(c: int) -> Sequence[Layer]:
         return [Doubled(), Conv(c, c, 3), Norm(c), Relu(), Conv(c, c, 1, bias=True, zero=True)]
@@ -176,6 +176,26 @@ def test_a_larger_kernel_runs_on_torch() -> None:
     population = make_population(host)
     assert population._compiled is not None
     assert not population._compiled.supports(np.arange(2), make_seeds(2, 1)).any()
+
+
+def test_a_block_may_begin_with_a_rectifier() -> None:
+    """Its channels are those of the block before, whatever network was evaluated last."""
+
+    def build(before: int, after: int) -> Sequence[Layer]:
+        first = [Relu()] if before > 1 else []
+        return [*first, Conv(before, after, 3), Norm(after)]
+
+    host = Host(in_channels=1, image_size=8, channels=(8, 4), num_classes=5, build_block=build)
+    population, seeds, images = make_population(host), make_seeds(2), make_images(host=host)
+    plant(population, seeds, 0, 0, 0)
+    set_stage(seeds, 0, 0, "holding")
+    awaken(population)
+    networks = np.zeros(2, dtype=np.int64), np.array([[0.0, 0.0], [1.0, 0.0]]), seeds, images
+    result = population.evaluate(*networks)
+    population._compiled = None
+    expected = population.evaluate(*networks)
+    assert result.loss[0] != result.loss[1]
+    np.testing.assert_allclose(result.loss, expected.loss, atol=TOLERANCE)
 
 
 def test_a_nan_weight_shows_in_the_loss() -> None:
