@@ -111,8 +111,8 @@ class ProgramCache:
         """Return the index of a program, after building it if it is missing."""
         index = self._index.get(composition)
         if index is None:
-            index = self._index[composition] = len(self._index)
             self._append(ProgramBuilder(self._layout, composition).build())
+            index = self._index[composition] = len(self._index)
         return index
 
     def _append(self, program: Program) -> None:
