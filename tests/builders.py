@@ -452,6 +452,6 @@ class SmallPopulation:
 
 def count_programs(population: Population) -> int:
     """Return how many programs the compiled engine remembers."""
-    engine = population._compiled
+    engine = population.compiled
     assert engine is not None
-    return len(engine._library._numbers)
+    return len(engine.programs)

@@ -154,12 +154,12 @@ def test_members_with_a_layer_without_kernel_run_on_torch_and_the_others_do_not(
         plant(population, seeds, member, 0, index)
         set_stage(seeds, member, 0, "holding")
     awaken(population)
-    assert population._compiled is not None
-    assert population._compiled.supports(np.arange(2), seeds).tolist() == [False, True]
+    assert population.compiled is not None
+    assert population.compiled.supports(np.arange(2), seeds).tolist() == [False, True]
     twin = make_population(host, blueprints)
     twin.storage.parameters.copy_(population.storage.parameters)
     twin.storage.buffers.copy_(population.storage.buffers)
-    twin._compiled = None
+    twin.compiled = None
     indices = draw(np.random.default_rng(2), images, 2)
     for each in (population, twin):
         report = each.train(np.arange(2), seeds, images, shown(images, indices), rates, rates)
@@ -174,8 +174,8 @@ def test_members_with_a_layer_without_kernel_run_on_torch_and_the_others_do_not(
 def test_a_larger_kernel_runs_on_torch() -> None:
     host = Host(in_channels=1, image_size=8, channels=(4,), num_classes=5, kernel_size=5)
     population = make_population(host)
-    assert population._compiled is not None
-    assert not population._compiled.supports(np.arange(2), make_seeds(2, 1)).any()
+    assert population.compiled is not None
+    assert not population.compiled.supports(np.arange(2), make_seeds(2, 1)).any()
 
 
 def test_a_block_may_begin_with_a_rectifier() -> None:
@@ -192,7 +192,7 @@ def test_a_block_may_begin_with_a_rectifier() -> None:
     awaken(population)
     networks = np.zeros(2, dtype=np.int64), np.array([[0.0, 0.0], [1.0, 0.0]]), seeds, images
     result = population.evaluate(*networks)
-    population._compiled = None
+    population.compiled = None
     expected = population.evaluate(*networks)
     assert result.loss[0] != result.loss[1]
     np.testing.assert_allclose(result.loss, expected.loss, atol=TOLERANCE)

@@ -59,7 +59,8 @@ class Population:
         self._torch = TorchEngine(self.storage, settings, batch_size, chunk_size, precision)
         # Kernels exist for the CPU and float32 only.
         has_kernels = device.type == "cpu" and precision == "float32"
-        self._compiled = CompiledEngine(self.storage, settings) if has_kernels else None
+        self.compiled = CompiledEngine(self.storage, settings) if has_kernels else None
+        """The engine of members whose layers have kernels; None sends all to the torch engine."""
         registry = self.layout.blueprints
         # Tables instead of calls: the simulation looks up the sizes of all members at once.
         self.host_parameters: IntArray = np.array([h.num_parameters for h in hosts])
@@ -150,12 +151,12 @@ class Population:
         Returns:
             Measurements of these members, in their order.
         """
-        engines = self._engines(members, seeds)
-        if len(engines) == 1:
-            return engines[0][0].train(members, seeds, images, draw, host_rate, seed_rate)
+        engine = self._only_engine()
+        if engine is not None:
+            return engine.train(members, seeds, images, draw, host_rate, seed_rate)
         slots, tensors = self.layout.host.num_slots, self.layout.max_seed_tensors
         report = TrainReport.empty(len(members), slots, tensors)
-        for engine, own in engines:
+        for engine, own in self._engines(members, seeds):
             rates = host_rate[own], seed_rate[own]
             report.fill(own, engine.train(members[own], seeds, images, draw.of(own), *rates))
         return report
@@ -177,20 +178,25 @@ class Population:
         Returns:
             Accuracy [0 to 1] and mean loss [nats] of each network.
         """
-        engines = self._engines(members, seeds)
-        if len(engines) == 1:
-            return engines[0][0].evaluate(members, alpha, seeds, images)
+        engine = self._only_engine()
+        if engine is not None:
+            return engine.evaluate(members, alpha, seeds, images)
         result = Evaluation.empty(len(members))
-        for engine, own in engines:
+        for engine, own in self._engines(members, seeds):
             result.fill(own, engine.evaluate(members[own], alpha[own], seeds, images))
         return result
+
+    def _only_engine(self) -> TorchEngine | CompiledEngine | None:
+        """Return the engine that serves every member, None if it depends on a member's seeds."""
+        if self.compiled is None:
+            return self._torch
+        return self.compiled if self.compiled.has_all_kernels else None
 
     def _engines(
         self, members: IntArray, seeds: Seeds
     ) -> list[tuple[TorchEngine | CompiledEngine, BoolArray]]:
         """Return each engine in use with a mask of the members that it serves. (m,) bool."""
-        if self._compiled is None:
-            return [(self._torch, np.ones(len(members), dtype=bool))]
-        has_kernels = self._compiled.supports(members, seeds)
-        parts = ((self._compiled, has_kernels), (self._torch, ~has_kernels))
+        assert self.compiled is not None
+        has_kernels = self.compiled.supports(members, seeds)
+        parts = ((self.compiled, has_kernels), (self._torch, ~has_kernels))
         return [(engine, own) for engine, own in parts if own.any()]

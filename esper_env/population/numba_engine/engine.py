@@ -45,7 +45,7 @@ class CompiledEngine:
         self._storage, self._layout = storage, storage.layout
         values = (settings.momentum, settings.weight_decay, settings.clip_norm)
         self._settings = np.array(values, dtype=np.float32)
-        self._programs = ProgramCache(self._layout)
+        self.programs = ProgramCache(self._layout)
         self._pictures: dict[int, tuple[ImageSet, Pictures]] = {}
         self._arrays: dict[tuple[int, int], Float32Array] = {}
         """Arena, its gradient, and the gradient of the parameters, by thread."""
@@ -54,12 +54,14 @@ class CompiledEngine:
         self._has_seed = np.array(
             [[is_supported(b.build(c)) for b in self._layout.blueprints] for c in host.channels]
         )
-        self._has_all = bool(self._has_host and self._has_seed.all())
+
+    @property
+    def has_all_kernels(self) -> bool:
+        """Whether kernels exist for all layers that any member may have."""
+        return bool(self._has_host and self._has_seed.all())
 
     def supports(self, members: IntArray, seeds: Seeds) -> BoolArray:
         """Return whether kernels exist for all layers of each member. (m,)."""
-        if self._has_all:
-            return np.ones(len(members), dtype=bool)
         slots, blueprint = np.arange(self._layout.host.num_slots), seeds.blueprint[members]
         has_kernels = self._has_seed[slots, np.maximum(blueprint, 0)] | (blueprint < 0)
         result: BoolArray = np.all(has_kernels, axis=1) & self._has_host
@@ -76,10 +78,10 @@ class CompiledEngine:
     ) -> TrainReport:
         """Train members for some batches; see `Population.train`."""
         batches, size, m = draw.indices.shape
-        assignment = self._programs.training(members, seeds, size)
-        squares = self._programs.squares.rows[assignment.program]
+        assignment = self.programs.training(members, seeds, size)
+        squares = self.programs.squares.rows[assignment.programs.program]
         is_trained = squares == 0
-        rates = np.empty((m, 1 + self._layout.host.num_slots), dtype=np.float32)
+        rates = np.empty((m, 1 + seeds.alpha.shape[1]), dtype=np.float32)
         rates[:, 0], rates[:, 1:] = host_rate, seed_rate[:, None]
         networks = Networks(
             members=members,
@@ -109,13 +111,14 @@ class CompiledEngine:
         own = member_of[row_start[:-1]]
         labels = np.empty(weights.shape, dtype=np.int64)
         _label_weights(weights, row_start, labels)
-        assignment = self._programs.evaluation(own, seeds, row_start, labels, EVALUATION_BATCH)
+        assignment = self.programs.evaluation(own, seeds, row_start, labels, EVALUATION_BATCH)
         networks = Networks(own, row_start, weights.astype(np.float32), self._settings)
         results = Results(np.zeros(rows), np.zeros(rows))
         self._run(assignment, networks, self._pictures_of(images), results, is_training=False)
         accuracy, loss = np.empty(rows), np.empty(rows)
         accuracy[order], loss[order] = results.hits, results.losses
-        return Evaluation(accuracy=accuracy / len(images), loss=loss / len(images))
+        num_images = images.labels.shape[0]
+        return Evaluation(accuracy=accuracy / num_images, loss=loss / num_images)
 
     # ------------------------------------------------------------------ arrays and threads
 
@@ -142,8 +145,8 @@ class CompiledEngine:
         A helper thread that starts late, because its core was busy, finds no member left. This
         thread waits only for helpers that have taken one.
         """
-        storage, programs = self._storage, self._programs.programs_of(assignment.program)
-        order, arena = assignment.order, int(programs.records["arena"][assignment.program].max())
+        storage, programs, order = self._storage, assignment.programs, assignment.order
+        arena = int(programs.records["arena"][programs.program].max())
         taken, finished = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
         matrices = Matrices(
             storage.parameters.numpy(), storage.momentum.numpy(), storage.buffers.numpy()
@@ -152,7 +155,12 @@ class CompiledEngine:
         sizes = (arena, arena, self._layout.num_parameters) if is_training else (arena, 0, 0)
         calls = []
         for n in range(min(torch.get_num_threads(), len(order))):
-            arrays = [self._array(n, i, size) for i, size in enumerate(sizes)]
+            arrays = []
+            for i, size in enumerate(sizes):
+                known = self._arrays.get((n, i))
+                if known is None or len(known) < size:
+                    self._arrays[n, i] = known = _aligned(size)
+                arrays.append(known)
             calls.append((order, taken, finished, *arrays, *common))
         others = []
         if len(calls) > 1:
@@ -161,13 +169,6 @@ class CompiledEngine:
         if not run_members(*calls[0]):
             for future in others:
                 future.result()
-
-    def _array(self, thread: int, index: int, size: int) -> Float32Array:
-        """Return array `index` of a thread, which has at least `size` numbers."""
-        known = self._arrays.get((thread, index))
-        if known is None or len(known) < size:
-            self._arrays[thread, index] = known = _aligned(size)
-        return known
 
 
 @entry_point

@@ -30,8 +30,8 @@ ListCompositions = Callable[..., list[Composition]]
 class Assignment(NamedTuple):
     """Programs of some members."""
 
-    program: IntArray
-    """Index of each member's program. (m,)."""
+    programs: Programs
+    """All programs, and the index of each member's. `Programs.program` has shape (m,)."""
     order: IntArray
     """Positions of the members by falling cost, members of one program together. (m,)."""
 
@@ -57,6 +57,10 @@ class ProgramCache:
         shape = self._layout.host.num_slots, self._layout.max_seed_tensors
         self.squares = _GrowingArray(shape, np.float64)
         """0 for each tensor of a seed that the program trains, else NaN."""
+
+    def __len__(self) -> int:
+        """Return the number of programs built so far."""
+        return len(self._index)
 
     def training(self, members: IntArray, seeds: Seeds, batch: int) -> Assignment:
         """Return the programs of members for training.
@@ -96,14 +100,16 @@ class ProgramCache:
             arrays: State that the programs depend on. Usually it has not changed since the last
                 call, so its bytes are compared first.
         """
-        state = batch, *(array.tobytes() for array in arrays)
+        state = batch, *map(np.ndarray.tobytes, arrays)
         if list_compositions in self._last and self._last[list_compositions][0] == state:
             return self._last[list_compositions][1]
         if len(self._index) >= MAX_PROGRAMS:
             self._clear()
         program = np.array([self._index_of(c) for c in list_compositions(batch, *arrays)])
         cost = self._records.rows["cost"][program]
-        assignment = Assignment(program, np.lexsort((program, -cost)))
+        parts = (self._records, self._ops, self._columns, self._tensors)
+        programs = Programs(program, *[part.rows for part in parts])
+        assignment = Assignment(programs, np.lexsort((program, -cost)))
         self._last[list_compositions] = state, assignment
         return assignment
 
@@ -127,11 +133,6 @@ class ProgramCache:
         trained = program.tensors[program.tensors["module"] > 0]
         squares[trained["module"] - 1, trained["index"]] = 0.0
         self.squares.extend([squares])
-
-    def programs_of(self, program: IntArray) -> Programs:
-        """Return all programs, for members that have the programs of these indices. (m,)."""
-        arrays = (self._records, self._ops, self._columns, self._tensors)
-        return Programs(program, *(array.rows for array in arrays))
 
 
 def _training_compositions(
