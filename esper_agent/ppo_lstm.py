@@ -85,7 +85,8 @@ class Args:
     gae_lambda: float = 0.97
     """Lambda of generalised advantage estimation."""
     group_size: int = 4
-    """Sub-environments that share reset seeds; their common advantage is subtracted. 1: none do."""
+    """Sub-environments per group. A group shares reset seeds, hence hosts, images and instances,
+    and the common part of its advantages is subtracted; 1 disables this."""
     num_minibatches: int = 4
     """Minibatches per epoch, each a random set of whole sequences."""
     update_epochs: int = 4
