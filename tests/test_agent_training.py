@@ -36,7 +36,9 @@ from esper_agent.ppo_lstm import (
     compute_gae,
     evaluate_rollout,
     make_train_state,
+    mean_entropies,
     run_iteration,
+    subtract_group_baseline,
     train,
     update,
 )
@@ -242,35 +244,6 @@ def test_the_rollout_and_its_figures_are_those_of_the_environment(envs: EsperVec
 # ------------------------------------------------------------------------------ update
 
 
-def test_advantages_bootstrap_from_the_right_values(
-    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Findings SYN-C4, SYN-H4, LOOP-3: the arguments of `compute_gae`.
-
-    Values come from the training path. The value of what a step led to is that of the next
-    observation, except at the truncation (step 3) and at the end (step 7), where the rollout has
-    it. Rewards are divided by the scale; tolerance 1e-6: float32.
-    """
-    seen: list[Tensor] = []
-
-    def watched(*arguments: Any) -> Tensor:
-        seen.extend(arguments)
-        return compute_gae(*arguments)
-
-    monkeypatch.setattr(ppo_lstm, "compute_gae", watched)
-    update_once(recorded, update_epochs=1)
-    rollout = recorded.rollout
-    with torch.no_grad():
-        values = evaluate_rollout(recorded.state.agent, rollout, EVERYONE)[3]
-    expected = torch.cat([values[1:], rollout.next_values[7:]])
-    expected[3] = rollout.next_values[3]
-    scaled = (rollout.rewards / recorded.state.return_scale.std).float()
-    torch.testing.assert_close(seen[0], scaled, rtol=1e-6, atol=0)
-    wanted = values, expected, rollout.terminations, rollout.truncations
-    assert all(torch.equal(*pair) for pair in zip(seen[1:5], wanted, strict=True))
-    assert seen[5:] == [0.99, 0.95]
-
-
 def test_only_the_first_minibatch_has_ratio_one(recorded: Recorded) -> None:
     """Findings SYN-C5, LOOP-2: with one minibatch and one epoch KL and clipping are 0 as well."""
     metrics, _ = update_once(recorded, update_epochs=1, num_minibatches=1)
@@ -280,6 +253,56 @@ def test_only_the_first_minibatch_has_ratio_one(recorded: Recorded) -> None:
     metrics, _ = update_once(recorded, update_epochs=4, num_minibatches=1)
     assert metrics["losses/first_ratio_error"] < ROUNDING
     assert metrics["losses/approx_kl"] > 10 * ROUNDING
+
+
+def test_an_update_is_two_adam_steps_on_the_loss_written_out(recorded: Recorded) -> None:
+    """Findings SYN-C4, SYN-H4, LOOP-3: two epochs of one minibatch, most of the second clipped.
+
+    The value of the next observation is V(s'), except at the truncation (step 3) and at the end
+    (step 7), where the rollout has it. Only the order of sequences differs, so weights agree within
+    1e-5 (a step is 1e-3 at most) and metrics within one per mille.
+    """
+    rollout, settings = recorded.rollout, {"ent_coef": 0.1, "vf_coef": 0.7, "max_grad_norm": 0.1}
+    args = tiny_args(num_steps=8, num_minibatches=1, clip_coef=1e-3, **settings)
+    state, plain = copy.deepcopy(recorded.state), copy.deepcopy(recorded.state)
+    metrics = update(state, rollout, args)
+
+    with torch.no_grad():
+        old, _, _, values = evaluate_rollout(plain.agent, rollout, EVERYONE)
+    following = torch.cat([values[1:], rollout.next_values[7:]])
+    following[3] = rollout.next_values[3]
+    rewards = (rollout.rewards / plain.return_scale.std).float()
+    ends = rollout.terminations, rollout.truncations
+    advantages = compute_gae(rewards, values, following, *ends, args.gamma, args.gae_lambda)
+    returns = advantages + values
+    advantages, variance_left = subtract_group_baseline(advantages, args.group_size)
+    advantages = (advantages - advantages.mean()) / advantages.std()
+    rows = []
+    for _ in range(2):
+        new, entropies, choices, predicted = evaluate_rollout(plain.agent, rollout, EVERYONE)
+        logratio = (new - old).sum(-1)
+        ratio = logratio.exp()
+        clipped = ratio.clamp(1 - 1e-3, 1 + 1e-3)
+        pg_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
+        v_loss = (predicted - returns).square().mean() / 2
+        entropy = mean_entropies(entropies, choices).sum()
+        plain.optimizer.zero_grad()
+        (pg_loss + 0.7 * v_loss - 0.1 * entropy).backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.agent.parameters(), 0.1)
+        plain.optimizer.step()
+        kl, is_clipped = ratio - 1 - logratio, ratio != clipped
+        row = [pg_loss, v_loss, entropy, kl.mean(), is_clipped.float().mean(), norm]
+        rows.append(torch.stack(row).detach())
+    for weight, expected in zip(state.agent.parameters(), plain.agent.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-5)
+    names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "gradient_norm")
+    actual = [metrics[f"losses/{name}"] for name in names]
+    assert actual == pytest.approx(torch.stack(rows).mean(0).tolist(), rel=1e-3, abs=1e-6)
+    assert actual[4] > 0.3
+    explained = 1 - float((returns - values).var() / returns.var())
+    assert metrics["losses/explained_variance"] == pytest.approx(explained, rel=1e-3)
+    assert metrics["losses/variance_left"] == pytest.approx(variance_left, rel=1e-3)
+    assert metrics["choice/slot"] == pytest.approx(float(choices[..., 1].float().mean()))
 
 
 def test_minibatches_are_whole_sequences_shuffled_each_epoch(
@@ -315,17 +338,6 @@ def test_a_rollout_gives_several_gradient_steps_until_the_target_kl(recorded: Re
     assert Args().update_epochs * Args().num_minibatches >= 8
     settings = {"update_epochs": 4, "num_minibatches": 1, "target_kl": ROUNDING}
     assert update_once(recorded, **settings)[1] == 1
-
-
-def test_a_larger_entropy_coefficient_leaves_more_entropy(recorded: Recorded) -> None:
-    """Mean over an update with many epochs; the sum over heads is what the loss has."""
-    entropy = {}
-    for coefficient in (0.0, 1.0):
-        metrics, _ = update_once(recorded, ent_coef=coefficient, update_epochs=20)
-        heads = [value for name, value in metrics.items() if name.startswith("entropy/")]
-        assert metrics["losses/entropy"] == pytest.approx(sum(heads), abs=ROUNDING)
-        entropy[coefficient] = metrics["entropy/op"]
-    assert entropy[1.0] > entropy[0.0]
 
 
 def test_heads_that_never_had_a_choice_report_entropy_zero_and_finite_metrics() -> None:
