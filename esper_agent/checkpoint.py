@@ -30,7 +30,8 @@ def create_run_directory(directory: Path, config: dict[str, Any]) -> None:
         with path.open("x") as file:
             json.dump(config, file, indent=1, default=str)
     except OSError as error:
-        problem = "contains a run" if path.exists() else f"is not writable ({error.strerror})"
+        has_run = isinstance(error, FileExistsError) and path.exists()
+        problem = "contains a run" if has_run else f"is not writable ({error.strerror})"
         raise type(error)(f"--run-dir {directory} {problem}; choose another directory") from error
 
 
