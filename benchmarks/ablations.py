@@ -22,6 +22,7 @@ from benchmarks import write_result
 from benchmarks.learning import check_work_dir, remember, smallest, train_agents
 from benchmarks.protocol import Episodes, compare, play, summarise, table_of
 from esper_agent import ppo_lstm
+from esper_agent.envs import TRAINING
 from esper_env import EnvConfig
 
 DEFAULT = "default"
@@ -32,12 +33,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reward: gain + PBRS": {"env.reward_weights": {"pbrs": 0.1}},
     "reward: committed score at the end only": {"env.reward": "sparse"},
     "horizon: truncated, bootstrapped": {"env.horizon": "truncate"},
-    "ratio per head": {"ratio": "per-head"},
     "no memory": {"recurrent": False},
     "all heads": {"env.heads": {}},
     "half the env steps": {"total_timesteps": 0.5},
     "no group baseline": {"group_size": 1},
-    "entropy weight falls to 0": {"anneal_entropy": True},
     "twice the value weight": {"vf_coef": 1.0},
     "half the width": {"hidden_size": 64},
 }
@@ -51,7 +50,7 @@ class Args:
 
     variants: tuple[str, ...] = tuple(VARIANTS)
     """Variants to train; the default is always included."""
-    env: EnvConfig = field(default_factory=lambda: ppo_lstm.TRAINING)
+    env: EnvConfig = field(default_factory=lambda: TRAINING)
     """Settings of the environment, before a variant changes them."""
     agent_seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
     """Seeds of the agents, different from those of `learning.py`."""
@@ -77,7 +76,7 @@ def quick(args: Args) -> Args:
         args,
         env=smallest(args.env),
         agent_seeds=args.agent_seeds[:2],
-        total_timesteps=2 * ppo_lstm.Args().num_envs * ppo_lstm.Args().num_steps,
+        total_timesteps=2 * ppo_lstm.Args().batch_size,
         repeats=1,
     )
 
@@ -104,8 +103,9 @@ def _slug(variant: str) -> str:
 def evaluate(variant: str, run: ppo_lstm.Args, args: Args) -> Episodes:
     """Run a trained agent on the held-out instances, in the environment it was trained with."""
     held_out = dataclasses.replace(run.env, instances="test")
-    kind = "sampled-ppo" if variant == SAMPLED else "ppo"
-    return play(f"{kind}:{run.run_dir}", run.env_id, held_out, args.repeats, args.seed)
+    assert run.run_dir is not None
+    policy = ppo_lstm.TrainedPolicy(run.run_dir, samples=variant == SAMPLED)
+    return play(policy, run.env_id, held_out, args.repeats, args.seed)
 
 
 def main() -> None:

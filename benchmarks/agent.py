@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks import write_result
 from esper_agent import ppo_lstm
+from esper_agent.envs import make_envs
 from esper_env import EnvConfig
 
 
@@ -61,65 +62,45 @@ def training_arguments(args: Args, num_envs: int) -> ppo_lstm.Args:
     return ppo_lstm.Args(env_id=args.env_id, seed=args.seed, **settings)
 
 
-def step_by_step(lstm: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
+def step_by_step(lstm: nn.LSTM, x: Tensor, state: ppo_lstm.LstmState, dones: Tensor) -> Tensor:
     """Replace `ppo_lstm.run_lstm` by one LSTM call per step.
 
     Source: `Agent.get_states` of CleanRL's `ppo_atari_lstm.py`.
     """
     outputs = []
-    for features, start in zip(x, starts, strict=True):
-        keep = (1.0 - start.float())[None, :, None]
+    for features, done in zip(x, dones, strict=True):
+        keep = (1.0 - done.float())[None, :, None]
         output, state = lstm(features[None], (keep * state[0], keep * state[1]))
         outputs.append(output)
     return torch.cat(outputs)
 
 
-class Learner:
-    """Agent and optimizer of one version of the update."""
-
-    def __init__(self, agent: ppo_lstm.Agent, args: ppo_lstm.Args, heads: list[str]) -> None:
-        self.agent, self.args, self.heads = copy.deepcopy(agent), args, heads
-        self.optimizer = ppo_lstm.make_optimizer(self.agent, args)
-        self.generator = torch.Generator().manual_seed(args.seed)
-
-    def seconds(self, update: Callable[..., Any], rollout: ppo_lstm.Rollout, scale: float) -> float:
-        """Return the time of one update [seconds]."""
-        began = time.perf_counter()
-        update(
-            self.agent,
-            self.optimizer,
-            rollout,
-            scale,
-            self.args,
-            self.generator,
-            self.heads,
-            self.args.ent_coef,
-        )
-        return time.perf_counter() - began
+def seconds_of(update: Callable[..., Any], state: ppo_lstm.TrainState, *work: Any) -> float:
+    """Return the time of one update [seconds]."""
+    began = time.perf_counter()
+    update(state, *work)
+    return time.perf_counter() - began
 
 
 def measure(args: Args, num_envs: int) -> dict[str, Any]:
     """Time rollouts, and the versions of the update in turn."""
     training = training_arguments(args, num_envs)
-    envs = ppo_lstm.make_envs(args.env_id, num_envs, "cpu", training.env)
-    collector = ppo_lstm.Collector(
-        envs, ppo_lstm.make_agent(envs, training.hidden_size, args.seed), training
-    )
-    heads = [head.name for head in envs.heads]
-    own, threaded, looped = (Learner(collector.agent, training, heads) for _ in range(3))
+    envs = make_envs(args.env_id, num_envs, "cpu", training.env)
+    own = ppo_lstm.make_train_state(training, envs)
     # The agent with the default update acts; all versions train on its rollouts.
-    collector.agent = own.agent
+    threaded, looped = copy.deepcopy(own), copy.deepcopy(own)
     rows = []
     for _ in range(args.rounds + 1):
-        began, env_before = time.perf_counter(), collector.env_seconds
-        rollout, _ = collector.collect()
-        total, in_env = time.perf_counter() - began, collector.env_seconds - env_before
-        work = rollout, collector.scale.std
-        row = [in_env, total - in_env, own.seconds(ppo_lstm.update, *work)]
+        began, env_before = time.perf_counter(), own.env_seconds
+        rollout, _ = ppo_lstm.collect_rollout(own, envs, training)
+        total, in_env = time.perf_counter() - began, own.env_seconds - env_before
+        threaded.return_scale = looped.return_scale = own.return_scale
+        work = rollout, training
+        row = [in_env, total - in_env, seconds_of(ppo_lstm.update, own, *work)]
         # Without its decorator, the update uses all threads.
-        row.append(threaded.seconds(ppo_lstm.update.__wrapped__, *work))  # type: ignore[attr-defined]
+        row.append(seconds_of(ppo_lstm.update.__wrapped__, threaded, *work))  # type: ignore[attr-defined]
         with mock.patch.object(ppo_lstm, "run_lstm", step_by_step):
-            row.append(looped.seconds(ppo_lstm.update, *work))
+            row.append(seconds_of(ppo_lstm.update, looped, *work))
         rows.append(row)
     envs.close()
     # Without the first round, which is warm-up. (rounds, 5) -> 5 arrays (rounds,)

@@ -40,7 +40,8 @@ from benchmarks.headroom import GRID
 from benchmarks.protocol import compare, play, summarise, table_of
 from benchmarks.references import Episodes, train_equal_compute, train_grown_size
 from esper_agent import ppo_lstm
-from esper_agent.baselines import FixedSchedule, PlateauHeuristic, Policy, parse_plan
+from esper_agent.baselines import BASELINES, FixedSchedule, PlateauHeuristic, Policy, parse_plan
+from esper_agent.envs import TRAINING, make_envs
 from esper_agent.evaluate import MAX_ENVS, run_episodes
 from esper_env import EnvConfig
 
@@ -66,7 +67,7 @@ class Args:
 
     env_id: str = "Esper-Digits-v0"
     """Environment id."""
-    env: EnvConfig = field(default_factory=lambda: ppo_lstm.Args().env)
+    env: EnvConfig = field(default_factory=lambda: TRAINING)
     """Settings of the environment, except for the set of instances."""
     agent_seeds: tuple[int, ...] = tuple(range(1, 11))
     """Seeds of the agents."""
@@ -97,12 +98,11 @@ def smallest(env: EnvConfig) -> EnvConfig:
 
 def quick(args: Args) -> Args:
     """Return the arguments with the smallest sizes."""
-    steps = ppo_lstm.Args().num_envs * ppo_lstm.Args().num_steps
     return dataclasses.replace(
         args,
         env=smallest(args.env),
         agent_seeds=args.agent_seeds[:2],
-        total_timesteps=steps,
+        total_timesteps=ppo_lstm.Args().batch_size,
         schedules=args.schedules[:6],
         num_heuristics=6,
         repeats=2,
@@ -165,7 +165,7 @@ def halve(candidates: dict[str, Make], args: Args) -> dict[str, Any]:
     for _ in range(ROUNDS):
         count = max(1, budget // len(names))
         scores = {}
-        envs = ppo_lstm.make_envs(args.env_id, min(MAX_ENVS, count), "cpu", config)
+        envs = make_envs(args.env_id, min(MAX_ENVS, count), "cpu", config)
         for name in names:
             episodes = run_episodes(candidates[name](), envs, count, seed)
             scores[name] = float(np.mean(episodes["committed_score"]))
@@ -272,15 +272,15 @@ def run_arms(args: Args) -> dict[str, list[Episodes]]:
         print(f"{name:16s} {np.mean([run['committed_score'] for run in runs]):.4f}", flush=True)
         return runs
 
-    def of_policy(policy: Policy | str) -> list[Episodes]:
-        return [play(policy, args.env_id, held_out, args.repeats, args.seed)]
+    def of_policy(make: Callable[[], Policy]) -> list[Episodes]:
+        return [play(make(), args.env_id, held_out, args.repeats, args.seed)]
 
     arms = {}
     for arm, name in BASELINE_ARMS.items():
-        arms[arm] = episodes(arm, partial(of_policy, name))
+        arms[arm] = episodes(arm, partial(of_policy, BASELINES[name]))
     found = search(args)
-    heuristic = PlateauHeuristic(**json.loads(found["heuristic"]["best"]))
-    schedule = FixedSchedule(parse_plan(found["schedule"]["best"]))
+    heuristic = _heuristic(json.loads(found["heuristic"]["best"]))
+    schedule = _schedule(found["schedule"]["best"])
     arms["tuned_heuristic"] = episodes("tuned_heuristic", partial(of_policy, heuristic))
     arms["best_schedule"] = episodes("best_schedule", partial(of_policy, schedule))
 
@@ -289,7 +289,7 @@ def run_arms(args: Args) -> dict[str, list[Episodes]]:
     arms["ppo_lstm"] = []
     # One file per agent seed, so that an interrupted call repeats one evaluation at most.
     for run in runs:
-        arm = partial(of_policy, f"ppo:{run.run_dir}")
+        arm = partial(of_policy, partial(ppo_lstm.TrainedPolicy, _directory(run)))
         arms["ppo_lstm"] += episodes(f"ppo_lstm-{run.seed}", arm)
     grown = arms["ppo_lstm"]
     arms["static_grown"] = episodes(
@@ -303,7 +303,7 @@ def run_arms(args: Args) -> dict[str, list[Episodes]]:
 
 def search(args: Args) -> dict[str, Any]:
     """Search for the best schedule and settings of the heuristic on the training instances."""
-    envs = ppo_lstm.make_envs(args.env_id, 1, "cpu", args.env)
+    envs = make_envs(args.env_id, 1, "cpu", args.env)
     blueprints = next(head.options for head in envs.heads if head.name == "blueprint")
     candidates = {
         "schedule": {text: _schedule(text) for text in args.schedules},

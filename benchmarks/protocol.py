@@ -11,14 +11,8 @@ from typing import Any
 import numpy as np
 
 from esper_agent.baselines import Policy
-from esper_agent.evaluate import (
-    MAX_ENVS,
-    NUM_RESAMPLES,
-    interquartile_mean,
-    make_policy,
-    run_episodes,
-)
-from esper_agent.ppo_lstm import make_envs
+from esper_agent.envs import make_envs
+from esper_agent.evaluate import MAX_ENVS, NUM_RESAMPLES, interquartile_mean, run_episodes
 from esper_env import EnvConfig
 from esper_env.config import FloatArray
 
@@ -26,11 +20,11 @@ Episodes = dict[str, list[Any]]
 """Figures of episodes in the format of `run_episodes`."""
 
 
-def play(policy: Policy | str, env_id: str, config: EnvConfig, repeats: int, seed: int) -> Episodes:
+def play(policy: Policy, env_id: str, config: EnvConfig, repeats: int, seed: int) -> Episodes:
     """Run a policy on every instance of the configured set, in turn.
 
     Args:
-        policy: Policy, or its name for `make_policy`.
+        policy: Policy to run.
         env_id: Environment id.
         config: Settings of the environment.
         repeats: Episodes per instance.
@@ -40,8 +34,6 @@ def play(policy: Policy | str, env_id: str, config: EnvConfig, repeats: int, see
         Figures of all episodes in the format of `run_episodes`.
     """
     envs = make_envs(env_id, MAX_ENVS, "cpu", config)
-    if isinstance(policy, str):
-        policy = make_policy(policy, envs)
     episodes = run_episodes(policy, envs, repeats * envs.num_instances, seed)
     envs.close()
     return episodes

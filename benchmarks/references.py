@@ -18,8 +18,8 @@ import numpy as np
 
 from benchmarks.protocol import Episodes
 from esper_agent.baselines import parse_plan
+from esper_agent.envs import make_envs
 from esper_agent.evaluate import FIGURES, MAX_ENVS, figures_of
-from esper_agent.ppo_lstm import make_envs
 from esper_env import EnvConfig, Stage
 from esper_env.config import IntArray
 from esper_env.rng import make_key

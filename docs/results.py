@@ -23,7 +23,7 @@ from matplotlib.image import imsave
 from benchmarks.protocol import table_of
 from docs.page import ROOT, table
 from esper_agent.baselines import parse_plan
-from esper_agent.evaluate import TrainedPolicy
+from esper_agent.ppo_lstm import TrainedPolicy
 from esper_env import EsperVectorEnv
 from esper_env.tasks import TASKS
 from esper_env.tasks.instances import make_instances
@@ -240,7 +240,7 @@ def draw_episode(agent: Path, instance: int, seed: int, path: Path) -> None:
     ).unwrapped
     assert isinstance(envs, EsperVectorEnv)
     observation, info = envs.reset(seed=seed, options={"instance": instance})
-    policy = TrainedPolicy(agent, envs)
+    policy = TrainedPolicy(agent)
     policy.begin(envs, seed)
     is_over = np.zeros(1, dtype=bool)
     while not is_over.all():

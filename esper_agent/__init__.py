@@ -1,1 +1,1 @@
-"""Agents for `esper_env`: a recurrent PPO in one file, baselines and evaluation."""
+"""Agents for `esper_env`: recurrent PPO in one file, baselines and evaluation."""

@@ -1,4 +1,4 @@
-"""Agents that do not learn. They read info and masks and work in any environment of `esper_env`."""
+"""Policies that do not learn; they use info and masks, and work in every environment of Esper."""
 
 from __future__ import annotations
 
@@ -20,52 +20,65 @@ _GROWTH = re.compile(r"(\w+)@(\d+)(?::(\d+))?")
 
 
 class Policy(Protocol):
-    """What `evaluate` runs."""
+    """Interface of the policies that `evaluate` compares."""
 
     def begin(self, envs: EsperVectorEnv, seed: int) -> None:
-        """Prepare for new episodes of all members, just after `reset`."""
+        """Prepare for new episodes; called after every `reset`.
+
+        Args:
+            envs: Environment to act in.
+            seed: Random seed of the policy.
+
+        Raises:
+            ValueError: If the policy does not fit the environment.
+        """
 
     def act(self, observation: npt.NDArray[np.float32], info: dict[str, Any]) -> Actions:
-        """Choose actions. (num_envs, 8) int64."""
+        """Return one action per sub-environment. (num_envs, num_heads) int64.
+
+        Args:
+            observation: Observations from `reset` or `step`. (num_envs, num_features).
+            info: Info from the same call.
+        """
 
 
 class NeverGrow:
     """Always WAIT."""
 
     def begin(self, envs: EsperVectorEnv, seed: int) -> None:
-        """Note how many members there are."""
+        """Store the shape of the actions."""
         del seed
         self._shape = (envs.num_envs, len(envs.heads))
 
     def act(self, observation: npt.NDArray[np.float32], info: dict[str, Any]) -> Actions:
-        """WAIT is option 0 of every head."""
+        """Return option 0 of every head, which is WAIT."""
         del observation, info
         return np.zeros(self._shape, dtype=np.int64)
 
 
 class RandomLegal:
-    """Uniform over legal ops, then slots, then options."""
+    """Samples uniformly from the legal ops, then slots, then options."""
 
     def begin(self, envs: EsperVectorEnv, seed: int) -> None:
-        """Seed the draws."""
+        """Seed the generator."""
         self._envs = envs
         self._rng = np.random.default_rng(seed)
 
     def act(self, observation: npt.NDArray[np.float32], info: dict[str, Any]) -> Actions:
-        """Draw."""
+        """Sample actions."""
         del observation, info
         return self._envs.sample_valid_actions(self._rng)
 
 
 class RuleBased:
-    """Grows by rules: a legal slot of the first rule that has one.
+    """Base of policies that follow rules: the first rule with a legal slot decides the action.
 
-    The other heads get what every rule wants of them: the rule's blueprint, full alpha, and
-    otherwise the first legal option.
+    The other heads get the blueprint of their slot, full alpha, and otherwise the first legal
+    option.
     """
 
     def begin(self, envs: EsperVectorEnv, seed: int) -> None:
-        """Look up options by name and forget the past."""
+        """Look up the options of all heads and reset the step count."""
         del seed
         self._envs = envs
         self._options = {head.name: head.options for head in envs.heads}
@@ -73,10 +86,10 @@ class RuleBased:
         self._step = 0
 
     def _look_up(self, blueprint: str) -> int:
-        """Return a blueprint's option.
+        """Return the option of a blueprint.
 
         Raises:
-            ValueError: If it is not offered.
+            ValueError: If the environment does not offer it.
         """
         offered = self._options["blueprint"]
         if blueprint not in offered:
@@ -84,17 +97,17 @@ class RuleBased:
         return offered.index(blueprint)
 
     def _look_up_everywhere(self, blueprint: str | None) -> IntArray:
-        """Return a blueprint's option for all slots; None is conv_light, or else the first."""
+        """Return an option per slot; None means conv_light if offered, else the first one."""
         offered = self._options["blueprint"]
         default = "conv_light" if "conv_light" in offered else offered[0]
         return np.full(len(self._slots), self._look_up(blueprint or default))
 
     def _keep_all(self, germinates: npt.NDArray[np.bool_], blueprint: IntArray) -> Actions:
-        """Fossilize and advance every seed as soon as possible, and germinate in some slots.
+        """Fossilize and advance every seed as soon as possible, and germinate in given slots.
 
         Args:
-            germinates: Where to germinate now. (slots,).
-            blueprint: Options, as `_follow` takes them. (slots,).
+            germinates: True for slots to germinate in now. (num_slots,) bool.
+            blueprint: Blueprint option of each slot. (num_slots,) int64.
         """
         everywhere = np.ones((self._envs.num_envs, len(self._slots)), dtype=bool)
         rules = (
@@ -107,11 +120,12 @@ class RuleBased:
     def _follow(
         self, rules: Sequence[tuple[Op, npt.NDArray[np.bool_]]], blueprint: IntArray
     ) -> Actions:
-        """Carry out rules.
+        """Return the action of the first rule that is legal, else WAIT.
 
         Args:
-            rules: In the order of their rank: an op, and where it is wanted, (num_envs, slots).
-            blueprint: The option that GERMINATE takes in each slot. (slots,).
+            rules: Pairs of an op and the slots it applies to, (num_envs, num_slots) bool, by
+                priority.
+            blueprint: Blueprint option that GERMINATE uses in each slot. (num_slots,) int64.
         """
         masks = self._envs.conditional_masks()
         num_envs, num_slots = len(masks["op"]), len(self._slots)
@@ -134,12 +148,12 @@ class RuleBased:
     def _action(
         self,
         masks: dict[str, npt.NDArray[np.bool_]],
-        member: int,
+        env: int,
         op: int,
         slot: int,
         blueprint: int,
     ) -> Actions:
-        """Fill the heads after op and slot."""
+        """Return the full action of one sub-environment, given op and slot. (num_heads,) int64."""
         action = np.zeros(len(self._options), dtype=np.int64)
         action[:2] = op, slot
         targets = self._options["alpha_target"]
@@ -148,27 +162,27 @@ class RuleBased:
             wanted["alpha_target"] = targets.index(1.0)
         for h, name in enumerate(self._options):
             if h >= 2:
-                legal = masks[name][member, op, slot]
+                legal = masks[name][env, op, slot]
                 option = wanted.get(name, 0)
                 action[h] = option if legal[option] else legal.argmax()
         return action
 
 
 class FixedSchedule(RuleBased):
-    """Germinates given blueprints in given slots at given steps, whatever happens.
+    """Germinates given blueprints in given slots at given env steps.
 
     Seeds are advanced and fossilized as soon as the masks allow.
 
     Args:
-        plan: Slot, blueprint and env step of each germination, at most one per slot. One that is
-            not legal yet waits until it is.
+        plan: Slot, blueprint and env step of each germination, at most one per slot. A germination
+            that is illegal at its step follows as soon as it is legal.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
     def begin(self, envs: EsperVectorEnv, seed: int) -> None:
-        """Look up the plan's slots and blueprints."""
+        """Look up the slots and blueprints of the plan."""
         super().begin(envs, seed)
         num_slots = len(self._slots)
         self._start = np.full(num_slots, envs.config.episode_steps)
@@ -180,17 +194,17 @@ class FixedSchedule(RuleBased):
             self._start[at], self._blueprint[at] = step, self._look_up(blueprint)
 
     def act(self, observation: npt.NDArray[np.float32], info: dict[str, Any]) -> Actions:
-        """Fossilize, advance, germinate."""
+        """Apply the rules in the order fossilize, advance, germinate."""
         del observation, info
         return self._keep_all(self._step >= self._start, self._blueprint)
 
 
 class Periodic(RuleBased):
-    """Germinates `blueprint` in the first free slot every `period` steps, and keeps every seed.
+    """Germinates in the first free slot at regular intervals, and keeps every seed.
 
     Args:
-        period: Time between germinations [env steps].
-        blueprint: What to germinate; None for conv_light, or the first one if that is not offered.
+        period: Interval between germinations [env steps].
+        blueprint: Blueprint to germinate; None for conv_light if offered, else the first one.
     """
 
     def __init__(self, *, period: int = 15, blueprint: str | None = None) -> None:
@@ -203,29 +217,29 @@ class Periodic(RuleBased):
         self._blueprint = self._look_up_everywhere(self.blueprint)
 
     def act(self, observation: npt.NDArray[np.float32], info: dict[str, Any]) -> Actions:
-        """Fossilize, advance, germinate."""
+        """Apply the rules in the order fossilize, advance, germinate."""
         del observation, info
         is_time = self._step > 0 and self._step % self.period == 0
         return self._keep_all(np.full(len(self._slots), is_time), self._blueprint)
 
 
 class PlateauHeuristic(RuleBased):
-    """Grow when the validation accuracy stalls; keep what helps, remove what hurts.
+    """Grows when the validation accuracy stalls, keeps seeds that help and prunes the others.
 
-    When the best accuracy has not risen by `margin` for `patience` steps, and enough of the
-    episode is left, it germinates `blueprint` in a free slot. Seeds are advanced as soon
-    as allowed, fully blended, and fossilized if their contribution is at least
-    `min_contribution`; otherwise pruned after `trial_steps` steps of holding.
+    Germinates in a free slot when the best accuracy has not improved by `margin` for `patience`
+    steps and enough of the episode is left. Seeds are advanced as soon as the masks allow and
+    blended fully. A holding seed is fossilized if its contribution is at least `min_contribution`,
+    and pruned after `trial_steps` otherwise.
 
     Args:
-        patience: Stalled env steps before growing.
-        margin: Rise that counts [accuracy, 0 to 1].
-        blueprint: What to germinate; None for conv_light, or the first one if that is not offered.
-        deepest_first: Whether the last free slot is taken instead of the first.
-        max_seeds: Seeds alive or fossilized at which it stops growing; None for no limit.
-        min_contribution: Contribution that a seed must have to stay [accuracy, 0 to 1].
-        trial_steps: Time that a holding seed has to prove itself [env steps].
-        steps_to_live: Time left below which nothing is germinated [env steps].
+        patience: Env steps without improvement before a germination.
+        margin: Smallest improvement that counts [accuracy, 0 to 1].
+        blueprint: Blueprint to germinate; None for conv_light if offered, else the first one.
+        deepest_first: Use the last free slot instead of the first.
+        max_seeds: Largest number of seeds alive or fossilized; None for no limit.
+        min_contribution: Smallest contribution of a seed that is kept [accuracy, 0 to 1].
+        trial_steps: Holding time after which a seed is pruned [env steps].
+        steps_to_live: Remaining time below which nothing is germinated [env steps].
     """
 
     def __init__(
@@ -250,7 +264,7 @@ class PlateauHeuristic(RuleBased):
         self.steps_to_live = steps_to_live
 
     def begin(self, envs: EsperVectorEnv, seed: int) -> None:
-        """Look up options by name and forget the past."""
+        """Look up the blueprint and reset the memory of accuracies and holding times."""
         super().begin(envs, seed)
         self._blueprint = self._look_up_everywhere(self.blueprint)
         self._best = np.zeros(envs.num_envs)
@@ -273,10 +287,10 @@ class PlateauHeuristic(RuleBased):
             wants_growth &= is_live.sum(axis=1) < self.max_seeds
         where = np.repeat(wants_growth[:, None], len(self._slots), axis=1)
         if self.deepest_first:
-            # Later slots stand back only where they are not free.
+            # `_follow` picks the first legal slot, so slots before another free one are excluded.
             is_free = stage == Stage.DORMANT
-            has_free_behind = np.cumsum(is_free[:, ::-1], axis=1)[:, ::-1] - is_free > 0
-            where &= ~has_free_behind
+            num_free_after = np.cumsum(is_free[:, ::-1], axis=1)[:, ::-1] - is_free
+            where &= num_free_after == 0
         rules = (
             (Op.FOSSILIZE, is_good),
             (Op.PRUNE, (self._holding >= self.trial_steps) & ~is_good),
@@ -290,10 +304,10 @@ class PlateauHeuristic(RuleBased):
 
 
 def parse_plan(text: str) -> Plan:
-    """Read a plan such as "conv_heavy@0+norm@1:20": blueprint@slot, from step 20 or at once.
+    """Parse a plan such as "conv_heavy@0+norm@1:20": blueprint@slot or blueprint@slot:step.
 
     Raises:
-        ValueError: If it cannot be read, or names a slot twice.
+        ValueError: If the text has another form, or contains a slot twice.
     """
     plan = []
     for part in text.split("+") if text else ():
@@ -320,9 +334,9 @@ TUNED_HEURISTIC: dict[str, Any] = {
     "trial_steps": 10,
     "steps_to_live": 30,
 }
-"""Thresholds found on the training instances of Esper-Digits-v0 (`benchmarks/learning.py`)."""
+"""Thresholds tuned on the training instances of Esper-Digits-v0 (`benchmarks/learning.py`)."""
 BEST_SCHEDULE = "conv_heavy@0+norm@1"
-"""The best fixed schedule on them, as `parse_plan` reads it."""
+"""Best fixed schedule on the same instances, in the form that `parse_plan` reads."""
 
 BASELINES: dict[str, Callable[[], Policy]] = {
     "never-grow": NeverGrow,
@@ -332,4 +346,4 @@ BASELINES: dict[str, Callable[[], Policy]] = {
     "tuned-heuristic": partial(PlateauHeuristic, **TUNED_HEURISTIC),
     "best-schedule": partial(FixedSchedule, parse_plan(BEST_SCHEDULE)),
 }
-"""Baselines by the name that `evaluate --agents` takes."""
+"""Baselines by their name in `evaluate --agents`."""

@@ -1,14 +1,17 @@
 """Compare agents on the same episodes.
 
-Every agent sees the same reset seeds, so episode k has the same initial host, data order and seed
-initialisation for all of them and differences are paired. Run `python -m esper_agent.evaluate
+Every agent gets the same reset seeds, so in episode k all of them start from the same host, data
+order and seed initialisation, and differences are paired. Run `python -m esper_agent.evaluate
 --help`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,15 +26,18 @@ from rich.table import Table
 from scipy import stats
 
 from esper_agent.baselines import BASELINES, FixedSchedule, Policy, parse_plan
-from esper_agent.ppo_lstm import TRAINING, load_agent, make_envs, one_thread, pad_masks
+from esper_agent.envs import TRAINING, make_envs
 from esper_env import EnvConfig, EsperVectorEnv, Stage
 
 MAX_ENVS = 64
-"""Episodes that run side by side."""
-CHECKPOINTS = ("ppo", "sampled-ppo")
-"""What comes before the directory of a run in an agent's name."""
-TABLE_WIDTH = 140
-"""Columns of the terminal that the table needs."""
+"""Episodes that run in parallel."""
+SEED = 1_000_000
+"""Default reset seed of the first episode, far from the training seeds."""
+CHECKPOINTS = {
+    "ppo": "esper_agent.ppo_lstm:TrainedPolicy",
+    "sampled-ppo": "esper_agent.ppo_lstm:SampledPolicy",
+}
+"""Import string of the policy that reads a run directory, by the prefix of an agent's name."""
 NUM_RESAMPLES = 2000
 """Bootstrap resamples."""
 FIGURES = (
@@ -42,8 +48,8 @@ FIGURES = (
     "parameters",
     "flops",
 )
-"""What is kept of every episode. `committed_score` is the objective; `test_score` is the same with
-test images."""
+"""Figures recorded for every episode. `committed_score` is the objective; `test_score` is the same
+with test images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,85 +57,52 @@ class Args:
     """Evaluate agents on the same episodes and print a table."""
 
     agents: tuple[str, ...] = ("never-grow", "random", "heuristic")
-    """Names of baselines; ppo:RUN_DIR, which takes the checkpoint's likeliest actions, or
-    sampled-ppo:RUN_DIR, which draws them; schedule:PLAN, such as conv_heavy@0+norm@1:20."""
+    """Agents to compare: names of baselines; ppo:RUN_DIR, the most likely actions of a checkpoint;
+    sampled-ppo:RUN_DIR, actions sampled from its policy; schedule:PLAN, such as
+    conv_heavy@0+norm@1:20; or MODULE:FACTORY, an import string of your own class or function, which
+    is called without arguments and returns a `baselines.Policy`."""
     env_id: str = "Esper-Digits-v0"
     """Environment id."""
     env: EnvConfig = field(default_factory=lambda: TRAINING)
-    """Settings of the environment; those that differ from their default are passed on."""
+    """Environment settings; only those that differ from their default are passed on."""
     instances: Literal["default", "train", "test"] = "test"
-    """Instances to evaluate on, in turn."""
+    """Set of instances, used in turn."""
     episodes: int = 64
     """Episodes per agent."""
-    seed: int = 1_000_000
+    seed: int = SEED
     """Reset seed of the first episode; episode k has seed + k."""
     device: str = "cpu"
-    """Where the hosts train."""
+    """Device of the environment."""
     out: Path | None = None
-    """Where to write the result as JSON; a picture of the same name is written beside it."""
+    """JSON file for the result; a plot of the same name is written beside it."""
 
 
-class TrainedPolicy:
-    """A checkpoint of `ppo_lstm`.
-
-    Args:
-        directory: Of the run.
-        envs: What it will act in.
-        samples: Whether actions are drawn from the policy, as in training, with a seeded generator;
-            otherwise each head takes its likeliest option.
-    """
-
-    def __init__(self, directory: Path, envs: EsperVectorEnv, samples: bool = False) -> None:
-        self._agent = load_agent(directory, envs)
-        self._samples = samples
-
-    def begin(self, envs: EsperVectorEnv, seed: int) -> None:
-        """Start from a zero state."""
-        self._envs = envs
-        self._state = self._agent.initial_state(envs.num_envs)
-        self._start = torch.ones(envs.num_envs, dtype=torch.bool)
-        self._generator = torch.Generator().manual_seed(seed) if self._samples else None
-
-    @torch.no_grad()
-    @one_thread()
-    def act(
-        self, observation: npt.NDArray[np.float32], info: dict[str, Any]
-    ) -> npt.NDArray[np.int64]:
-        """Choose by the present observations."""
-        del info
-        core, slots, self._state = self._agent.step_core(
-            torch.from_numpy(observation), self._state, self._start
-        )
-        self._start = torch.zeros_like(self._start)
-        masks = pad_masks(self._envs.conditional_masks(), torch.device("cpu"))
-        actions, _ = self._agent.act(core, slots, masks, self._generator)
-        result: npt.NDArray[np.int64] = actions.numpy()
-        return result
-
-
-def make_policy(name: str, envs: EsperVectorEnv) -> Policy:
-    """Return the policy of a name: a baseline, ppo:RUN_DIR, sampled-ppo:RUN_DIR or schedule:PLAN.
+def make_policy(name: str) -> Policy:
+    """Return the policy with a name that `--agents` accepts.
 
     Raises:
-        ValueError: If the name is unknown, a plan cannot be read, or a checkpoint does not fit the
-            environment.
+        ValueError: If the name is unknown, or a plan cannot be parsed.
         FileNotFoundError: If there is no checkpoint.
     """
-    kind, colon, rest = name.partition(":")
-    if colon and kind in CHECKPOINTS:
-        return TrainedPolicy(Path(rest), envs, samples=kind == "sampled-ppo")
-    if colon and kind == "schedule":
+    if name in BASELINES:
+        return BASELINES[name]()
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix == "schedule":
         return FixedSchedule(parse_plan(rest))
-    if name not in BASELINES:
+    is_checkpoint = bool(colon) and prefix in CHECKPOINTS
+    module, _, attribute = (CHECKPOINTS[prefix] if is_checkpoint else name).partition(":")
+    try:
+        factory: Callable[..., Policy] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"agents: expected {sorted(BASELINES)}, ppo:RUN_DIR, sampled-ppo:RUN_DIR or "
-            f"schedule:PLAN, got {name!r}"
-        )
-    return BASELINES[name]()
+            f"agents: expected {sorted(BASELINES)}, ppo:RUN_DIR, sampled-ppo:RUN_DIR, "
+            f"schedule:PLAN or MODULE:FACTORY, got {name!r} ({error})"
+        ) from error
+    return factory(Path(rest)) if is_checkpoint else factory()
 
 
 def figures_of(final_info: dict[str, Any]) -> dict[str, npt.NDArray[np.float64]]:
-    """Return the figures of members whose episodes ended, by the info of their last step."""
+    """Return the figures of episodes that ended, given the info of their last step."""
     rent = final_info["committed_accuracy"] - final_info["committed_score"]
     known = {**final_info, "test_score": final_info["committed_test_accuracy"] - rent}
     return {name: known[name] for name in FIGURES}
@@ -138,7 +111,7 @@ def figures_of(final_info: dict[str, Any]) -> dict[str, npt.NDArray[np.float64]]
 def run_episodes(
     policy: Policy, envs: EsperVectorEnv, num_episodes: int, seed: int
 ) -> dict[str, list[Any]]:
-    """Run one episode for each of the seeds seed, seed + 1, ..., on all instances in turn.
+    """Run episodes with reset seeds seed, seed + 1, ..., on all instances in turn.
 
     Returns:
         "seed", "instance", the figures, and "growth" of every episode, in order of its seed. Growth
@@ -195,28 +168,39 @@ def bootstrap_interval(
 
 
 def evaluate_agents(
-    names: list[str], env_id: str, config: EnvConfig, episodes: int, seed: int, device: str
+    policies: dict[str, Policy],
+    env_id: str,
+    config: EnvConfig,
+    episodes: int,
+    seed: int = SEED,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """Run all agents on the same episodes.
+    """Run several policies on the same episodes.
 
     Args:
-        names: Agents, as `make_policy` takes them; differences are against the first.
+        policies: Policies by name; the first one is compared with each other one.
         env_id: Environment id.
-        config: Its settings; episodes have the instances of the configured set in turn.
-        episodes: Episodes per agent.
-        seed: Reset seed of the first.
-        device: Where the hosts train.
+        config: Environment settings; episodes use the instances of the configured set in turn.
+        episodes: Episodes per policy.
+        seed: Reset seed of the first episode.
+        device: Device of the environment.
 
     Returns:
-        A JSON-able record: settings, per agent every episode's figures and a summary, and the
-        paired differences of the committed score between the first agent and each other.
+        A record for JSON: settings, every episode's figures and their summary by policy, and the
+        paired differences of the committed score between the first policy and each other one.
+
+    Raises:
+        ValueError: If there are no policies or episodes, or a policy does not fit the environment.
     """
     if episodes < 1:
         raise ValueError(f"episodes: expected at least 1, got {episodes}")
-    if not names:
-        raise ValueError(f"agents: expected at least one of {sorted(BASELINES)} or ppo:RUN_DIR")
+    if not policies:
+        raise ValueError("agents: expected at least one policy")
     envs = make_envs(env_id, min(episodes, MAX_ENVS), device, config)
-    policies = {name: make_policy(name, envs) for name in names}
+    # A policy that does not fit the environment must raise before another one's episodes are run.
+    envs.reset(seed=seed)
+    for policy in policies.values():
+        policy.begin(envs, seed)
     agents: dict[str, Any] = {}
     for name, policy in policies.items():
         agents[name] = {"episodes": run_episodes(policy, envs, episodes, seed)}
@@ -232,12 +216,13 @@ def evaluate_agents(
             "high": high,
             **{f"{n}_mean": float(np.mean(record["episodes"][n])) for n in FIGURES[1:]},
         }
-    first = np.array(agents[names[0]]["episodes"]["committed_score"])
+    first, *others = policies
+    scores = np.array(agents[first]["episodes"]["committed_score"])
     paired = {}
-    for name in names[1:]:
-        differences = first - np.array(agents[name]["episodes"]["committed_score"])
+    for name in others:
+        differences = scores - np.array(agents[name]["episodes"]["committed_score"])
         low, high = bootstrap_interval(differences, rng)
-        paired[f"{names[0]} - {name}"] = {
+        paired[f"{first} - {name}"] = {
             "difference": float(interquartile_mean(differences)),
             "low": low,
             "high": high,
@@ -253,23 +238,39 @@ def evaluate_agents(
     }
 
 
-def print_table(result: dict[str, Any], console: Console) -> None:
-    """Print the summary of `evaluate_agents`."""
-    names = list(result["agents"])
-    first, labels = names[0], _labels(names)
+def report(result: dict[str, Any], out: Path | None) -> None:
+    """Print the result of `evaluate_agents` as a table.
+
+    Args:
+        result: Record to print.
+        out: JSON file for the record; a plot of the same name is written beside it.
+    """
+    console = Console()
+    console.width = max(console.width, 140)
+    console.print(make_table(result))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1))
+        plot_scores(result, out.with_suffix(".png"))
+        console.print(f"saved: {out} and .png", soft_wrap=True)
+
+
+def make_table(result: dict[str, Any]) -> Table:
+    """Return the summary of `evaluate_agents` as a table of at most 140 columns."""
+    first = next(iter(result["agents"]))
     table = Table(
         title=f"{result['env_id']}: committed score over {result['episodes']} episodes",
-        caption="intervals: 95 % bootstrap of the interquartile mean (IQM)",
+        caption="interval: 95 % bootstrap interval of the interquartile mean (IQM)\n"
+        f"difference: {first} minus this agent, paired by episode",
     )
-    table.add_column("agent", no_wrap=True)
-    columns = ("mean", "IQM", "interval", f"{labels[first]} minus it, paired", "test score")
-    for column in (*columns, "parameters grown"):
+    table.add_column("agent", overflow="fold")
+    for column in ("mean", "IQM", "interval", "difference", "test score", "parameters grown"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, record in result["agents"].items():
         summary = record["summary"]
         pair = result["paired"].get(f"{first} - {name}")
         table.add_row(
-            labels[name],
+            name,
             f"{summary['mean']:.4f}",
             f"{summary['iqm']:.4f}",
             f"{summary['low']:.4f} .. {summary['high']:.4f}",
@@ -279,18 +280,17 @@ def print_table(result: dict[str, Any], console: Console) -> None:
             f"{summary['test_score_mean']:.4f}",
             f"{summary['parameters_mean']:.0f}",
         )
-    console.print(table)
+    return table
 
 
 def plot_scores(result: dict[str, Any], path: Path) -> None:
-    """Draw every episode's committed score and the interval of the interquartile mean, per agent.
+    """Plot every episode's committed score and the interval of the interquartile mean.
 
     Args:
-        result: From `evaluate_agents`.
-        path: Where to write the picture; its suffix chooses the format.
+        result: Result of `evaluate_agents`.
+        path: Picture to write; its suffix chooses the format.
     """
     names = list(result["agents"])
-    labels = _labels(names)
     figure = Figure(figsize=(7.0, 0.7 + 0.6 * len(names)), layout="constrained")
     axes = figure.subplots()
     rng = np.random.default_rng(0)
@@ -302,39 +302,25 @@ def plot_scores(result: dict[str, Any], path: Path) -> None:
         axes.plot(scores, heights, ".", color="0.75", markersize=4, zorder=1)
         axes.plot([summary["low"], summary["high"]], [row, row], color="C0", linewidth=5, zorder=2)
         axes.plot(summary["iqm"], row, "|", color="black", markersize=14, zorder=3)
-    axes.set_yticks(range(len(names)), [labels[name] for name in reversed(names)])
+    axes.set_yticks(range(len(names)), [textwrap.fill(name, 24) for name in reversed(names)])
     axes.set_xlabel("committed score (bar: 95 % interval of the interquartile mean)")
     axes.set_title(f"{result['env_id']}, {result['episodes']} episodes", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
-def _labels(names: list[str]) -> dict[str, str]:
-    """Return short names: the only checkpoint is ppo_lstm, several go by their directories."""
-    checkpoints = [name for name in names if name.partition(":")[0] in CHECKPOINTS]
-    labels = {name: name for name in names}
-    for name in checkpoints:
-        kind, _, directory = name.partition(":")
-        labels[name] = "ppo_lstm" if len(checkpoints) == 1 else f"{kind}:{Path(directory).name}"
-    return labels
-
-
 def main() -> None:
     """Parse the command line, evaluate, print and save."""
     args = tyro.cli(Args)
     result = evaluate_agents(
-        list(args.agents),
+        {name: make_policy(name) for name in args.agents},
         args.env_id,
         dataclasses.replace(args.env, instances=args.instances),
         args.episodes,
         args.seed,
         args.device,
     )
-    print_table(result, Console(width=max(Console().width, TABLE_WIDTH)))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1))
-        plot_scores(result, args.out.with_suffix(".png"))
+    report(result, args.out)
 
 
 if __name__ == "__main__":

@@ -1,471 +1,374 @@
-"""Recurrent PPO with factored, conditionally masked actions, in one file.
+"""Recurrent PPO for `esper_env` in one file, with CleanRL's names (`ppo_atari_lstm.py`).
 
-Order: arguments, network, advantages, rollout, update, checkpoint, training. It uses only public
-names of `esper_env`. Run `python -m esper_agent.ppo_lstm --help`.
+Differences from CleanRL: An action has several heads with conditional masks. The LSTM runs over all
+sequences of a minibatch in one call. Log-probabilities and values of the old policy are recomputed
+before each update, so the first ratio is 1 up to rounding. A truncated episode bootstraps from its
+own last observation. Rewards are divided by the standard deviation of the returns.
 
 Sources: PPO, Schulman et al. (2017); GAE, Schulman et al. (2016); implementation details, Huang et
 al. (2022); bootstrapping at truncation, Pardo et al. (2018).
 
-Metrics, one row per update in `metrics.jsonl` and TensorBoard:
-    charts/episode_score        mean committed score of the episodes that ended (validation)
-    charts/episode_return       mean undiscounted return of those episodes
-    charts/episode_parameters   mean parameters of their seeds at the end
-    charts/valid_share          share of actions that were legal
-    charts/learning_rate        of this update
-    charts/ent_coef             weight of the entropy in this update
-    charts/steps_per_second     env steps per second since the start
-    losses/policy, losses/value the clipped surrogate (negated), half the squared value error
-    losses/kl                   joint KL over heads, mean of (ratio - 1) - log ratio
-    losses/clip_fraction        share of steps whose ratio left 1 +- clip_coef
-    losses/explained_variance   1 - var(return - value) / var(return)
-    losses/first_ratio_error    largest |ratio - 1| in the first minibatch
-    losses/variance_left        share of the advantages' variance after the group's baseline
-    losses/gradient_norm        before clipping, mean over minibatches
-    entropy/<head>              mean over the steps where the head had a choice [nats]
-    choice/<head>               share of steps where it had one
-    time/rollout, time/update   seconds in the environment and policy, and in the update
-    time/policy_share           share of wall time in inference and update
+Metrics, one row per iteration in `metrics.jsonl` and TensorBoard; means over the episodes that
+ended, the steps of the rollout, or the minibatches of the update:
+    charts/episodic_return      undiscounted sum of the rewards
+    charts/episodic_score       committed score at the end (validation images)
+    charts/episodic_parameters  parameters of all seeds at the end
+    charts/learning_rate        learning rate of this iteration
+    charts/SPS                  env steps / seconds spent in rollouts and updates
+    losses/policy_loss          -min(ratio * A, clip(ratio, 1 - clip_coef, 1 + clip_coef) * A)
+    losses/value_loss           0.5 * (V - return)^2
+    losses/entropy              sum of entropy/<head> over heads
+    losses/approx_kl            (ratio - 1) - log ratio, of the joint probability over heads
+    losses/clipfrac             share of steps with |ratio - 1| > clip_coef
+    losses/explained_variance   1 - var(return - V) / var(return), before the update
+    losses/first_ratio_error    max |ratio - 1| in the first minibatch
+    losses/variance_left        var(A after the group baseline) / var(A)
+    losses/gradient_norm        L2 norm of the gradient before clipping
+    entropy/<head>              entropy over the steps where the head had a choice [nats]
+    choice/<head>               share of steps where the head had a choice
+    time/policy_share           share of the run's wall time outside the environment
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import torch
 import tyro
-from rich.console import Console
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from esper_agent import checkpoint
+from esper_agent.baselines import BASELINES, Actions, Policy
+from esper_agent.envs import TRAINING, ReturnScale, make_envs, one_thread, pad_masks
+from esper_agent.evaluate import evaluate_agents, report
 from esper_env import EnvConfig, EsperVectorEnv
 
-# ---------------------------------------------------------------------------------- arguments
-
-
-TRAINING = EnvConfig(
-    instances="train",
-    horizon="terminal",
-    gamma=1.0,
-    heads={
-        "op": ["WAIT", "GERMINATE", "ADVANCE", "PRUNE", "FOSSILIZE"],
-        "style": ["LINEAR_ADD"],
-        "tempo": [3],
-        "alpha_target": [1.0],
-        "alpha_speed": [0],
-        "alpha_curve": ["LINEAR"],
-    },
-)
-"""What an agent is trained with by default; the evidence is in docs/results.md.
-
-The budget is observed, so its end is a true end, and without a discount the rewards sum to the
-objective. The heads that say how a seed is blended have one option each: what remains is when,
-where and what to grow, keep or remove."""
+LstmState = tuple[Tensor, Tensor]
+"""Hidden state and cell. (1, num_envs, hidden_size) each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Train a recurrent PPO agent, then evaluate it beside the baselines."""
+    """Train a recurrent PPO agent and evaluate it beside the baselines."""
 
     env_id: str = "Esper-Digits-v0"
     """Environment id."""
     env: EnvConfig = field(default_factory=lambda: TRAINING)
-    """Settings of the environment; those that differ from their default are passed on."""
+    """Environment settings; only those that differ from their default are passed on."""
     seed: int = 1
     """Random seed of the agent and of the training episodes."""
     device: str = "cpu"
-    """Device of the environment and of the agent."""
+    """Device of the environment and the agent."""
     run_dir: Path | None = None
-    """Where to write; by default runs/<env id>__ppo_lstm__<seed>__<time>."""
+    """Run directory; by default runs/<env id>__ppo_lstm__<seed>__<time>."""
     total_timesteps: int = 288_000
-    """Env steps over all members."""
+    """Env steps, summed over sub-environments."""
     num_envs: int = 16
-    """Members that train side by side."""
+    """Sub-environments that run in parallel."""
     num_steps: int = 60
-    """Env steps per member and update; the episode's length lets sequences be whole episodes."""
+    """Env steps per sub-environment and rollout; by default one episode."""
     learning_rate: float = 2e-3
-    """Of Adam at the start."""
+    """Initial learning rate of Adam."""
     anneal_lr: bool = True
-    """Whether the learning rate falls linearly to 0."""
+    """Anneal the learning rate linearly to 0."""
     gamma: float = 1.0
-    """Discount factor; must equal the environment's (`--env.gamma`)."""
+    """Discount factor; must equal that of the environment (`--env.gamma`)."""
     gae_lambda: float = 0.97
     """Lambda of generalised advantage estimation."""
     group_size: int = 4
-    """Members that share their reset seeds: same host at birth, images and instance. What their
-    advantages have in common is luck that no action caused, and is subtracted; 1 for none."""
+    """Sub-environments per group. A group shares reset seeds, hence hosts, images and instances,
+    and the common part of its advantages is subtracted; 1 disables this."""
     num_minibatches: int = 4
-    """Minibatches per epoch; each is a shuffled set of whole sequences."""
+    """Minibatches per epoch, each a random set of whole sequences."""
     update_epochs: int = 4
-    """Passes over the rollout per update."""
+    """Epochs per update."""
     clip_coef: float = 0.2
-    """Clipping of the probability ratio."""
-    ratio: Literal["joint", "per-head"] = "joint"
-    """Whether one ratio is clipped per action, or one per head that had a choice."""
+    """Clipping range of the probability ratio."""
     ent_coef: float = 0.01
-    """Weight of the entropy, summed over heads, at the start."""
-    anneal_entropy: bool = False
-    """Whether that weight falls linearly to 0."""
+    """Coefficient of the entropy, which is summed over heads."""
     vf_coef: float = 0.5
-    """Weight of the value loss."""
+    """Coefficient of the value loss."""
     max_grad_norm: float = 0.5
-    """Gradient clipping."""
+    """Maximum norm of the gradient."""
     target_kl: float | None = None
-    """Joint KL above which an update stops early."""
+    """Joint KL divergence over heads above which an update stops early."""
     hidden_size: int = 128
-    """Width of the network and of the LSTM."""
+    """Width of the encoder and the LSTM."""
     recurrent: bool = True
-    """Whether the LSTM remembers earlier steps; otherwise each starts from a zero state."""
+    """Carry the LSTM state from step to step; otherwise every step starts from a zero state."""
     eval_episodes: int = 64
-    """Episodes per agent in the final evaluation; 0 leaves it out."""
-    eval_seed: int = 1_000_000
-    """First reset seed of the final evaluation, far from the training seeds."""
+    """Episodes per agent in the final evaluation; 0 skips it."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.eval_episodes < 0:
-            raise ValueError(f"eval_episodes: expected at least 0, got {self.eval_episodes}")
-        if self.target_kl is not None and self.target_kl <= 0:
-            raise ValueError(f"target_kl: expected None or above 0, got {self.target_kl}")
-        if self.group_size < 1 or self.num_envs % self.group_size:
-            raise ValueError(
-                f"group_size: expected a divisor of num_envs={self.num_envs}, got {self.group_size}"
-            )
-        if self.num_envs % self.num_minibatches:
-            raise ValueError(
-                f"num_minibatches: expected a divisor of num_envs={self.num_envs} (a minibatch is "
-                f"a set of whole sequences), got {self.num_minibatches}"
-            )
-        if self.total_timesteps < self.num_envs * self.num_steps:
-            raise ValueError(
-                f"total_timesteps: expected at least num_envs * num_steps = "
-                f"{self.num_envs * self.num_steps}, got {self.total_timesteps}"
-            )
+        sizes = ("num_envs", "num_steps", "num_minibatches", "group_size")
+        checks = [
+            (name, getattr(self, name) >= 1, "at least 1")
+            for name in (*sizes, "update_epochs", "hidden_size")
+        ]
+        for name in ("num_minibatches", "group_size"):
+            divides = self.num_envs % max(1, getattr(self, name)) == 0
+            checks.append((name, divides, f"a divisor of num_envs={self.num_envs}"))
+        enough = f"at least num_envs * num_steps = {self.batch_size}"
+        checks.append(("total_timesteps", self.total_timesteps >= self.batch_size, enough))
+        checks.append(("eval_episodes", self.eval_episodes >= 0, "at least 0"))
+        checks.append(("target_kl", self.target_kl is None or self.target_kl > 0, "above 0"))
+        for name, is_valid, expected in checks:
+            if not is_valid:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
 
     @property
-    def num_updates(self) -> int:
-        """Rollouts in the run."""
-        return self.total_timesteps // (self.num_envs * self.num_steps)
+    def batch_size(self) -> int:
+        """Env steps per rollout, summed over sub-environments."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_iterations(self) -> int:
+        """Rollouts, each followed by an update."""
+        return self.total_timesteps // self.batch_size
 
 
-def make_envs(env_id: str, num_envs: int, device: str, config: EnvConfig) -> EsperVectorEnv:
-    """Make the vector environment; only settings that differ from their default are passed."""
-    default = EnvConfig()
-    names = [f.name for f in dataclasses.fields(config)]
-    changed = {n: getattr(config, n) for n in names if getattr(config, n) != getattr(default, n)}
-    if "episode_steps" in changed:
-        changed["max_episode_steps"] = config.episode_steps
-    envs = gym.make_vec(
-        env_id, num_envs=num_envs, device=device, autoreset_mode="SameStep", **changed
-    )
-    assert isinstance(envs.unwrapped, EsperVectorEnv)
-    return envs.unwrapped
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread; a block or a decorator. The environment keeps its threads.
-
-    Matrices of 16 x 128 gain little from a second thread, and two that wait for each other at every
-    step of the LSTM lose much where a core is busy (docs/speed.md). Results do not depend on how
-    many there are.
-    """
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
-
-
-# ---------------------------------------------------------------------------------- network
-
-
-def pad_masks(masks: dict[str, npt.NDArray[np.bool_]], device: torch.device) -> Tensor:
-    """Return the environment's conditional masks as one tensor; True is legal.
-
-    Returns:
-        (envs, ops, slots, heads, largest head) bool, padded with False. The row of a head says what
-        is legal given the op and the slot; that of op is the same for all of them, that of slot for
-        all slots.
-    """
-    op, slot, *rest = masks.values()
-    heads = [op[:, None, None], slot[:, :, None], *rest]
-    width = max(mask.shape[-1] for mask in heads)
-    padded = np.zeros((*slot.shape, len(heads), width), dtype=bool)
-    for h, mask in enumerate(heads):
-        padded[..., h, : mask.shape[-1]] = mask
-    return torch.from_numpy(padded).to(device)
-
-
-class Agent(nn.Module):
-    """Slot encoder shared over slots, LSTM core, critic, and autoregressive heads.
-
-    Heads: op from the core; slot from core, slot encodings and op; all others from these and the
-    slot. All have as many logits as the largest head; those past a head's options are never legal.
-
-    Args:
-        observation_names: Names of the features: the episode's, then slot by slot with the prefix
-            "slot_<s>.".
-        nvec: Options per head; the first head is op, the second slot.
-        hidden_size: Width of encoder output, core and heads.
-        recurrent: Whether the core remembers earlier steps.
-    """
-
-    def __init__(
-        self,
-        observation_names: tuple[str, ...],
-        nvec: tuple[int, ...],
-        hidden_size: int,
-        recurrent: bool = True,
-    ) -> None:
-        super().__init__()
-        self.nvec = nvec
-        self.hidden_size = hidden_size
-        self.recurrent = recurrent
-        episode = [n for n in observation_names if "." not in n]
-        slots = list(dict.fromkeys(n.split(".")[0] for n in observation_names if "." in n))
-        features = list(dict.fromkeys(n.split(".")[1] for n in observation_names if "." in n))
-        in_order = (*episode, *(f"{slot}.{feature}" for slot in slots for feature in features))
-        assert observation_names == in_order, "observation: expected episode, then slot by slot"
-        self.num_episode, self.num_slots, slot_size = len(episode), len(slots), 32
-        self.num_rest, self.width = len(nvec) - 2, max(nvec)
-        self.slot_encoder = nn.Sequential(_linear(len(features), slot_size), nn.ReLU())
-        self.encoder = nn.Sequential(
-            _linear(len(episode) + len(slots) * slot_size, hidden_size), nn.ReLU()
-        )
-        self.lstm = nn.LSTM(hidden_size, hidden_size)
-        for name, parameter in self.lstm.named_parameters():
-            if "bias" in name:
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.orthogonal_(parameter)
-        self.critic = nn.Sequential(_linear(hidden_size, 64), nn.ReLU(), _linear(64, 1, gain=1.0))
-        self.op_head = _linear(hidden_size, self.width, gain=0.01)
-        self.op_embedding = nn.Embedding(nvec[0], 64)
-        self.core_to_joint = _linear(hidden_size, 64)
-        self.slots_to_joint = _linear(len(slots) * slot_size, 64)
-        self.slot_head = _linear(64, self.width, gain=0.01)
-        self.slot_embedding = nn.Embedding(nvec[1], 64)
-        self.rest_head = _linear(64, self.num_rest * self.width, gain=0.01)
-
-    def initial_state(self, num_envs: int) -> tuple[Tensor, Tensor]:
-        """Return the LSTM state at the start of an episode, (1, num_envs, hidden) twice."""
-        zeros = torch.zeros(1, num_envs, self.hidden_size, device=self.op_head.weight.device)
-        return zeros, zeros.clone()
-
-    def step_core(
-        self, observations: Tensor, state: tuple[Tensor, Tensor], starts: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Run encoder and core for one env step.
-
-        Args:
-            observations: (envs, features).
-            state: LSTM state, (1, envs, hidden) twice.
-            starts: Whether an episode begins with this observation. (envs,) bool.
-
-        Returns:
-            core (envs, hidden), slot encodings (envs, slots * size), next state.
-        """
-        x, slots = self._encode(observations)
-        hidden, cell = state[0][0], state[1][0]
-        if not self.recurrent:
-            starts = torch.ones_like(starts)
-        if starts.any():
-            hidden, cell = (part.masked_fill(starts[:, None], 0.0) for part in (hidden, cell))
-        # The bare cell, without what nn.LSTM prepares for a sequence.
-        hidden, cell = torch.lstm_cell(x, (hidden, cell), *self.lstm.all_weights[0])
-        return hidden + x, slots, (hidden[None], cell[None])
-
-    def sequence_core(
-        self, observations: Tensor, state: tuple[Tensor, Tensor], starts: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Run encoder and core over whole sequences in one LSTM call.
-
-        Args:
-            observations: (steps, envs, features).
-            state: LSTM state before the first step.
-            starts: (steps, envs) bool.
-
-        Returns:
-            core (steps, envs, hidden), slot encodings (steps, envs, slots * size).
-        """
-        x, slots = self._encode(observations)
-        if not self.recurrent:
-            starts = torch.ones_like(starts)
-        return run_lstm(self.lstm, x, state, starts) + x, slots
-
-    def value(self, core: Tensor) -> Tensor:
-        """Return V(s). (..., hidden) -> (...)."""
-        value: Tensor = self.critic(core).squeeze(-1)
-        return value
-
-    def act(
-        self, core: Tensor, slots: Tensor, masks: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
-        """Choose actions for one env step.
-
-        Args:
-            core: (envs, hidden).
-            slots: (envs, slots * size).
-            masks: From `pad_masks`.
-            generator: Source of randomness; None takes the likeliest option of each head.
-
-        Returns:
-            actions (envs, heads) int64, and the masks along the way (envs, heads, width) bool.
-        """
-        rows = torch.arange(len(core), device=core.device)
-        noise = _gumbel((len(core), len(self.nvec), self.width), core.device, generator)
-        op = _choose(self.op_head(core) + noise[:, 0], masks[:, 0, 0, 0])
-        joint = self._joint(core, slots, op)
-        slot = _choose(self.slot_head(joint) + noise[:, 1], masks[rows, op, 0, 1])
-        along = masks[rows, op, slot]
-        rest = _choose(self._rest_logits(joint, slot) + noise[:, 2:], along[:, 2:])
-        return torch.cat([op[:, None], slot[:, None], rest], dim=1), along
-
-    def evaluate_actions(
-        self, core: Tensor, slots: Tensor, actions: Tensor, masks: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-probabilities, entropies and where each head had a choice.
-
-        A head with one legal option has log-probability 0, entropy 0 and no gradient.
-
-        Args:
-            core: (..., hidden).
-            slots: (..., slots * size).
-            actions: (..., heads).
-            masks: Along the choice. (..., heads, width) bool.
-
-        Returns:
-            Three tensors (..., heads): float32, float32, bool.
-        """
-        op, slot = actions[..., 0], actions[..., 1]
-        joint = self._joint(core, slots, op)
-        op_logits, slot_logits = self.op_head(core), self.slot_head(joint)
-        rest_logits = self._rest_logits(joint, slot)
-        logits = torch.cat([op_logits[..., None, :], slot_logits[..., None, :], rest_logits], -2)
-        # (width, ..., heads): over a leading dimension softmax is vectorised and takes a tenth.
-        logits = logits.float().movedim(-1, 0)
-        legal = masks.movedim(-1, 0).contiguous().float()
-        # A sum with the lowest number is the lowest number. Masked fills are slower.
-        log_probs = (logits + (1 - legal) * torch.finfo(torch.float32).min).log_softmax(0)
-        chosen = log_probs.gather(0, actions[None]).squeeze(0)
-        # exp is slow where it underflows. An illegal option becomes 0 here, and exp(0) * 0 = 0.
-        log_probs = log_probs * legal
-        return chosen, -(log_probs.exp() * log_probs).sum(0), legal.sum(0) > 1
-
-    def _encode(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the core's input (..., hidden) and the slot encodings (..., slots * size)."""
-        episode = observations[..., : self.num_episode]
-        blocks = observations[..., self.num_episode :]
-        blocks = blocks.reshape(*blocks.shape[:-1], self.num_slots, -1)
-        slots = self.slot_encoder(blocks).flatten(-2)
-        return self.encoder(torch.cat([episode, slots], dim=-1)), slots
-
-    def _joint(self, core: Tensor, slots: Tensor, op: Tensor) -> Tensor:
-        """Combine core, slot encodings and the chosen op. (..., 64)."""
-        mixed = self.core_to_joint(core) + self.slots_to_joint(slots) + self.op_embedding(op)
-        return torch.relu(mixed)
-
-    def _rest_logits(self, joint: Tensor, slot: Tensor) -> Tensor:
-        """(..., heads - 2, width)."""
-        logits: Tensor = self.rest_head(torch.relu(joint + self.slot_embedding(slot)))
-        return logits.view(*logits.shape[:-1], self.num_rest, self.width)
-
-
-@one_thread()
-def make_agent(envs: EsperVectorEnv, hidden_size: int, seed: int, recurrent: bool = True) -> Agent:
-    """Build an agent for an environment; global random state stays as it was."""
-    nvec = tuple(len(head.options) for head in envs.heads)
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would seed CUDA too, which is not forked.
-        torch.default_generator.manual_seed(seed)
-        return Agent(envs.observation_names, nvec, hidden_size, recurrent)
-
-
-def make_optimizer(agent: Agent, args: Args) -> torch.optim.Optimizer:
-    """Return Adam at the first learning rate; fused, which takes a third of the time on a CPU."""
-    return torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-
-
-def run_lstm(lstm: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor], starts: Tensor) -> Tensor:
-    """Run an LSTM over sequences in one call, from a zero state wherever an episode starts.
-
-    Sequences are cut at the starts and the pieces run side by side, padded to the longest.
-
-    Args:
-        lstm: One layer, time first.
-        x: (steps, envs, features).
-        state: State before the first step. (1, envs, hidden) twice.
-        starts: (steps, envs) bool.
-
-    Returns:
-        (steps, envs, hidden).
-    """
-    num_steps, num_envs = starts.shape
-    keep = (~starts[0])[None, :, None].to(x.dtype)
-    hidden, cell = state[0] * keep, state[1] * keep
-    if not starts[1:].any():
-        out: Tensor = lstm(x, (hidden, cell))[0]
-        return out
-    is_cut = starts.clone()
-    is_cut[0] = True
-    # In env-major order every piece is a contiguous range of positions.
-    env, begin = is_cut.T.nonzero(as_tuple=True)
-    first = env * num_steps + begin
-    length = torch.diff(first, append=first.new_tensor([num_steps * num_envs]))
-    offset = torch.arange(int(length.max()), device=x.device)[:, None]
-    is_inside = offset < length
-    position = (first + offset).clamp_(max=num_steps * num_envs - 1)
-    flat = x.transpose(0, 1).reshape(num_steps * num_envs, -1)
-    carries = (begin == 0)[:, None].to(x.dtype)
-    start = ((hidden[0, env] * carries)[None], (cell[0, env] * carries)[None])
-    padded, _ = lstm(flat[position], start)
-    joined = padded.new_zeros(num_steps * num_envs, padded.shape[-1])
-    joined = joined.index_put((position[is_inside],), padded[is_inside])
-    in_order: Tensor = joined.view(num_envs, num_steps, -1).transpose(0, 1)
-    return in_order
-
-
-def _linear(size: int, out: int, gain: float = 2**0.5) -> nn.Linear:
-    layer = nn.Linear(size, out)
-    nn.init.orthogonal_(layer.weight, gain)
+def layer_init(layer: nn.Linear, std: float = 2**0.5) -> nn.Linear:
+    """Initialise a layer with orthogonal weights and zero biases, and return it."""
+    nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def _gumbel(
-    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
-) -> Tensor:
-    """Return Gumbel noise, -log of an exponential, or zeros without a generator.
+class MaskedCategorical:
+    """Categorical distributions over legal options; an illegal option has probability 0.
 
-    The option with the largest sum of logit and noise is a draw from the softmax of the logits.
+    A distribution with one legal option has log-probability 0, entropy 0 and no gradient. Logits
+    and mask (True is legal) are (..., num_options).
     """
-    if generator is None:
-        return torch.zeros(shape, device=device)
-    return torch.empty(shape, device=device).exponential_(generator=generator).log_().neg_()
+
+    def __init__(self, logits: Tensor, mask: Tensor) -> None:
+        self.logits, self.mask = logits, mask
+
+    def mode(self) -> Tensor:
+        """Return the most likely option. (...) int64."""
+        return self.logits.masked_fill(~self.mask, -torch.inf).argmax(-1)
+
+    def sample(self, gumbel: Tensor) -> Tensor:
+        """Sample by the Gumbel-max trick, given the noise (..., num_options). (...) int64."""
+        return MaskedCategorical(self.logits + gumbel, self.mask).mode()
+
+    def log_prob(self, option: Tensor) -> Tensor:
+        """Return the log-probability of an option (...) int64. (...) float32."""
+        return self._log_probs.gather(0, option[None]).squeeze(0)
+
+    def entropy(self) -> Tensor:
+        """Return the entropy [nats]. (...) float32."""
+        # exp is slow where it underflows, so an illegal option gets 0 here: exp(0) * 0 = 0.
+        log_probs = self._log_probs * self._legal
+        return -(log_probs.exp() * log_probs).sum(0)
+
+    def has_choice(self) -> Tensor:
+        """Return True for distributions with more than one legal option. (...) bool."""
+        return self._legal.sum(0) > 1
+
+    # (..., num_options) -> (num_options, ...): softmax is ten times as fast over a leading axis.
+
+    @cached_property
+    def _legal(self) -> Tensor:
+        return self.mask.movedim(-1, 0).contiguous().float()
+
+    @cached_property
+    def _log_probs(self) -> Tensor:
+        # Adding the lowest number gives the lowest number, and is faster than a masked fill.
+        lowest = torch.finfo(torch.float32).min
+        return (self.logits.float().movedim(-1, 0) + (1 - self._legal) * lowest).log_softmax(0)
 
 
-def _choose(scores: Tensor, mask: Tensor) -> Tensor:
-    """Return the legal option with the highest score, over the last dimension."""
-    return scores.masked_fill(~mask, -torch.inf).argmax(-1)
+class Agent(nn.Module):
+    """Slot encoder shared over slots, LSTM, critic, and autoregressive heads.
+
+    The op is chosen first, then the slot given the op, then all other heads given both. Every head
+    has as many logits as the largest one (`width`); its mask excludes those beyond its options.
+
+    The methods share these tensors, with leading axes (num_envs) to act and (num_steps, num_envs)
+    to train: `hidden` (..., hidden_size), output of the LSTM plus its input; `slots`
+    (..., num_slots * slot_size), encodings of all slots; `done` (...) bool, True where the step
+    before ended an episode; `actions` (..., num_heads) int64; `masks` (..., num_heads, width) bool,
+    given the op and slot of an action.
+
+    Args:
+        observation_names: Names of the features: those of the episode, then slot by slot with the
+            prefix "slot_<s>.".
+        heads: Options of each head; the first head is op, the second slot.
+        hidden_size: Width of the encoder and the LSTM.
+        recurrent: Carry the LSTM state from step to step.
+    """
+
+    def __init__(
+        self,
+        observation_names: list[str],
+        heads: dict[str, list[Any]],
+        hidden_size: int,
+        recurrent: bool = True,
+    ) -> None:
+        super().__init__()
+        self.observation_names, self.heads = observation_names, heads
+        self.hidden_size, self.recurrent = hidden_size, recurrent
+        episode = [n for n in observation_names if "." not in n]
+        slots = list(dict.fromkeys(n.split(".")[0] for n in observation_names if "." in n))
+        features = list(dict.fromkeys(n.split(".")[1] for n in observation_names if "." in n))
+        if observation_names != episode + [f"{s}.{f}" for s in slots for f in features]:
+            raise ValueError("observation_names: expected the episode's, then slot by slot")
+        self.num_episode, self.num_slots, slot_size = len(episode), len(slots), 32
+        self.num_rest, self.width = len(heads) - 2, max(map(len, heads.values()))
+        num_ops, num_slot_options = (len(options) for options in list(heads.values())[:2])
+        self.slot_encoder = layer_init(nn.Linear(len(features), slot_size))
+        self.encoder = layer_init(nn.Linear(len(episode) + len(slots) * slot_size, hidden_size))
+        self.lstm = nn.LSTM(hidden_size, hidden_size)
+        for name, parameter in self.lstm.named_parameters():
+            (nn.init.zeros_ if "bias" in name else nn.init.orthogonal_)(parameter)
+        self.critic = nn.Sequential(
+            layer_init(nn.Linear(hidden_size, 64)), nn.ReLU(), layer_init(nn.Linear(64, 1), std=1.0)
+        )
+        self.op_head = layer_init(nn.Linear(hidden_size, self.width), std=0.01)
+        self.op_embedding = nn.Embedding(num_ops, 64)
+        self.hidden_to_joint = layer_init(nn.Linear(hidden_size, 64))
+        self.slots_to_joint = layer_init(nn.Linear(len(slots) * slot_size, 64))
+        self.slot_head = layer_init(nn.Linear(64, self.width), std=0.01)
+        self.slot_embedding = nn.Embedding(num_slot_options, 64)
+        self.rest_head = layer_init(nn.Linear(64, self.num_rest * self.width), std=0.01)
+
+    def get_initial_state(self, num_envs: int) -> LstmState:
+        """Return the LSTM state at the start of an episode."""
+        zeros = torch.zeros(1, num_envs, self.hidden_size, device=self.op_head.weight.device)
+        return zeros, zeros.clone()
+
+    def get_states(
+        self, obs: Tensor, lstm_state: LstmState, dones: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run encoder and LSTM over whole sequences; return `hidden` and `slots`."""
+        x, slots = self._encode(obs)
+        dones = dones if self.recurrent else torch.ones_like(dones)
+        return run_lstm(self.lstm, x, lstm_state, dones) + x, slots
+
+    def get_next_state(
+        self, obs: Tensor, lstm_state: LstmState, done: Tensor
+    ) -> tuple[Tensor, Tensor, LstmState]:
+        """Run encoder and LSTM for one step; return `hidden`, `slots` and the next LSTM state."""
+        x, slots = self._encode(obs)
+        done = done if self.recurrent else torch.ones_like(done)
+        h, c = lstm_state[0][0], lstm_state[1][0]
+        if done.any():
+            h, c = (part.masked_fill(done[:, None], 0.0) for part in (h, c))
+        # Without the preparations of nn.LSTM for a sequence, which cost more than one step.
+        h, c = torch.lstm_cell(x, (h, c), *self.lstm.all_weights[0])
+        return h + x, slots, (h[None], c[None])
+
+    def get_value(self, hidden: Tensor) -> Tensor:
+        """Return V(s). (...) float32."""
+        return torch.squeeze(self.critic(hidden), -1)
+
+    def get_action(
+        self, hidden: Tensor, slots: Tensor, masks: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the actions of one step, and the masks given their ops and slots.
+
+        `masks` are given every op and slot, as `pad_masks` returns them. Without a generator, every
+        head takes its most likely option.
+        """
+        envs, gumbel = torch.arange(len(hidden), device=hidden.device), None
+        if generator is not None:
+            noise = torch.empty(len(hidden), len(self.heads), self.width, device=hidden.device)
+            gumbel = noise.exponential_(generator=generator).log_().neg_()
+
+        def choose(logits: Tensor, mask: Tensor, heads: int | slice) -> Tensor:
+            options = MaskedCategorical(logits, mask)
+            return options.mode() if gumbel is None else options.sample(gumbel[:, heads])
+
+        op = choose(self.op_head(hidden), masks[:, 0, 0, 0], 0)
+        joint = self._joint(hidden, slots, op)
+        slot = choose(self.slot_head(joint), masks[envs, op, 0, 1], 1)
+        # (envs, ops, slots, heads, width) -> (envs, heads, width)
+        chosen = masks[envs, op, slot]
+        rest = choose(self._rest_logits(joint, slot), chosen[:, 2:], slice(2, None))
+        return torch.cat([op[:, None], slot[:, None], rest], dim=1), chosen
+
+    def evaluate_actions(
+        self, hidden: Tensor, slots: Tensor, actions: Tensor, masks: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-probabilities and entropies (..., num_heads), and True for a choice."""
+        op, slot = actions[..., 0], actions[..., 1]
+        joint = self._joint(hidden, slots, op)
+        op_logits, slot_logits = self.op_head(hidden), self.slot_head(joint)
+        rest_logits = self._rest_logits(joint, slot)
+        # (..., width), (..., width), (..., heads - 2, width) -> (..., heads, width)
+        logits = torch.cat([op_logits[..., None, :], slot_logits[..., None, :], rest_logits], -2)
+        options = MaskedCategorical(logits, masks)
+        return options.log_prob(actions), options.entropy(), options.has_choice()
+
+    def _encode(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the input of the LSTM and the slot encodings."""
+        episode, blocks = obs.tensor_split([self.num_episode], dim=-1)
+        # (..., slots * features) -> (..., slots, features) -> (..., slots * slot_size)
+        blocks = blocks.reshape(*blocks.shape[:-1], self.num_slots, -1)
+        slots = torch.relu(self.slot_encoder(blocks)).flatten(-2)
+        return torch.relu(self.encoder(torch.cat([episode, slots], dim=-1))), slots
+
+    def _joint(self, hidden: Tensor, slots: Tensor, op: Tensor) -> Tensor:
+        """Combine LSTM output, slot encodings and the chosen op. (..., 64)."""
+        mixed = self.hidden_to_joint(hidden) + self.slots_to_joint(slots) + self.op_embedding(op)
+        return torch.relu(mixed)
+
+    def _rest_logits(self, joint: Tensor, slot: Tensor) -> Tensor:
+        """Return the logits of all heads after op and slot. (..., num_heads - 2, width)."""
+        logits = self.rest_head(torch.relu(joint + self.slot_embedding(slot)))
+        # (..., rest * width) -> (..., rest, width)
+        return torch.unflatten(logits, -1, (self.num_rest, self.width))
 
 
-# ---------------------------------------------------------------------------------- advantages
+def run_lstm(lstm: nn.LSTM, x: Tensor, lstm_state: LstmState, dones: Tensor) -> Tensor:
+    """Run an LSTM over sequences in one call, with a zero state after the end of an episode.
+
+    Args:
+        lstm: LSTM with one layer.
+        x: (num_steps, num_envs, num_features).
+        lstm_state: State before the first step.
+        dones: True where the step before ended an episode. (num_steps, num_envs) bool.
+
+    Returns:
+        (num_steps, num_envs, hidden_size).
+    """
+    num_steps, num_envs = dones.shape
+    keep = (~dones[0])[None, :, None].to(x.dtype)
+    h, c = lstm_state[0] * keep, lstm_state[1] * keep
+    if not dones[1:].any():
+        output: Tensor = lstm(x, (h, c))[0]
+        return output
+    # One call cannot reset the state halfway. So sequences are cut where episodes start, and the
+    # pieces run in parallel, padded to the longest.
+    is_cut = dones.clone()
+    is_cut[0] = True
+    # (steps, envs, features) -> (envs * steps, features): a piece is a range of consecutive rows.
+    flat = x.transpose(0, 1).reshape(num_steps * num_envs, -1)
+    env, step = is_cut.T.nonzero(as_tuple=True)
+    first = env * num_steps + step
+    length = torch.diff(first, append=first.new_tensor([num_steps * num_envs]))
+    # (longest piece, pieces)
+    offset = torch.arange(int(length.max()), device=x.device)[:, None]
+    is_inside = offset < length
+    row = (first + offset).clamp_(max=num_steps * num_envs - 1)
+    # Only a piece at step 0 continues an episode.
+    carries = (step == 0)[:, None].to(x.dtype)
+    output = lstm(flat[row], ((h[0, env] * carries)[None], (c[0, env] * carries)[None]))[0]
+    # (longest piece, pieces, hidden_size) -> (envs * steps, hidden_size) -> (steps, envs, ...)
+    joined = output.new_zeros(num_steps * num_envs, output.shape[-1])
+    joined = joined.index_put((row[is_inside],), output[is_inside])
+    return joined.view(num_envs, num_steps, -1).transpose(0, 1)
 
 
 def compute_gae(
@@ -477,22 +380,11 @@ def compute_gae(
     gamma: float,
     gae_lambda: float,
 ) -> Tensor:
-    """Return generalised advantages.
+    """Return advantages by generalised advantage estimation. All tensors are (num_steps, num_envs).
 
-    delta_t = r_t + gamma * V(s') - V(s_t), with V(s') = 0 at a termination and the value of the
-    observation before the reset at a truncation; the sum over deltas stops at both.
-
-    Args:
-        rewards: (steps, envs).
-        values: V of the observation acted on. (steps, envs).
-        next_values: V of the observation that the step led to, before any reset. (steps, envs).
-        terminations: (steps, envs) bool.
-        truncations: (steps, envs) bool.
-        gamma: Discount factor.
-        gae_lambda: Weight of later deltas.
-
-    Returns:
-        (steps, envs).
+    delta_t = r_t + gamma * V(s') - V(s_t) and A_t = delta_t + gamma * lambda * A_{t+1}, where V(s')
+    is 0 at a termination and A_{t+1} counts as 0 at both kinds of end. `next_values` are V of the
+    observations after each step, before a reset.
     """
     carries = gamma * gae_lambda * ~(terminations | truncations)
     deltas = rewards + gamma * next_values * (~terminations) - values
@@ -503,25 +395,17 @@ def compute_gae(
 
 
 def subtract_group_baseline(advantages: Tensor, group_size: int) -> tuple[Tensor, float]:
-    """Subtract from each advantage what the other members of its group had in the same step.
+    """Subtract the mean advantage of the rest of the group, times the best-fitting coefficient.
 
-    The others' advantages do not depend on the member's own action, so this changes the variance
-    of the policy gradient and not its mean. The baseline is their mean, times the coefficient that
-    fits best in this rollout (which brings in a bias of the order of 1 / samples).
-
-    Source: baselines that know the environment's luck, Mao et al. (2019); the mean over the others,
-    Kool et al. (2019); the coefficient of a control variate, Greensmith et al. (2004).
-
-    Args:
-        advantages: (steps, envs).
-        group_size: Members of a group lie side by side.
-
-    Returns:
-        Advantages (steps, envs), and the share of their variance that is left.
+    The baseline does not depend on the action of the sub-environment itself, so it reduces the
+    variance of the policy gradient without bias, except for the fit (of order 1 / samples).
+    Returns advantages (num_steps, num_envs), and the share of their variance that is left.
+    Sources: Mao et al. (2019); Kool et al. (2019); coefficient, Greensmith et al. (2004).
     """
-    own = advantages.view(len(advantages), -1, group_size)
     if group_size == 1:
         return advantages, 1.0
+    # (steps, envs) -> (steps, groups, group_size)
+    own = advantages.view(len(advantages), -1, group_size)
     others = (own.sum(-1, keepdim=True) - own) / (group_size - 1)
     others = others - others.mean()
     coefficient = (own * others).mean() / others.square().mean().clamp(min=1e-12)
@@ -529,501 +413,281 @@ def subtract_group_baseline(advantages: Tensor, group_size: int) -> tuple[Tensor
     return result, float(result.var() / advantages.var().clamp(min=1e-12))
 
 
-class ReturnScale:
-    """Standard deviation of discounted returns, in float64. Single-threaded use.
+@dataclass
+class TrainState:
+    """Everything that a run carries from iteration to iteration, apart from the environment."""
 
-    Source: Welford's update merged by batches, Chan et al. (1983), equations 2.1.
-    """
-
-    def __init__(self, num_envs: int, gamma: float) -> None:
-        self.gamma = gamma
-        self.returns = np.zeros(num_envs)
-        self.count, self.mean, self.m2 = 0, 0.0, 0.0
-
-    def update(self, rewards: npt.NDArray[np.float64], is_over: npt.NDArray[np.bool_]) -> None:
-        """Take in one env step. Both arrays are (num_envs,)."""
-        self.returns = self.gamma * self.returns + rewards
-        count = len(self.returns)
-        mean = float(self.returns.mean())
-        delta, total = mean - self.mean, self.count + count
-        self.m2 += float(((self.returns - mean) ** 2).sum())
-        self.m2 += delta**2 * self.count * count / total
-        self.mean += delta * count / total
-        self.count = total
-        self.returns[is_over] = 0.0
-
-    @property
-    def std(self) -> float:
-        """Standard deviation so far; 1 before there are two numbers or if they are all equal."""
-        if self.count < 2 or self.m2 <= 0:
-            return 1.0
-        return float(np.sqrt(self.m2 / self.count))
+    agent: Agent
+    optimizer: torch.optim.Optimizer
+    action_rng: torch.Generator
+    minibatch_rng: torch.Generator
+    return_scale: ReturnScale
+    next_obs: npt.NDArray[np.float32]
+    """Observations to act on next. (num_envs, num_features) float32."""
+    next_done: npt.NDArray[np.bool_]
+    """True where the last step ended an episode. (num_envs,) bool."""
+    next_lstm_state: LstmState
+    episodic_return: npt.NDArray[np.float64]
+    """Undiscounted return of each running episode. (num_envs,) float64."""
+    iteration: int = 0
+    seconds: float = 0.0
+    """Wall time of rollouts and updates."""
+    env_seconds: float = 0.0
+    """Wall time of the environment in it."""
 
 
-# ---------------------------------------------------------------------------------- rollout
+def make_train_state(args: Args, envs: EsperVectorEnv) -> TrainState:
+    """Reset the environment and return a run's first state; global random state is not changed."""
+    seeds: list[int | None] = [args.seed + i // args.group_size for i in range(args.num_envs)]
+    spaces = checkpoint.describe_spaces(envs)
+    with one_thread(), torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would also seed CUDA, whose random state is not restored.
+        torch.default_generator.manual_seed(args.seed)
+        agent = Agent(**spaces, hidden_size=args.hidden_size, recurrent=args.recurrent)
+    agent.to(args.device)
+    return TrainState(
+        agent=agent,
+        # The fused kernel takes a third of the time on a CPU.
+        optimizer=torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True),
+        action_rng=torch.Generator(args.device).manual_seed(args.seed),
+        minibatch_rng=torch.Generator(args.device).manual_seed(args.seed + 1),
+        return_scale=ReturnScale(args.gamma, np.zeros(args.num_envs)),
+        next_obs=envs.reset(seed=seeds)[0],
+        next_done=np.zeros(args.num_envs, dtype=bool),
+        next_lstm_state=agent.get_initial_state(args.num_envs),
+        episodic_return=np.zeros(args.num_envs),
+    )
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What one rollout saw and did. Tensors are (steps, envs, ...)."""
+    """Experience of one iteration. Tensors are (num_steps, num_envs, ...)."""
 
-    observations: Tensor
-    actions: Tensor
-    masks: Tensor
-    """Along the choice. (steps, envs, heads, width) bool."""
-    starts: Tensor
-    """Whether an episode begins with the observation."""
+    lstm_state: LstmState
+    """LSTM state before the first step."""
+    obs: Tensor
+    dones: Tensor
+    """True where the step before ended an episode, so that the observation starts one."""
     rewards: Tensor
-    """As the environment gave them. float64."""
+    """Unscaled rewards. float64."""
     terminations: Tensor
     truncations: Tensor
-    state: tuple[Tensor, Tensor]
-    """LSTM state before the first step."""
+    actions: Tensor
+    masks: Tensor
     next_values: Tensor
-    """V of the observation that each step led to; filled at truncations and on the last step."""
+    """V of the observation after the step; only at truncations and in the last step, else 0."""
 
 
-class Collector:
-    """Steps the environment with the agent and keeps what goes on between rollouts."""
+def collect_rollout(
+    state: TrainState, envs: EsperVectorEnv, args: Args
+) -> tuple[Rollout, dict[str, list[float]]]:
+    """Act for `num_steps` env steps; also return figures of the episodes that ended."""
 
-    def __init__(self, envs: EsperVectorEnv, agent: Agent, args: Args) -> None:
-        self.envs, self.agent, self.args = envs, agent, args
-        self.device = torch.device(args.device)
-        self.generator = torch.Generator(self.device).manual_seed(args.seed)
-        seeds: list[int | None] = [args.seed + i // args.group_size for i in range(args.num_envs)]
-        self.observation, _ = envs.reset(seed=seeds)
-        self.start = np.ones(args.num_envs, dtype=bool)
-        self.state = agent.initial_state(args.num_envs)
-        self.scale = ReturnScale(args.num_envs, args.gamma)
-        self.running_return = np.zeros(args.num_envs)
-        self.env_seconds = 0.0
-        """Wall time spent inside the environment."""
+    def tensor(array: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(args.device)
 
-    def collect(self) -> tuple[Rollout, dict[str, list[float]]]:
-        """Run `num_steps` env steps.
-
-        Returns:
-            The rollout, and per finished episode its score, return and parameters.
-        """
-        first_state = self.state
-        steps: list[dict[str, npt.NDArray[Any]]] = []
-        masks: list[Tensor] = []
-        next_values = torch.zeros(self.args.num_steps, self.args.num_envs, device=self.device)
-        episodes: dict[str, list[float]] = {
-            "score": [],
-            "return": [],
-            "parameters": [],
-            "valid": [],
-        }
-        for t in range(self.args.num_steps):
-            actions, along = self._act()
-            began = time.perf_counter()
-            observation, reward, terminated, truncated, info = self.envs.step(actions)
-            self.env_seconds += time.perf_counter() - began
-            is_over = terminated | truncated
-            self.running_return += reward
-            reached, is_valid = observation, info["action_valid"]
-            if is_over.any():
-                reached = observation.copy()
-                reached[is_over] = np.stack(info["final_obs"][is_over].tolist())
-                is_valid = np.where(is_over, info["final_info"]["action_valid"], is_valid)
-                self._record(episodes, info["final_info"], is_over)
-            episodes["valid"].extend(is_valid.tolist())
-            if truncated.any() or t == self.args.num_steps - 1:
-                next_values[t] = self._value(reached)
-            self.scale.update(reward, is_over)
-            masks.append(along)
-            steps.append(
-                {
-                    "observations": self.observation,
-                    "actions": actions,
-                    "starts": self.start,
-                    "rewards": reward,
-                    "terminations": terminated,
-                    "truncations": truncated,
-                }
+    agent, lstm_state, steps = state.agent, state.next_lstm_state, []
+    episodes: dict[str, list[float]] = {"return": [], "score": [], "parameters": []}
+    for step in range(args.num_steps):
+        obs, done = state.next_obs, state.next_done
+        with torch.inference_mode(), one_thread():
+            hidden, slots, state.next_lstm_state = agent.get_next_state(
+                tensor(obs), state.next_lstm_state, tensor(done)
             )
-            self.observation, self.start = observation, is_over
-        fields: dict[str, Any] = {
-            name: self._tensor(np.stack([step[name] for step in steps])) for name in steps[0]
-        }
-        fields |= {"masks": torch.stack(masks), "state": first_state, "next_values": next_values}
-        return Rollout(**fields), episodes
-
-    @torch.inference_mode()
-    @one_thread()
-    def _act(self) -> tuple[npt.NDArray[np.int64], Tensor]:
-        """Choose actions by the present observations; also return the masks along the way."""
-        core, slots, self.state = self.agent.step_core(
-            self._tensor(self.observation), self.state, self._tensor(self.start)
-        )
-        masks = pad_masks(self.envs.conditional_masks(), self.device)
-        actions, along = self.agent.act(core, slots, masks, self.generator)
-        return actions.cpu().numpy(), along
-
-    @torch.inference_mode()
-    @one_thread()
-    def _value(self, reached: npt.NDArray[np.float32]) -> Tensor:
-        """Return V of observations that the last step led to, before any reset."""
-        no_start = torch.zeros(len(reached), dtype=torch.bool, device=self.device)
-        core, _, _ = self.agent.step_core(self._tensor(reached), self.state, no_start)
-        return self.agent.value(core)
-
-    def _record(
-        self,
-        episodes: dict[str, list[float]],
-        final_info: dict[str, Any],
-        is_over: npt.NDArray[np.bool_],
-    ) -> None:
-        """Note finished episodes and start their returns anew."""
-        episodes["score"].extend(final_info["committed_score"][is_over].tolist())
-        episodes["return"].extend(self.running_return[is_over].tolist())
-        episodes["parameters"].extend(final_info["parameters"][is_over].tolist())
-        self.running_return[is_over] = 0.0
-
-    def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+            all_masks = pad_masks(envs.conditional_masks(), args.device)
+            actions, masks = agent.get_action(hidden, slots, all_masks, state.action_rng)
+        began = time.perf_counter()
+        next_obs, rewards, terminations, truncations, info = envs.step(actions.cpu().numpy())
+        state.env_seconds += time.perf_counter() - began
+        next_done = terminations | truncations
+        state.return_scale.update(rewards, next_done)
+        state.episodic_return += rewards
+        last_obs, next_values = next_obs, torch.zeros(args.num_envs, device=args.device)
+        if next_done.any():
+            # The environment has reset itself, so next_obs belongs to the next episode.
+            last_obs = next_obs.copy()
+            last_obs[next_done] = np.stack(info["final_obs"][next_done].tolist())
+            final = info["final_info"]
+            episodes["return"].extend(state.episodic_return[next_done].tolist())
+            episodes["score"].extend(final["committed_score"][next_done].tolist())
+            episodes["parameters"].extend(final["parameters"][next_done].tolist())
+            state.episodic_return[next_done] = 0.0
+        # Elsewhere V(s') is the value of the next step, which `update` computes.
+        if truncations.any() or step == args.num_steps - 1:
+            with torch.inference_mode(), one_thread():
+                no_done = tensor(np.zeros_like(done))
+                hidden, *_ = agent.get_next_state(tensor(last_obs), state.next_lstm_state, no_done)
+                next_values = agent.get_value(hidden)
+        arrays = obs, done, rewards, terminations, truncations
+        steps.append((*map(torch.from_numpy, arrays), actions, masks, next_values))
+        state.next_obs, state.next_done = next_obs, next_done
+    # num_steps tuples of (num_envs, ...) -> one (num_steps, num_envs, ...) per field
+    columns = [torch.stack(column).to(args.device) for column in zip(*steps, strict=True)]
+    return Rollout(lstm_state, *columns), episodes
 
 
-# ---------------------------------------------------------------------------------- update
-
-
-def replay(agent: Agent, rollout: Rollout, envs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the training path over whole sequences of some envs.
-
-    Returns:
-        log-probabilities, entropies, choices (steps, envs, heads), and values (steps, envs).
-    """
-    state = (rollout.state[0][:, envs], rollout.state[1][:, envs])
-    core, slots = agent.sequence_core(rollout.observations[:, envs], state, rollout.starts[:, envs])
-    log_probs, entropies, choices = agent.evaluate_actions(
-        core, slots, rollout.actions[:, envs], rollout.masks[:, envs]
-    )
-    return log_probs, entropies, choices, agent.value(core)
-
-
-def policy_loss(
-    log_ratio: Tensor, choices: Tensor, advantages: Tensor, clip_coef: float, ratio: str
-) -> Tensor:
-    """Return the negated clipped surrogate.
-
-    "joint" clips one ratio per action, the product over heads. "per-head" clips one ratio per head
-    that had a choice, sums over heads, and divides by the number of steps for all of them.
-
-    Args:
-        log_ratio: (steps, envs, heads).
-        choices: Where a head had a choice. (steps, envs, heads) bool.
-        advantages: (steps, envs).
-        clip_coef: Half width of the clipping range.
-        ratio: "joint" or "per-head".
-    """
-    if ratio == "joint":
-        log_ratio = log_ratio.sum(-1, keepdim=True)
-        choices = torch.ones_like(log_ratio, dtype=torch.bool)
-    ratios = log_ratio.exp()
-    gain = advantages[..., None]
-    surrogate = torch.minimum(ratios * gain, ratios.clamp(1 - clip_coef, 1 + clip_coef) * gain)
-    return -(surrogate * choices).sum(-1).mean()
+def evaluate_rollout(agent: Agent, rollout: Rollout, envs: Tensor) -> tuple[Tensor, ...]:
+    """Evaluate the sequences of some sub-environments by `evaluate_actions` and `get_value`."""
+    lstm_state = (rollout.lstm_state[0][:, envs], rollout.lstm_state[1][:, envs])
+    hidden, slots = agent.get_states(rollout.obs[:, envs], lstm_state, rollout.dones[:, envs])
+    actions, masks = rollout.actions[:, envs], rollout.masks[:, envs]
+    return *agent.evaluate_actions(hidden, slots, actions, masks), agent.get_value(hidden)
 
 
 def mean_entropies(entropies: Tensor, choices: Tensor) -> Tensor:
-    """Return the mean entropy of each head over the steps where it had a choice. (heads,)."""
+    """Return the mean entropy of each head over the steps where it had a choice. (num_heads,)."""
+    # (steps, envs, heads) -> (steps * envs, heads) -> (heads,)
     total = (entropies * choices).flatten(0, 1).sum(0)
     return total / choices.flatten(0, 1).sum(0).clamp(min=1)
 
 
-@one_thread()
-def update(
-    agent: Agent,
-    optimizer: torch.optim.Optimizer,
-    rollout: Rollout,
-    scale: float,
-    args: Args,
-    generator: torch.Generator,
-    head_names: list[str],
-    ent_coef: float,
-) -> dict[str, float]:
-    """Improve the agent on one rollout and return metrics.
+def policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
+    """Return the negative clipped surrogate objective; both tensors have the same shape."""
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -torch.minimum(ratio * advantages, clipped * advantages).mean()
 
-    Old log-probabilities and values are recomputed by the training path first, so the ratio of the
-    first minibatch is 1 and advantages belong to the values that are regressed. `ent_coef` is the
-    present weight of the entropy.
-    """
-    num_envs = rollout.rewards.shape[1]
-    everyone = torch.arange(num_envs, device=rollout.rewards.device)
+
+@one_thread()
+def update(state: TrainState, rollout: Rollout, args: Args) -> dict[str, float]:
+    """Update the agent with a rollout and return metrics."""
+    agent, optimizer = state.agent, state.optimizer
     with torch.no_grad():
-        old_log_probs, _, all_choices, values = replay(agent, rollout, everyone)
+        # `get_next_state`, which chose the actions, rounds differently from `get_states`, which is
+        # trained; so everything is recomputed by the latter.
+        everyone = torch.arange(args.num_envs, device=args.device)
+        b_logprobs, _, b_choices, b_values = evaluate_rollout(agent, rollout, everyone)
+        ends = rollout.terminations, rollout.truncations
         next_values = rollout.next_values.clone()
-        is_over = rollout.terminations | rollout.truncations
-        next_values[:-1] = torch.where(is_over[:-1], next_values[:-1], values[1:])
-        rewards = (rollout.rewards / scale).float()
-        advantages = compute_gae(
-            rewards,
-            values,
-            next_values,
-            rollout.terminations,
-            rollout.truncations,
-            args.gamma,
-            args.gae_lambda,
-        )
-        returns = advantages + values
-        gains, variance_left = subtract_group_baseline(advantages, args.group_size)
-        normalised = (gains - gains.mean()) / (gains.std() + 1e-8)
-    names = ("policy", "value", "kl", "clip_fraction", "gradient_norm")
-    loss_rows, entropy_rows, first_ratio_error, stop = [], [], 0.0, False
-    for epoch in range(args.update_epochs):
-        order = torch.randperm(num_envs, generator=generator, device=everyone.device)
-        for mb_index, envs in enumerate(order.chunk(args.num_minibatches)):
-            log_probs, entropies, choices, mb_values = replay(agent, rollout, envs)
-            log_ratio = log_probs - old_log_probs[:, envs]
-            joint = log_ratio.sum(-1)
-            with torch.no_grad():
-                ratio = joint.exp()
-                kl = ((ratio - 1) - joint).mean()
-                clipped = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                if epoch == 0 and mb_index == 0:
-                    first_ratio_error = float((ratio - 1).abs().max())
-            if args.target_kl is not None and float(kl) > args.target_kl:
-                stop = True
-                break
-            pg_loss = policy_loss(
-                log_ratio, choices, normalised[:, envs], args.clip_coef, args.ratio
-            )
-            v_loss = 0.5 * ((mb_values - returns[:, envs]) ** 2).mean()
-            head_entropies = mean_entropies(entropies, choices)
-            loss = pg_loss + args.vf_coef * v_loss - ent_coef * head_entropies.sum()
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-            optimizer.step()
-            loss_rows.append(torch.stack([pg_loss, v_loss, kl, clipped, norm]).detach())
-            entropy_rows.append(head_entropies.detach())
-        if stop:
+        next_values[:-1] = torch.where((ends[0] | ends[1])[:-1], next_values[:-1], b_values[1:])
+        rewards = (rollout.rewards / state.return_scale.std).float()
+        advantages = compute_gae(rewards, b_values, next_values, *ends, args.gamma, args.gae_lambda)
+        b_returns = advantages + b_values
+        advantages, variance_left = subtract_group_baseline(advantages, args.group_size)
+        b_advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+    # A minibatch is a set of sub-environments with all their steps: the LSTM needs whole sequences.
+    shuffle = partial(torch.randperm, args.num_envs, generator=state.minibatch_rng)
+    orders = (shuffle(device=args.device) for _ in range(args.update_epochs))
+    rows: list[Tensor] = []
+    for mb_envs in (mb for order in orders for mb in order.chunk(args.num_minibatches)):
+        newlogprobs, entropies, choices, newvalues = evaluate_rollout(agent, rollout, mb_envs)
+        # The log-probability of an action is the sum over its heads.
+        logratio = (newlogprobs - b_logprobs[:, mb_envs]).sum(-1)
+        ratio = logratio.exp()
+        with torch.no_grad():
+            approx_kl = ((ratio - 1) - logratio).mean()
+            clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+            if not rows:
+                first_ratio_error = float((ratio - 1).abs().max())
+        if args.target_kl is not None and float(approx_kl) > args.target_kl:
             break
-    means = torch.stack(loss_rows).double().mean(0).tolist()
-    metrics = {f"losses/{name}": mean for name, mean in zip(names, means, strict=True)}
-    residual = (returns - values).var()
-    metrics["losses/explained_variance"] = float(1 - residual / returns.var().clamp(min=1e-12))
+        pg_loss = policy_loss(ratio, b_advantages[:, mb_envs], args.clip_coef)
+        v_loss = 0.5 * ((newvalues - b_returns[:, mb_envs]) ** 2).mean()
+        head_entropy = mean_entropies(entropies, choices)
+        entropy = head_entropy.sum()
+        loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+        optimizer.step()
+        # Kept as tensors, because reading a number would wait for a GPU.
+        row = torch.stack([pg_loss, v_loss, entropy, approx_kl, clipfrac, norm])
+        rows.append(torch.cat([row, head_entropy]).detach())
+
+    losses = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "gradient_norm")
+    names = [f"losses/{n}" for n in losses] + [f"entropy/{n}" for n in agent.heads]
+    metrics = dict(zip(names, torch.stack(rows).double().mean(0).tolist(), strict=True))
+    shares = b_choices.float().mean((0, 1)).tolist()
+    metrics |= {f"choice/{n}": share for n, share in zip(agent.heads, shares, strict=True)}
+    unexplained = (b_returns - b_values).var() / b_returns.var().clamp(min=1e-12)
+    metrics["losses/explained_variance"] = float(1 - unexplained)
     metrics["losses/first_ratio_error"] = first_ratio_error
     metrics["losses/variance_left"] = variance_left
-    entropy = torch.stack(entropy_rows).mean(0)
-    for h, name in enumerate(head_names):
-        metrics[f"entropy/{name}"] = float(entropy[h])
-        metrics[f"choice/{name}"] = float(all_choices[..., h].float().mean())
     return metrics
 
 
-# ---------------------------------------------------------------------------------- checkpoint
-
-
-def save_agent(agent: Agent, envs: EsperVectorEnv, directory: Path) -> None:
-    """Write weights (safetensors) and what they fit to (JSON)."""
-    state = {name: tensor.contiguous().cpu() for name, tensor in agent.state_dict().items()}
-    save_file(state, directory / "agent.safetensors")
-    description = {
-        "hidden_size": agent.hidden_size,
-        "recurrent": agent.recurrent,
-        "observation_names": list(envs.observation_names),
-        "heads": _describe_heads(envs),
-    }
-    (directory / "agent.json").write_text(json.dumps(description, indent=1))
-
-
-def load_agent(directory: Path, envs: EsperVectorEnv, device: str = "cpu") -> Agent:
-    """Read a checkpoint and check that it fits the environment.
-
-    Raises:
-        FileNotFoundError: If there is no checkpoint.
-        ValueError: If it was trained with other observations or actions.
-    """
-    path = directory / "agent.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no checkpoint in {directory}: expected agent.json and agent.safetensors, as written "
-            "by python -m esper_agent.ppo_lstm --run-dir"
-        )
-    known = json.loads(path.read_text())
-    present = {
-        "observation_names": list(envs.observation_names),
-        "heads": json.loads(json.dumps(_describe_heads(envs))),
-    }
-    for name, value in present.items():
-        if known[name] != value:
-            raise ValueError(
-                f"the checkpoint in {directory} was trained with other {name}: "
-                f"{_first_difference(known[name], value)}; make the environment with the settings "
-                "in its config.json"
-            )
-    agent = make_agent(envs, known["hidden_size"], 0, known["recurrent"])
-    agent.load_state_dict(load_file(directory / "agent.safetensors"))
-    return agent.to(device)
-
-
-def _describe_heads(envs: EsperVectorEnv) -> list[list[Any]]:
-    return [[head.name, list(head.options)] for head in envs.heads]
-
-
-def _first_difference(expected: list[Any], actual: list[Any]) -> str:
-    if len(expected) != len(actual):
-        return f"expected {len(expected)} of them, got {len(actual)}"
-    pair = next((e, a) for e, a in zip(expected, actual, strict=True) if e != a)
-    return f"expected {pair[0]!r}, got {pair[1]!r}"
-
-
-# ---------------------------------------------------------------------------------- training
-
-
-def check_gamma(agent_gamma: float, envs: EsperVectorEnv) -> None:
-    """Refuse a discount factor that differs from the environment's.
-
-    Raises:
-        ValueError: If they differ; shaping would then change which policy is optimal.
-    """
-    if agent_gamma != envs.gamma:
-        raise ValueError(
-            f"gamma: the agent has {agent_gamma}, the environment {envs.gamma}; "
-            f"set --gamma and --env.gamma to the same value"
-        )
-
-
-def prepare_run_directory(args: Args) -> Path:
-    """Create the run's directory and write its configuration.
-
-    Raises:
-        FileExistsError: If it holds a run already.
-        OSError: If it cannot be written.
-    """
-    name = f"{args.env_id}__ppo_lstm__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    directory = args.run_dir or Path("runs") / name
-    if (directory / "config.json").exists():
-        raise FileExistsError(
-            f"--run-dir {directory} holds a run already; choose another directory"
-        )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dataclasses.asdict(args), indent=1, default=str)
-        (directory / "config.json").write_text(text)
-    except OSError as error:
-        raise OSError(
-            f"--run-dir {directory} cannot be written ({error.strerror}); choose another directory"
-        ) from error
-    return directory
+def run_iteration(state: TrainState, envs: EsperVectorEnv, args: Args) -> dict[str, float]:
+    """Collect a rollout, update the agent, and return metrics."""
+    if args.anneal_lr:
+        frac = 1 - state.iteration / args.num_iterations
+        state.optimizer.param_groups[0]["lr"] = frac * args.learning_rate
+    began = time.perf_counter()
+    rollout, episodes = collect_rollout(state, envs, args)
+    metrics = update(state, rollout, args)
+    state.seconds += time.perf_counter() - began
+    state.iteration += 1
+    # If a rollout is shorter than an episode, no episode may have ended.
+    metrics |= {f"charts/episodic_{n}": float(np.mean(v)) for n, v in episodes.items() if v}
+    metrics["charts/learning_rate"] = state.optimizer.param_groups[0]["lr"]
+    metrics["charts/SPS"] = state.iteration * args.batch_size / state.seconds
+    metrics["time/policy_share"] = 1 - state.env_seconds / state.seconds
+    return metrics
 
 
 def train(args: Args) -> Path:
-    """Train, evaluate and write everything to the run's directory.
-
-    Returns:
-        That directory.
-    """
+    """Train and evaluate an agent; return the run directory, which has all results."""
     envs = make_envs(args.env_id, args.num_envs, args.device, args.env)
-    check_gamma(args.gamma, envs)
-    directory = prepare_run_directory(args)
-    console = Console(file=sys.stdout)
-    console.print(f"run directory: {directory}", soft_wrap=True)
-    device = torch.device(args.device)
-    agent = make_agent(envs, args.hidden_size, args.seed, args.recurrent).to(device)
-    optimizer = make_optimizer(agent, args)
-    collector = Collector(envs, agent, args)
-    head_names = [head.name for head in envs.heads]
-    shuffler = torch.Generator(device).manual_seed(args.seed + 1)
-    scores: list[float] = []
-    started = time.perf_counter()
-    with SummaryWriter(str(directory)) as writer, (directory / "metrics.jsonl").open("w") as log:
-        for index in range(args.num_updates):
-            left = 1 - index / args.num_updates
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * left
-            ent_coef = args.ent_coef * (left if args.anneal_entropy else 1.0)
-            began = time.perf_counter()
-            rollout, episodes = collector.collect()
-            collected = time.perf_counter()
-            metrics = update(
-                agent, optimizer, rollout, collector.scale.std, args, shuffler, head_names, ent_coef
-            )
-            ended = time.perf_counter()
-            step = (index + 1) * args.num_envs * args.num_steps
-            metrics |= _chart_metrics(episodes)
-            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            metrics["charts/ent_coef"] = ent_coef
-            metrics["charts/steps_per_second"] = step / (ended - started)
-            metrics["time/rollout"] = collected - began
-            metrics["time/update"] = ended - collected
-            metrics["time/policy_share"] = 1 - collector.env_seconds / (ended - started)
-            log.write(json.dumps({"step": step, **metrics}) + "\n")
+    if args.gamma != envs.gamma:
+        raise ValueError(f"gamma: expected {envs.gamma} as in --env.gamma, got {args.gamma}")
+    name = f"{args.env_id}__ppo_lstm__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = args.run_dir or Path("runs") / name
+    checkpoint.create_run_directory(run_dir, dataclasses.asdict(args))
+    print(f"run directory: {run_dir}", flush=True)
+    state = make_train_state(args, envs)
+    with SummaryWriter(str(run_dir)) as writer, (run_dir / "metrics.jsonl").open("w") as log:
+        while state.iteration < args.num_iterations:
+            metrics = run_iteration(state, envs, args)
+            global_step = state.iteration * args.batch_size
+            log.write(json.dumps({"step": global_step, **metrics}) + "\n")
             log.flush()
             for key, value in metrics.items():
-                writer.add_scalar(key, value, step)
-            _report(console, index + 1, args, metrics, ended - started)
-            scores += episodes["score"]
-    summary = {
-        "env_steps": step,
-        "seconds": ended - started,
-        "policy_share": metrics["time/policy_share"],
-    }
-    if scores:
-        tenth = max(1, len(scores) // 10)
-        summary["score_first_tenth"] = float(np.mean(scores[:tenth]))
-        summary["score_last_tenth"] = float(np.mean(scores[-tenth:]))
-    save_agent(agent, envs, directory)
+                writer.add_scalar(key, value, global_step)
+            if state.iteration % max(1, args.num_iterations // 20) == 0:
+                shown = ("episodic_score", "episodic_parameters", "SPS")
+                figures = "  ".join(f"{n} {metrics.get(f'charts/{n}', np.nan):.4g}" for n in shown)
+                minutes = state.seconds * (args.num_iterations / state.iteration - 1) / 60
+                print(f"step {global_step}  {figures}  {minutes:.1f} min left", flush=True)
+    checkpoint.save_network(run_dir, state.agent)
     envs.close()
-    console.print()
-    console.print(
-        f"trained for {summary['seconds'] / 60:.1f} min, {100 * summary['policy_share']:.1f} % of "
-        f"them in inference and update; mean score of the first tenth of the episodes "
-        f"{summary.get('score_first_tenth', float('nan')):.4f}, of the last tenth "
-        f"{summary.get('score_last_tenth', float('nan')):.4f}",
-        soft_wrap=True,
-        highlight=False,
-    )
     if args.eval_episodes:
-        _evaluate(args, summary, directory, console)
-    return directory
+        policies: dict[str, Policy] = {"ppo_lstm": TrainedPolicy(run_dir)}
+        policies |= {name: BASELINES[name]() for name in ("never-grow", "random", "heuristic")}
+        # Instances that the agent was trained on would say little.
+        instances = "test" if args.env.instances == "train" else args.env.instances
+        env = dataclasses.replace(args.env, instances=instances)
+        result = evaluate_agents(policies, args.env_id, env, args.eval_episodes, device=args.device)
+        report(result, run_dir / "evaluation.json")
+    return run_dir
 
 
-def _chart_metrics(episodes: dict[str, list[float]]) -> dict[str, float]:
-    metrics = {"charts/valid_share": float(np.mean(episodes["valid"]))}
-    for name in ("score", "return", "parameters"):
-        if episodes[name]:
-            metrics[f"charts/episode_{name}"] = float(np.mean(episodes[name]))
-    return metrics
+class TrainedPolicy:
+    """Policy of a finished run, on the CPU. It samples, or takes each head's most likely option."""
+
+    def __init__(self, run_dir: Path, samples: bool = False) -> None:
+        self._run_dir, self._samples = run_dir, samples
+        self._agent = checkpoint.load_network(run_dir, Agent)
+
+    def begin(self, envs: EsperVectorEnv, seed: int) -> None:
+        """Check that the environment is like that of the run, and reset the LSTM state."""
+        checkpoint.check_spaces(self._run_dir, envs)
+        self._envs = envs
+        self._lstm_state = self._agent.get_initial_state(envs.num_envs)
+        self._no_done = torch.zeros(envs.num_envs, dtype=torch.bool)
+        self._rng = torch.Generator().manual_seed(seed) if self._samples else None
+
+    @torch.inference_mode()
+    @one_thread()
+    def act(self, observation: npt.NDArray[np.float32], info: dict[str, Any]) -> Actions:
+        """Return the actions of one step."""
+        del info
+        hidden, slots, self._lstm_state = self._agent.get_next_state(
+            torch.from_numpy(observation), self._lstm_state, self._no_done
+        )
+        masks = pad_masks(self._envs.conditional_masks(), "cpu")
+        return np.asarray(self._agent.get_action(hidden, slots, masks, self._rng)[0])
 
 
-def _report(
-    console: Console, index: int, args: Args, metrics: dict[str, float], seconds: float
-) -> None:
-    """Print progress: each update on a terminal, every twentieth of the run elsewhere."""
-    every = 1 if console.is_terminal else max(1, args.num_updates // 20)
-    if index % every and index != args.num_updates:
-        return
-    left = seconds / index * (args.num_updates - index)
-    line = (
-        f"update {index}/{args.num_updates}  score {metrics.get('charts/episode_score', 0):.4f}  "
-        f"parameters {metrics.get('charts/episode_parameters', 0):.0f}  "
-        f"kl {metrics.get('losses/kl', 0):.4f}  "
-        f"entropy(op) {metrics['entropy/op']:.2f}  "
-        f"{metrics['charts/steps_per_second']:.0f} steps/s  {left / 60:.1f} min left"
-    )
-    console.print(line, end="\r" if console.is_terminal else "\n", soft_wrap=True, highlight=False)
-
-
-def _evaluate(args: Args, training: dict[str, float], directory: Path, console: Console) -> None:
-    """Compare the trained agent with the baselines, on instances that it has not seen."""
-    # Imported here because `evaluate` imports this file to load checkpoints.
-    from esper_agent.evaluate import TABLE_WIDTH, evaluate_agents, plot_scores, print_table
-
-    agents = [f"ppo:{directory}", "never-grow", "random", "heuristic"]
-    env = args.env
-    if env.instances == "train":
-        env = dataclasses.replace(env, instances="test")
-    result = evaluate_agents(
-        agents, args.env_id, env, args.eval_episodes, args.eval_seed, args.device
-    )
-    result["training"] = training
-    (directory / "evaluation.json").write_text(json.dumps(result, indent=1))
-    print_table(result, Console(file=sys.stdout, width=max(console.width, TABLE_WIDTH)))
-    plot_scores(result, directory / "evaluation.png")
-    console.print(f"saved: {directory / 'evaluation.json'} and .png", soft_wrap=True)
+SampledPolicy = partial(TrainedPolicy, samples=True)
 
 
 def main() -> None:

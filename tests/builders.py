@@ -1,4 +1,4 @@
-"""What test modules share: environments, random lives, slots by hand, and small populations."""
+"""What test modules share: environments, random lives, slots by hand, populations and agents."""
 
 from __future__ import annotations
 
@@ -455,3 +455,20 @@ def count_programs(population: Population) -> int:
     engine = population.compiled
     assert engine is not None
     return len(engine.programs)
+
+
+# ------------------------------------------------------------------ agents
+
+
+def tiny_config(**changes: Any) -> EnvConfig:
+    """Return settings of one batch of 8 images per env step and 6 env steps, unless changed."""
+    settings = {"batches_per_step": 1, "batch_size": 8, "episode_steps": 6}
+    return EnvConfig(**(settings | changes))
+
+
+def sharpen(agent: Any) -> Any:
+    """Make the heads of a new agent far from uniform (their initial gain is 0.01)."""
+    with torch.no_grad():
+        for head in (agent.op_head, agent.slot_head, agent.rest_head):
+            head.weight.mul_(100.0)
+    return agent

@@ -7,8 +7,8 @@ that a user gets.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +18,6 @@ import gymnasium as gym
 import matplotlib.image as mpimg
 import numpy as np
 import pytest
-from rich.console import Console
 
 from esper_agent import evaluate
 from esper_agent.baselines import (
@@ -29,6 +28,8 @@ from esper_agent.baselines import (
     RandomLegal,
     parse_plan,
 )
+from esper_agent.checkpoint import save_network
+from esper_agent.envs import make_envs
 from esper_agent.evaluate import (
     FIGURES,
     bootstrap_interval,
@@ -36,16 +37,18 @@ from esper_agent.evaluate import (
     interquartile_mean,
     make_policy,
     plot_scores,
-    print_table,
+    report,
     run_episodes,
 )
-from esper_agent.ppo_lstm import make_agent, make_envs, save_agent
+from esper_agent.ppo_lstm import Args, make_train_state
 from esper_env import EnvConfig, Op, Stage
+from tests.builders import ID, tiny_config
 
-TINY = EnvConfig(batches_per_step=1, batch_size=8, episode_steps=6)
-LIFE = EnvConfig(batches_per_step=1, batch_size=8, episode_steps=16, illegal_actions="raise")
+TINY = tiny_config()
+LIFE = tiny_config(episode_steps=16, illegal_actions="raise")
 """Long enough for a seed to germinate, train, blend over 3 steps, hold and be settled."""
-ENV_ID = "Esper-Digits-v0"
+ALWAYS = {"patience": 1, "margin": 1.0, "steps_to_live": 1}
+"""Settings of a heuristic that grows whenever it can: every accuracy counts as stalled."""
 REPOSITORY = Path(__file__).parents[1]
 SAME_FIGURE = 1e-6
 """Tolerance of accuracies, which are counts of images: no image may change its class."""
@@ -53,9 +56,9 @@ SAME_FIGURE = 1e-6
 Steps = list[dict[str, Any]]
 
 
-def play(policy: Any, config: EnvConfig, num_envs: int = 2, seed: int = 0) -> Steps:
+def play(policy: Any, config: EnvConfig = LIFE, num_envs: int = 2, seed: int = 0) -> Steps:
     """Run one episode; return the info of every step (the last from before the reset)."""
-    envs = make_envs(ENV_ID, num_envs, "cpu", config)
+    envs = make_envs(ID, num_envs, "cpu", config)
     observation, info = envs.reset(seed=seed)
     policy.begin(envs, seed)
     steps = []
@@ -77,14 +80,11 @@ def ops_of(steps: Steps) -> set[int]:
 def test_interquartile_mean_is_the_mean_of_the_middle_half() -> None:
     """Of 8 sorted values the lowest and the highest 2 go: (2 + 3 + 5 + 6) / 4 = 4.
 
-    Of 6 values, a quarter is 1.5, and whole values go: (1 + 2 + 4 + 5) / 4 = 3. Exact.
+    Of 6 values, a quarter is 1.5, and whole values go: (1 + 2 + 4 + 5) / 4 = 3. Along the last
+    axis of a table, (1 + 2) / 2 and (20 + 30) / 2. Exact.
     """
     assert interquartile_mean(np.array([100.0, 2.0, 6.0, -50.0, 3.0, 1.0, 5.0, 7.0])) == 4.0
     assert interquartile_mean(np.array([5.0, -9.0, 1.0, 4.0, 2.0, 99.0])) == 3.0
-
-
-def test_interquartile_mean_works_along_the_last_axis() -> None:
-    """(1 + 2) / 2 and (20 + 30) / 2."""
     values = np.array([[0.0, 1.0, 2.0, 900.0], [30.0, 20.0, -900.0, 50.0]])
     assert interquartile_mean(values).tolist() == [1.5, 25.0]
 
@@ -129,13 +129,12 @@ def test_the_bootstrap_interval_is_a_function_of_the_generators_seed() -> None:
 
 def test_episode_k_of_never_grow_is_the_single_environment_with_seed_plus_k() -> None:
     """Also with fewer members than episodes: the second batch starts at seed + num_envs."""
-    envs = make_envs(ENV_ID, 2, "cpu", TINY)
+    envs = make_envs(ID, 2, "cpu", TINY)
     result = run_episodes(NeverGrow(), envs, num_episodes=3, seed=40)
     envs.close()
     assert result["seed"] == [40, 41, 42]
-    changed = {"batches_per_step": 1, "batch_size": 8, "episode_steps": 6}
     for k in range(3):
-        env = gym.make(ENV_ID, **changed)
+        env = gym.make(ID, batches_per_step=1, batch_size=8, episode_steps=6)
         env.reset(seed=40 + k)
         is_over = False
         while not is_over:
@@ -172,7 +171,7 @@ def test_agents_start_from_the_same_hosts() -> None:
             self.is_first = False
             return self.policy.act(observation, info)
 
-    envs = make_envs(ENV_ID, 2, "cpu", TINY)
+    envs = make_envs(ID, 2, "cpu", TINY)
     for policy in (RandomLegal(), NeverGrow()):
         run_episodes(Watched(policy), envs, num_episodes=4, seed=3)
     envs.close()
@@ -188,7 +187,7 @@ def test_more_episodes_than_members_give_the_same_figures_as_in_one_go(
     results = []
     for limit in (2, 64):
         monkeypatch.setattr(evaluate, "MAX_ENVS", limit)
-        result = evaluate_agents(["never-grow"], ENV_ID, TINY, 5, 7, "cpu")
+        result = evaluate_agents({"never-grow": NeverGrow()}, ID, TINY, 5, 7)
         results.append(result["agents"]["never-grow"]["episodes"])
     few, many = results
     assert few["seed"] == many["seed"] == [7, 8, 9, 10, 11]
@@ -202,8 +201,8 @@ def test_the_test_score_is_the_committed_score_with_test_images() -> None:
 
     The heuristic fossilizes, so the rent is not 0. Tolerance 1e-9: float64.
     """
-    policy = PlateauHeuristic(patience=1, margin=1.0, min_contribution=-1.0, steps_to_live=1)
-    envs = make_envs(ENV_ID, 2, "cpu", LIFE)
+    policy = PlateauHeuristic(**ALWAYS, min_contribution=-1.0)
+    envs = make_envs(ID, 2, "cpu", LIFE)
     result = {name: np.array(v) for name, v in run_episodes(policy, envs, 2, seed=0).items()}
     envs.close()
     rent = result["committed_accuracy"] - result["committed_score"]
@@ -217,7 +216,7 @@ def test_an_episode_that_terminates_is_evaluated_like_one_that_is_truncated() ->
     results = []
     for horizon in ("truncate", "terminal"):
         config = dataclasses.replace(TINY, horizon=horizon)
-        envs = make_envs(ENV_ID, 2, "cpu", config)
+        envs = make_envs(ID, 2, "cpu", config)
         results.append(run_episodes(NeverGrow(), envs, 2, seed=0))
         envs.close()
     assert results[0] == results[1]
@@ -235,7 +234,8 @@ def test_summaries_and_paired_differences_by_hand(monkeypatch: pytest.MonkeyPatc
         return dict.fromkeys(("seed", *FIGURES), scores[type(policy)])
 
     monkeypatch.setattr(evaluate, "run_episodes", known)
-    result = evaluate_agents(["random", "never-grow"], ENV_ID, TINY, 4, 0, "cpu")
+    policies = {"random": RandomLegal(), "never-grow": NeverGrow()}
+    result = evaluate_agents(policies, ID, TINY, 4, 0)
     for name, mean, iqm in (("random", 4.0, 2.5), ("never-grow", 1.25, 0.5)):
         summary = result["agents"][name]["summary"]
         assert (summary["mean"], summary["iqm"], summary["parameters_mean"]) == (mean, iqm, mean)
@@ -249,32 +249,38 @@ def test_summaries_and_paired_differences_by_hand(monkeypatch: pytest.MonkeyPatc
 def test_the_same_call_gives_the_same_result() -> None:
     """Random actions and bootstrap resamples are seeded."""
     first, second = (
-        evaluate_agents(["random"], ENV_ID, TINY, 2, 11, "cpu")["agents"] for _ in range(2)
+        evaluate_agents({"random": RandomLegal()}, ID, TINY, 2, 11)["agents"] for _ in range(2)
     )
     assert first == second
 
 
-@pytest.mark.parametrize("name", ["grow-never", "ppo", "schedule", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["grow-never", "ppo", "schedule", "", "runs/one", "./runs/one", "no.module:policy", "json:"],
+)
 def test_an_unknown_agent_raises_with_the_known_names(name: str) -> None:
-    """And does so before any episode is run."""
+    """Also an import string whose module or attribute does not exist."""
     expected = (
         r"agents: expected \['best-schedule', 'heuristic', 'never-grow', 'periodic', 'random', "
-        r"'tuned-heuristic'\], ppo:RUN_DIR, sampled-ppo:RUN_DIR or schedule:PLAN, got "
+        r"'tuned-heuristic'\], ppo:RUN_DIR, sampled-ppo:RUN_DIR, schedule:PLAN or MODULE:FACTORY, "
+        r"got "
     )
-    envs = make_envs(ENV_ID, 1, "cpu", LIFE)
-    with pytest.raises(ValueError, match=expected + repr(name)):
-        make_policy(name, envs)
+    with pytest.raises(ValueError, match=expected + re.escape(repr(name))):
+        make_policy(name)
 
 
-def test_a_checkpoint_takes_its_likeliest_actions_unless_they_are_to_be_drawn(
-    tmp_path: Path,
-) -> None:
+def test_an_import_string_names_a_policy_of_the_users() -> None:
+    """A class or function that is called without arguments."""
+    assert isinstance(make_policy("esper_agent.baselines:RandomLegal"), RandomLegal)
+
+
+def test_a_checkpoint_takes_its_most_likely_actions_unless_they_are_sampled(tmp_path: Path) -> None:
     """`ppo:` is the same for every seed of the policy; `sampled-ppo:` for the same one only."""
-    envs = make_envs(ENV_ID, 8, "cpu", LIFE)
-    save_agent(make_agent(envs, 16, 0), envs, tmp_path)
+    envs = make_envs(ID, 8, "cpu", LIFE)
+    save_network(tmp_path, make_train_state(Args(num_envs=8, hidden_size=16), envs).agent)
 
     def actions(kind: str, seed: int) -> list[list[list[int]]]:
-        policy = make_policy(f"{kind}:{tmp_path}", envs)
+        policy = make_policy(f"{kind}:{tmp_path}")
         observation, info = envs.reset(seed=7)
         policy.begin(envs, seed)
         taken = []
@@ -290,32 +296,24 @@ def test_a_checkpoint_takes_its_likeliest_actions_unless_they_are_to_be_drawn(
     envs.close()
 
 
-def test_no_episodes_raise() -> None:
-    """A mean over nothing would be NaN."""
+def test_nothing_to_evaluate_raises() -> None:
+    """A mean over no episodes would be NaN; without policies there is no first one."""
     with pytest.raises(ValueError, match="episodes: expected at least 1, got 0"):
-        evaluate_agents(["never-grow"], ENV_ID, TINY, 0, 0, "cpu")
+        evaluate_agents({"never-grow": NeverGrow()}, ID, TINY, 0)
+    with pytest.raises(ValueError, match="agents: expected at least one"):
+        evaluate_agents({}, ID, TINY, 1)
 
 
-def test_no_agents_raise() -> None:
-    """An empty list has no first agent to compare with."""
-    with pytest.raises(ValueError, match="agents"):
-        evaluate_agents([], ENV_ID, TINY, 1, 0, "cpu")
-
-
-def test_a_missing_checkpoint_raises_before_any_episode_is_run(
+def test_a_policy_that_does_not_fit_raises_before_any_episode_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A typing error in the second agent's directory must not cost the first agent's run."""
-    calls = []
-
-    def watched(policy: Any, *arguments: Any) -> Any:
-        calls.append(policy)
-        return run_episodes(policy, *arguments)
-
-    monkeypatch.setattr(evaluate, "run_episodes", watched)
+    """A typing error in the second agent's name must not cost the first agent's run."""
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
-        evaluate_agents(["never-grow", f"ppo:{tmp_path / 'no'}"], ENV_ID, TINY, 1, 0, "cpu")
-    assert calls == []
+        make_policy(f"ppo:{tmp_path / 'no'}")
+    monkeypatch.delattr(evaluate, "run_episodes")
+    policies = {name: make_policy(name) for name in ("never-grow", "schedule:norm@2")}
+    with pytest.raises(ValueError, match=r"plan: expected slots among \[0, 1\], got 2"):
+        evaluate_agents(policies, ID, TINY, 1)
 
 
 # ------------------------------------------------------------------------------ baselines
@@ -323,7 +321,7 @@ def test_a_missing_checkpoint_raises_before_any_episode_is_run(
 
 def test_never_grow_waits() -> None:
     """No seed, no parameters."""
-    steps = play(NeverGrow(), LIFE)
+    steps = play(NeverGrow())
     assert ops_of(steps) == {Op.WAIT}
     assert (steps[-1]["parameters"] == 0).all()
 
@@ -332,7 +330,7 @@ def test_random_takes_only_legal_actions_of_every_op() -> None:
     """An illegal action would raise; 4 members and 4 episodes meet all six ops."""
     seen = set()
     for seed in range(0, 16, 4):
-        seen |= ops_of(play(RandomLegal(), LIFE, num_envs=4, seed=seed))
+        seen |= ops_of(play(RandomLegal(), num_envs=4, seed=seed))
     assert seen == set(Op)
 
 
@@ -341,15 +339,13 @@ def test_the_heuristic_germinates_blends_fully_and_fossilizes() -> None:
 
     It takes its blueprint and full alpha, so each fossil has alpha 1.
     """
-    steps = play(
-        PlateauHeuristic(patience=1, margin=1.0, min_contribution=-1.0, steps_to_live=1), LIFE
-    )
+    steps = play(PlateauHeuristic(**ALWAYS, min_contribution=-1.0))
     assert ops_of(steps) == {Op.WAIT, Op.GERMINATE, Op.ADVANCE, Op.FOSSILIZE}
     final = steps[-1]
     is_fossil = final["stage"] == Stage.FOSSILIZED
     assert is_fossil.any(axis=1).all()
     assert (final["alpha"][is_fossil] == 1.0).all()
-    envs = make_envs(ENV_ID, 1, "cpu", LIFE)
+    envs = make_envs(ID, 1, "cpu", LIFE)
     names = next(head.options for head in envs.heads if head.name == "blueprint")
     envs.close()
     assert {names[b] for b in final["blueprint"][is_fossil]} == {"conv_light"}
@@ -360,12 +356,7 @@ def test_the_heuristic_prunes_what_does_not_contribute_after_its_trial() -> None
 
     HOLDING is seen in exactly 2 decisions, the second of which prunes.
     """
-    steps = play(
-        PlateauHeuristic(
-            patience=1, margin=1.0, min_contribution=2.0, trial_steps=2, steps_to_live=1
-        ),
-        LIFE,
-    )
+    steps = play(PlateauHeuristic(**ALWAYS, min_contribution=2.0, trial_steps=2))
     assert Op.PRUNE in ops_of(steps)
     assert Op.FOSSILIZE not in ops_of(steps)
     for member in range(2):
@@ -378,8 +369,8 @@ def test_the_heuristic_prunes_what_does_not_contribute_after_its_trial() -> None
 
 def test_the_heuristic_waits_while_the_accuracy_rises_or_too_little_time_is_left() -> None:
     """With patience above the episode's length, or more steps to live than there are."""
-    for settings in ({"patience": 17}, {"patience": 1, "margin": 1.0, "steps_to_live": 17}):
-        assert ops_of(play(PlateauHeuristic(**settings), LIFE)) == {Op.WAIT}, settings
+    for settings in ({"patience": 17}, ALWAYS | {"steps_to_live": 17}):
+        assert ops_of(play(PlateauHeuristic(**settings))) == {Op.WAIT}, settings
 
 
 def test_the_heuristic_germinates_after_exactly_its_patience() -> None:
@@ -387,7 +378,7 @@ def test_the_heuristic_germinates_after_exactly_its_patience() -> None:
 
     It germinates no earlier and no later, in all members.
     """
-    steps = play(PlateauHeuristic(patience=4, margin=1.0, steps_to_live=1), LIFE)
+    steps = play(PlateauHeuristic(**ALWAYS | {"patience": 4}))
     ops = np.stack([info["op"] for info in steps])
     assert (ops[:3] == Op.WAIT).all()
     assert (ops[3] == Op.GERMINATE).all()
@@ -395,8 +386,8 @@ def test_the_heuristic_germinates_after_exactly_its_patience() -> None:
 
 def test_the_heuristic_forgets_the_past_when_it_begins_again() -> None:
     """The same object gives the same episode twice."""
-    policy = PlateauHeuristic(patience=2, margin=1.0, steps_to_live=1)
-    first, second = (np.stack([info["op"] for info in play(policy, LIFE)]) for _ in range(2))
+    policy = PlateauHeuristic(**ALWAYS | {"patience": 2})
+    first, second = (np.stack([info["op"] for info in play(policy)]) for _ in range(2))
     assert Op.GERMINATE in first
     assert np.array_equal(first, second)
 
@@ -414,8 +405,7 @@ def test_the_heuristic_forgets_the_past_when_it_begins_again() -> None:
 def test_the_heuristic_works_with_restricted_heads(heads: dict[str, Any], ops: set[int]) -> None:
     """It does what is left: without full alpha, for example, no seed can hold or be fossilized."""
     config = dataclasses.replace(LIFE, heads=heads)
-    policy = PlateauHeuristic(patience=1, margin=1.0, min_contribution=-1.0, steps_to_live=1)
-    steps = play(policy, config)
+    steps = play(PlateauHeuristic(**ALWAYS, min_contribution=-1.0), config)
     assert ops_of(steps) == ops
     if "slot" in heads:
         assert (steps[-1]["stage"][:, 0] == Stage.DORMANT).all()
@@ -424,10 +414,9 @@ def test_the_heuristic_works_with_restricted_heads(heads: dict[str, Any], ops: s
 
 def test_the_heuristic_can_start_with_the_deepest_slot_and_stop_at_a_number_of_seeds() -> None:
     """With two slots: the second one first; with at most one seed, only that one."""
-    always = {"patience": 1, "margin": 1.0, "steps_to_live": 1, "min_contribution": -1.0}
+    settings = ALWAYS | {"deepest_first": True, "min_contribution": -1.0}
     for max_seeds, expected in ((None, [True, True]), (1, [False, True])):
-        policy = PlateauHeuristic(deepest_first=True, max_seeds=max_seeds, **always)
-        steps = play(policy, LIFE)
+        steps = play(PlateauHeuristic(**settings, max_seeds=max_seeds))
         first = next(info["stage"] for info in steps if (info["stage"] != Stage.DORMANT).any())
         assert ((first != Stage.DORMANT) == [False, True]).all()
         assert ((steps[-1]["stage"] != Stage.DORMANT) == expected).all()
@@ -439,11 +428,11 @@ def test_a_schedule_grows_what_it_says_when_it_says() -> None:
     Slot 0 at step 1; slot 1 at once, although it comes second in the plan.
     """
     text = "norm@0:1+conv_small@1:0"
-    envs = make_envs(ENV_ID, 2, "cpu", LIFE)
+    envs = make_envs(ID, 2, "cpu", LIFE)
     episodes = run_episodes(FixedSchedule(parse_plan(text)), envs, 3, seed=0)
     assert episodes["growth"] == [text] * 3
     assert run_episodes(NeverGrow(), envs, 3, seed=0)["growth"] == [""] * 3
-    policy = make_policy("schedule:norm@0:1+conv_small@1", envs)
+    policy = make_policy("schedule:norm@0:1+conv_small@1")
     assert run_episodes(policy, envs, 3, seed=0) == episodes
     envs.close()
 
@@ -460,19 +449,17 @@ def test_a_schedule_takes_each_slot_once_and_only_what_is_offered() -> None:
     """A slot twice, a slot that is not enabled, and a blueprint that is not offered."""
     with pytest.raises(ValueError, match="expected each slot once, got 'norm@0\\+norm@0'"):
         parse_plan("norm@0+norm@0")
-    envs = make_envs(ENV_ID, 1, "cpu", LIFE)
-    for text, message in (
-        ("norm@2", r"plan: expected slots among \[0, 1\], got 2"),
-        ("nrom@0", r"blueprint: expected one of \('norm', .*, got 'nrom'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            FixedSchedule(parse_plan(text)).begin(envs, 0)
+    envs = make_envs(ID, 1, "cpu", LIFE)
+    with pytest.raises(ValueError, match=r"plan: expected slots among \[0, 1\], got 2"):
+        FixedSchedule(parse_plan("norm@2")).begin(envs, 0)
+    with pytest.raises(ValueError, match=r"blueprint: expected one of \('norm', .*, got 'nrom'"):
+        FixedSchedule(parse_plan("nrom@0")).begin(envs, 0)
     envs.close()
 
 
 def test_periodic_germinates_at_every_multiple_of_its_period_and_keeps_all() -> None:
     """Period 3: decisions 3 and 6 find a free slot, later ones none."""
-    steps = play(Periodic(period=3), LIFE)
+    steps = play(Periodic(period=3))
     ops = np.stack([info["op"] for info in steps])
     assert (np.nonzero((ops == Op.GERMINATE).all(axis=1))[0] == [3, 6]).all()
     assert (steps[-1]["stage"] == Stage.FOSSILIZED).all()
@@ -484,91 +471,65 @@ def test_the_heuristic_names_the_blueprints_it_could_take() -> None:
     message = r"blueprint: expected one of \('norm', 'conv_heavy'\), got 'conv_light'"
     with pytest.raises(ValueError, match=message):
         play(PlateauHeuristic(blueprint="conv_light"), config)
-    steps = play(
-        PlateauHeuristic(blueprint="conv_heavy", patience=1, margin=1.0, steps_to_live=1), config
-    )
+    steps = play(PlateauHeuristic(**ALWAYS, blueprint="conv_heavy"), config)
     assert Op.GERMINATE in ops_of(steps)
 
 
 # ------------------------------------------------------------------------------ output
 
 
-def record_of(name: str, score: float) -> dict[str, Any]:
-    """A record as `evaluate_agents` makes it, with widest plausible numbers."""
-    summary = {"mean": -score, "iqm": score, "low": -0.9876, "high": 0.9876}
-    summary |= {f"{figure}_mean": score for figure in FIGURES[1:]}
-    summary |= {"parameters_mean": 123_456.0}
-    return {"summary": summary, "episodes": {"committed_score": [score, score + 0.1]}}
-
-
-def test_the_table_shows_every_name_and_number_in_full() -> None:
-    """At 140 characters, the width that the command sets."""
-    names = ("never-grow", "random", "heuristic")
+def result_of(*names: str) -> dict[str, Any]:
+    """A result as `evaluate_agents` returns it, with the widest plausible numbers."""
+    summary = {"mean": -0.5, "iqm": 0.5, "low": -0.9876, "high": 0.9876}
+    summary |= {f"{figure}_mean": 0.5 for figure in FIGURES[1:]} | {"parameters_mean": 123_456.0}
     pair = {"difference": -0.1234, "low": -0.2345, "high": 0.3456}
-    result = {
-        "env_id": ENV_ID,
+    record = {"summary": summary, "episodes": {"committed_score": [0.5, 0.6]}}
+    return {
+        "env_id": ID,
         "episodes": 64,
-        "agents": {name: record_of(name, 0.5) for name in names},
-        "paired": {f"never-grow - {name}": pair for name in names[1:]},
+        "agents": dict.fromkeys(names, record),
+        "paired": {f"{names[0]} - {name}": pair for name in names[1:]},
     }
-    console = Console(file=io.StringIO(), width=140)
-    print_table(result, console)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_table_shows_every_name_and_number_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also names of run directories, which are folded."""
+    name = "Esper-Digits-v0__ppo_lstm__1__20250101-000000"
+    report(result_of(f"ppo:runs/{name}-one", "never-grow", f"ppo:runs/{name}-two"), None)
+    text = capsys.readouterr().out
     assert "…" not in text
-    for part in (*names, "-0.5000", "123456", "-0.1234", "-0.2345", "+0.3456"):
+    for part in ("never-grow", "-0.5000", "123456", "-0.1234", "-0.2345", "+0.3456"):
         assert part in text, part
-
-
-def test_the_table_tells_two_checkpoints_apart() -> None:
-    """Two rows with the same name could not be read."""
-    names = ("ppo:runs/one", "ppo:runs/two")
-    pair = {"difference": 0.0, "low": 0.0, "high": 0.0}
-    result = {
-        "env_id": ENV_ID,
-        "episodes": 1,
-        "agents": {name: record_of(name, 0.5) for name in names},
-        "paired": {"ppo:runs/one - ppo:runs/two": pair},
-    }
-    console = Console(file=io.StringIO(), width=200)
-    print_table(result, console)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "one" in text
-    assert "two" in text
+    names = "".join(re.findall(r"^│ (\S+) *│", text, re.M))
+    assert f"ppo:runs/{name}-one" in names
+    assert f"ppo:runs/{name}-two" in names
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     """`python -m esper_agent.evaluate` as a user runs it, into a directory not there yet."""
     out = tmp_path / "results" / "evaluation.json"
-    command = [sys.executable, "-m", "esper_agent.evaluate", "--agents", "random", "never-grow"]
+    command = [sys.executable, "-m", "esper_agent.evaluate", "--agents"]
+    command += ["random", "esper_agent.baselines:NeverGrow"]
     command += ["--episodes", "2", "--seed", "5", "--out", str(out), "--instances", "test"]
     command += ["--env.batches-per-step", "1", "--env.batch-size", "8", "--env.episode-steps", "6"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "never-grow" in done.stdout
+    assert "baselines:NeverGrow" in done.stdout
     assert "…" not in done.stdout
     result = json.loads(out.read_text())
-    assert list(result["agents"]) == ["random", "never-grow"]
+    assert list(result["agents"]) == ["random", "esper_agent.baselines:NeverGrow"]
     assert result["env"]["episode_steps"] == 6
-    assert set(result["agents"]["random"]["episodes"]) == {
-        *("seed", "instance", "growth"),
-        *FIGURES,
-    }
-    assert all(len(v) == 2 for v in result["agents"]["random"]["episodes"].values())
-    assert result["agents"]["random"]["episodes"]["seed"] == [5, 6]
     assert result["env"]["instances"] == "test"
-    assert result["agents"]["random"]["episodes"]["instance"] == [0, 1]
+    episodes = result["agents"]["random"]["episodes"]
+    assert set(episodes) == {*("seed", "instance", "growth"), *FIGURES}
+    assert all(len(values) == 2 for values in episodes.values())
+    assert (episodes["seed"], episodes["instance"]) == ([5, 6], [0, 1])
 
 
 def test_the_plot_shows_every_agent(tmp_path: Path) -> None:
     """A picture of a few hundred pixels with more than the background in it."""
-    result = {
-        "env_id": ENV_ID,
-        "episodes": 1,
-        "agents": {name: record_of(name, 0.5) for name in ("never-grow", "ppo:runs/one")},
-        "paired": {},
-    }
     path = tmp_path / "scores.png"
-    plot_scores(result, path)
+    plot_scores(result_of("never-grow", "ppo:runs/one"), path)
     pixels = mpimg.imread(path)
     assert min(pixels.shape[:2]) > 200
     assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 10
@@ -577,7 +538,7 @@ def test_the_plot_shows_every_agent(tmp_path: Path) -> None:
 def test_episodes_have_the_instances_of_the_set_in_turn() -> None:
     """22 episodes of the 20 test instances, in two batches; the first two come again."""
     config = dataclasses.replace(TINY, instances="test", episode_steps=2)
-    envs = make_envs(ENV_ID, 13, "cpu", config)
-    result = run_episodes(make_policy("never-grow", envs), envs, 22, seed=40)
+    envs = make_envs(ID, 13, "cpu", config)
+    result = run_episodes(NeverGrow(), envs, 22, seed=40)
     assert result["instance"] == [*range(20), 0, 1]
     assert result["seed"] == list(range(40, 62))

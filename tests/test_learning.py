@@ -22,10 +22,9 @@ from esper_agent.baselines import (
     parse_plan,
 )
 from esper_agent.evaluate import FIGURES
-from esper_env import EnvConfig
+from tests.builders import ID, tiny_config
 
-ENV_ID = "Esper-Digits-v0"
-SHORT = EnvConfig(batches_per_step=1, batch_size=8, episode_steps=10, instances="test")
+SHORT = tiny_config(episode_steps=10, instances="test")
 """Long enough for a seed to be fossilized."""
 
 # ------------------------------------------------------------------ statistics
@@ -144,8 +143,8 @@ def test_every_random_heuristic_can_play() -> None:
 def test_a_static_network_of_the_grown_size_has_its_parameters() -> None:
     """And costs more to train, because the seeds are there from the first batch."""
     policy = FixedSchedule(parse_plan("norm@0+conv_small@1"))
-    grown = play(policy, ENV_ID, SHORT, 1, 0)
-    static = train_grown_size(grown, ENV_ID, SHORT)
+    grown = play(policy, ID, SHORT, 1, 0)
+    static = train_grown_size(grown, ID, SHORT)
     assert set(static) == {"seed", "instance", "growth", *FIGURES}
     assert static["parameters"] == grown["parameters"]
     assert (static["seed"], static["instance"]) == (grown["seed"], grown["instance"])
@@ -154,21 +153,21 @@ def test_a_static_network_of_the_grown_size_has_its_parameters() -> None:
 
 def test_a_static_network_without_seeds_is_the_host_itself() -> None:
     """Bitwise, in more episodes than run side by side at once."""
-    host = play(NeverGrow(), ENV_ID, SHORT, 4, 0)
-    assert train_grown_size(host, ENV_ID, SHORT) == host
+    host = play(NeverGrow(), ID, SHORT, 4, 0)
+    assert train_grown_size(host, ID, SHORT) == host
 
 
 def test_a_longer_host_costs_at_least_what_growing_did() -> None:
     """A whole multiple of its episode, less than one multiple above; 1 where nothing grew."""
     policy = FixedSchedule(parse_plan("conv_heavy@0"))
-    grown = play(policy, ENV_ID, SHORT, 1, 0)
-    host = play(NeverGrow(), ENV_ID, SHORT, 1, 0)
-    (longer,) = train_equal_compute([grown], ENV_ID, SHORT)
+    grown = play(policy, ID, SHORT, 1, 0)
+    host = play(NeverGrow(), ID, SHORT, 1, 0)
+    (longer,) = train_equal_compute([grown], ID, SHORT)
     multiple = np.array(longer["flops"]) / np.array(host["flops"])
     needed = np.array(grown["flops"]) / np.array(host["flops"])
     assert np.allclose(multiple, np.ceil(needed))
     assert (multiple > 1).any()
-    assert train_equal_compute([host, host], ENV_ID, SHORT) == [host, host]
+    assert train_equal_compute([host, host], ID, SHORT) == [host, host]
 
 
 # ------------------------------------------------------------------ one command

@@ -26,6 +26,15 @@ ROWS = {
     "testing": set(),
 }
 """The folders that each folder may import; "base" is `config`, `rng` and `jit`."""
+AGENT_ROWS = {
+    "envs": set(),
+    "checkpoint": set(),
+    "baselines": set(),
+    "evaluate": {"envs", "checkpoint", "baselines"},
+    "ppo_lstm": {"envs", "checkpoint", "baselines", "evaluate"},
+    "__init__": set(),
+}
+"""The modules that each module of the agent may import."""
 BASE = {"config", "rng", "jit"}
 ENTRY = {"__init__", "sb3"}
 """Modules that only re-export names."""
@@ -77,13 +86,13 @@ def test_environment_files_import_only_what_their_row_may(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "esper_agent").rglob("*.py")), ids=lambda p: p.name)
-def test_the_agent_uses_only_public_names_of_the_environment(path: Path) -> None:
+def test_agent_files_import_only_what_their_row_may_and_public_names(path: Path) -> None:
     import esper_env
 
     for name in imports_of(path):
-        root, _, rest = name.partition(".")
-        if root == "esper_env" and rest:
-            assert rest in esper_env.__all__, name
+        root, *rest = name.split(".")
+        assert root != "esper_env" or ".".join(rest) in ("", *esper_env.__all__), name
+        assert root != "esper_agent" or rest[0] in AGENT_ROWS[path.stem], name
     tree = ast.parse(path.read_text())
     private = [
         node.attr

@@ -1,0 +1,122 @@
+"""The environment as training and evaluation need it: settings, masks as one tensor, threads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from esper_env import EnvConfig, EsperVectorEnv
+
+TRAINING = EnvConfig(
+    instances="train",
+    horizon="terminal",
+    gamma=1.0,
+    heads={
+        "op": ["WAIT", "GERMINATE", "ADVANCE", "PRUNE", "FOSSILIZE"],
+        "style": ["LINEAR_ADD"],
+        "tempo": [3],
+        "alpha_target": [1.0],
+        "alpha_speed": [0],
+        "alpha_curve": ["LINEAR"],
+    },
+)
+"""Default settings for training; docs/results.md has the evidence.
+
+The remaining budget is observed, so the end of an episode is a terminal state. Without a discount
+the return is the objective. The heads that control blending have one option each: the agent decides
+when, where and what to grow, keep or remove."""
+
+
+def make_envs(env_id: str, num_envs: int, device: str, config: EnvConfig) -> EsperVectorEnv:
+    """Make a vector environment; only settings that differ from their default are passed."""
+    default = EnvConfig()
+    names = [f.name for f in dataclasses.fields(config)]
+    changed = {n: getattr(config, n) for n in names if getattr(config, n) != getattr(default, n)}
+    if "episode_steps" in changed:
+        changed["max_episode_steps"] = config.episode_steps
+    envs = gym.make_vec(
+        env_id, num_envs=num_envs, device=device, autoreset_mode="SameStep", **changed
+    ).unwrapped
+    assert isinstance(envs, EsperVectorEnv)
+    return envs
+
+
+def pad_masks(masks: dict[str, npt.NDArray[np.bool_]], device: torch.device | str) -> Tensor:
+    """Combine the conditional masks of all heads into one tensor.
+
+    Args:
+        masks: Result of `EsperVectorEnv.conditional_masks`.
+        device: Device of the result.
+
+    Returns:
+        Legal options of each head given the op and the slot, padded with False.
+        (num_envs, num_ops, num_slots, num_heads, largest head) bool. The row of the op head is the
+        same for all ops and slots, that of the slot head for all slots.
+    """
+    op, slot, *rest = masks.values()
+    # (envs, ops) -> (envs, 1, 1, ops); (envs, ops, slots) -> (envs, ops, 1, slots)
+    heads = [op[:, None, None], slot[:, :, None], *rest]
+    width = max(mask.shape[-1] for mask in heads)
+    padded = np.zeros((*slot.shape, len(heads), width), dtype=bool)
+    for h, mask in enumerate(heads):
+        padded[..., h, : mask.shape[-1]] = mask
+    return torch.from_numpy(padded).to(device)
+
+
+@dataclass
+class ReturnScale:
+    """Running standard deviation of discounted returns, in float64.
+
+    Source: Chan et al. (1983), equations 2.1.
+    """
+
+    gamma: float
+    returns: npt.NDArray[np.float64]
+    """Discounted return of each running episode. (num_envs,) float64."""
+    count: int = 0
+    mean: float = 0.0
+    m2: float = 0.0
+    """Sum of squared deviations from the mean."""
+
+    def update(self, rewards: npt.NDArray[np.float64], dones: npt.NDArray[np.bool_]) -> None:
+        """Update with the rewards and episode ends of one env step. (num_envs,) both."""
+        self.returns = self.gamma * self.returns + rewards
+        count = len(self.returns)
+        mean = float(self.returns.mean())
+        delta, total = mean - self.mean, self.count + count
+        self.m2 += float(((self.returns - mean) ** 2).sum())
+        self.m2 += delta**2 * self.count * count / total
+        self.mean += delta * count / total
+        self.count = total
+        self.returns[dones] = 0.0
+
+    @property
+    def std(self) -> float:
+        """Standard deviation; 1 while it is undefined or 0."""
+        if self.count < 2 or self.m2 <= 0:
+            return 1.0
+        return float(np.sqrt(self.m2 / self.count))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Restrict torch to one thread, as a context manager or decorator.
+
+    The agent's matrices of 16 x 128 gain little from a second thread, and synchronising two threads
+    at every LSTM step is slow while another process keeps a core busy (docs/speed.md). Results do
+    not depend on the number of threads.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
