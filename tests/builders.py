@@ -454,4 +454,4 @@ def count_programs(population: Population) -> int:
     """Return how many programs the compiled engine remembers."""
     engine = population._compiled
     assert engine is not None
-    return len(engine._library._numbers)
+    return len(engine._programs._index)
