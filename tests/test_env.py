@@ -31,7 +31,7 @@ from tests.builders import (
 def test_check_env_passes_without_warning(horizon: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_env(make_single(horizon=horizon), skip_render_check=True)
+        check_env(make_single(horizon=horizon))
 
 
 def test_the_id_works_with_a_module_prefix() -> None:
@@ -139,25 +139,6 @@ def test_all_autoreset_modes_give_the_same_episodes() -> None:
     assert_same(episodes_of("Disabled", 2), expected)
 
 
-def test_autoreset_of_one_member_leaves_the_others_in_their_episode() -> None:
-    """Members that were started at different times end at different times."""
-    for mode in ("NextStep", "SameStep"):
-        envs = make(2, autoreset_mode=mode, episode_steps=5)
-        envs.reset(seed=0)
-        wait = waits(2)
-        envs.step(wait)
-        envs.step(wait)
-        envs.reset(options={"reset_mask": np.array([False, True])})
-        ends = [envs.step(wait)[3].tolist() for _ in range(6)]
-        assert ends[:5] == [
-            [False, False],
-            [False, False],
-            [True, False],
-            [False, False],
-            [False, True],
-        ]
-
-
 def test_test_accuracy_is_shown_only_at_the_end_of_an_episode() -> None:
     """Finding PRE-12: the test split never reaches agent, gates or reward during an episode."""
     env = make_single()
@@ -243,15 +224,6 @@ def test_a_seed_is_grown_measured_once_it_is_blended_and_fossilized() -> None:
     assert info["committed_accuracy"] == info["accuracy"]
     assert info["parameters"] == 172
     assert not envs.conditional_masks()["slot"][0, 1:, 0].any(), "a fossil stays"
-
-
-def test_a_germinated_seed_waits_for_advance_if_asked() -> None:
-    env = make_single(automatic_training=False)
-    env.reset(seed=0)
-    *_, info = env.step(action(Op.GERMINATE, blueprint=CONV_LIGHT))
-    assert info["stage"][0] == Stage.GERMINATED
-    *_, info = env.step(action(Op.ADVANCE))
-    assert info["stage"][0] == Stage.TRAINING
 
 
 def test_an_illegal_action_becomes_wait_or_raises() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from gymnasium.utils.env_checker import check_env
 
 from esper_env import EsperVectorEnv, Op, Stage
 from esper_env.envs.history import History
@@ -282,13 +280,6 @@ def test_rendering_without_a_mode_warns_and_shows_nothing() -> None:
         env.reset(seed=0)
         with pytest.warns(UserWarning, match="without a render mode"):
             assert env.render() is None
-
-
-def test_check_env_renders_in_every_mode_without_warning() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_env(make_single())
-        check_env(make_single(render_mode="ansi"))
 
 
 def test_a_time_limit_from_outside_leaves_the_picture_in_the_middle_of_the_episode() -> None:

@@ -22,25 +22,6 @@ STEPS = 20
 MIXED: dict[str, Any] = {"instances": "train", "attribution": "full", "episode_steps": 18}
 
 
-@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
-def test_a_restored_state_continues_bitwise_like_the_original(mode: str) -> None:
-    """In the middle of an episode with live seeds and ramps, across the end of the episode."""
-    envs = make(4, autoreset_mode=mode, episode_steps=18)
-    envs.reset(seed=0)
-    record = play(envs, 9, seed=1)
-    stages = record[-1][4]["stage"]
-    assert len(np.unique(stages)) >= 3, "the test needs seeds in several stages"
-    state = envs.get_state()
-    expected = play(envs, STEPS, seed=2)
-    other = make(4, autoreset_mode=mode, episode_steps=18)
-    observation, info = other.set_state(state)
-    np.testing.assert_array_equal(observation, record[-1][0])
-    np.testing.assert_array_equal(info["action_mask"], record[-1][4]["action_mask"])
-    assert_same(play(other, STEPS, seed=2), expected)
-    envs.set_state(state)
-    assert_same(play(envs, STEPS, seed=2), expected)
-
-
 def test_a_restored_state_continues_bitwise_in_a_new_process(tmp_path: Path) -> None:
     """Live seeds, a ramp that goes on, different instances, and a member just rolled back."""
     envs = make(5, **MIXED)
@@ -83,27 +64,6 @@ def test_the_single_environment_saves_and_restores_too() -> None:
     assert isinstance(other, EsperEnv)
     other.set_state(state)
     assert_same(other.step(action), expected)
-
-
-def test_forked_members_have_the_future_of_their_source() -> None:
-    """With the same actions, the copy and its source stay together; the others are untouched."""
-    envs, twin = make(4), make(4)
-    for each in (envs, twin):
-        each.reset(seed=0)
-        play(each, 5, seed=1)
-    observation, _ = envs.fork([0, 0], [2, 3])
-    np.testing.assert_array_equal(observation[2], observation[0])
-    rng = np.random.default_rng(2)
-    for _ in range(14):
-        actions = envs.sample_valid_actions(rng)
-        actions[2:] = actions[0]
-        observation, reward, _terminated, truncated, info = envs.step(actions)
-        expected = twin.step(actions)
-        for array in (observation, reward, truncated, info["stage"], info["action_mask"]):
-            np.testing.assert_array_equal(array[2], array[3])
-        for key in ("stage", "blueprint", "alpha", "op", "parameters", "loss"):
-            np.testing.assert_array_equal(info[key][0], info[key][2])
-            np.testing.assert_array_equal(info[key][:2], expected[4][key][:2])
 
 
 def test_bad_states_and_indices_are_refused() -> None:
