@@ -77,7 +77,6 @@ def _begin(envs: Any, seeds: list[int], instance: list[int], growth: list[str]) 
             sim.state.slots.blueprint[i, slot] = blueprint[0]
             sim.state.slots.style[i, slot] = 0
             sim.state.slots.alpha[i, slot] = sim.state.slots.alpha_target[i, slot] = 1.0
-    sim.refresh()
 
 
 def train_equal_compute(runs: list[Episodes], env_id: str, config: EnvConfig) -> list[Episodes]:
