@@ -292,61 +292,6 @@ def make_images(count: int = 200, host: Host = TINY) -> ImageSet:
     return ImageSet(images, labels, mean, std)
 
 
-def make_seeds(num_members: int, num_slots: int = 2) -> Seeds:
-    shape = (num_members, num_slots)
-    return Seeds(
-        blueprint=np.full(shape, -1),
-        blend=np.zeros(shape, dtype=np.int64),
-        alpha=np.zeros(shape),
-        beta=np.zeros(shape),
-        is_isolated=np.zeros(shape, dtype=bool),
-        is_frozen=np.zeros(shape, dtype=bool),
-        width=np.zeros(shape[0], dtype=np.int64),
-    )
-
-
-def plant(population: Population, seeds: Seeds, member: int, slot: int, index: int) -> None:
-    """Germinate one seed."""
-    seeds.blueprint[member, slot] = index
-    one = np.array([member])
-    place = np.array([slot]), np.array([index])
-    population.germinate(one, seeds.width[one], *place, make_key(one, 77 + slot))
-
-
-def set_stage(seeds: Seeds, member: int, slot: int, stage: str) -> None:
-    for name, value in STAGES[stage].items():
-        getattr(seeds, name)[member, slot] = value
-
-
-def awaken(population: Population, seed: int = 0) -> None:
-    """Move all parameters off their start values, zeros included, so that nothing cancels."""
-    rng = np.random.default_rng(seed)
-    noise = rng.normal(0, 0.1, population.storage.parameters.shape).astype(np.float32)
-    population.storage.parameters += torch.from_numpy(noise)
-
-
-def draw(rng: np.random.Generator, images: ImageSet, m: int) -> IntArray:
-    return rng.integers(0, len(images), (BATCHES, BATCH_SIZE, m))
-
-
-def shown(images: ImageSet, indices: IntArray) -> Draw:
-    """Return what the batches show, with true labels."""
-    return Draw(indices, images.labels.numpy()[indices])
-
-
-def plain_copy(population: Population, seeds: Seeds, member: int) -> PlainNetwork:
-    """Return the ordinary network that a member should be."""
-    network = PlainNetwork(population.layout.hosts[int(seeds.width[member])])
-    network.load_host(population, member)
-    for slot in np.nonzero(seeds.blueprint[member] >= 0)[0].tolist():
-        blueprint, blend = int(seeds.blueprint[member, slot]), int(seeds.blend[member, slot])
-        seed = network.add_seed(population, member, slot, blueprint, blend)
-        seed.alpha = float(seeds.alpha[member, slot])
-        seed.is_training_stage = bool(seeds.alpha[member, slot] == 0)
-        seed.is_isolated = bool(seeds.is_isolated[member, slot])
-    return network
-
-
 def train_plain(network: PlainNetwork, images: ImageSet, indices: IntArray) -> float:
     """Train an ordinary network on some batches; return the mean loss."""
     optimizer = network.optimizer(RATE, RATE, SGDSettings().weight_decay)
@@ -382,8 +327,16 @@ class SmallPopulation:
     ) -> None:
         self.images = make_images(host=hosts[-1])
         self.members = np.arange(num_members)
-        self.seeds = make_seeds(num_members, hosts[-1].num_slots)
-        self.seeds.width[:] = self.members % len(hosts)
+        shape = num_members, hosts[-1].num_slots
+        self.seeds = Seeds(
+            blueprint=np.full(shape, -1),
+            blend=np.zeros(shape, dtype=np.int64),
+            alpha=np.zeros(shape),
+            beta=np.zeros(shape),
+            is_isolated=np.zeros(shape, dtype=bool),
+            is_frozen=np.zeros(shape, dtype=bool),
+            width=self.members % len(hosts),
+        )
         self.population = Population(
             hosts,
             blueprints,
@@ -407,18 +360,22 @@ class SmallPopulation:
     ) -> None:
         """Germinate a seed and bring it into a stage of `STAGES`; without one it does not run."""
         index = NAMES.index(blueprint) if isinstance(blueprint, str) else blueprint
-        self.seeds.blend[member, slot] = blend
-        plant(self.population, self.seeds, member, slot, index)
-        if stage is not None:
-            set_stage(self.seeds, member, slot, stage)
+        one = np.array([member])
+        place = self.seeds.width[one], np.array([slot]), np.array([index])
+        self.population.germinate(one, *place, make_key(one, 77 + slot))
+        values = {"blueprint": index, "blend": blend, **(STAGES[stage] if stage else {})}
+        for name, value in values.items():
+            getattr(self.seeds, name)[member, slot] = value
 
     def awaken(self) -> None:
-        """Move all parameters off their start values."""
-        awaken(self.population)
+        """Move all parameters off their start values, zeros included, so that nothing cancels."""
+        noise = np.random.default_rng(0).normal(0, 0.1, self.storage.parameters.shape)
+        self.storage.parameters += torch.from_numpy(noise.astype(np.float32))
 
     def draw(self, seed: int, m: int | None = None) -> IntArray:
         """Draw images for `m` members, or for all. (batches, batch_size, m)."""
-        return draw(np.random.default_rng(seed), self.images, m or len(self.members))
+        shape = BATCHES, BATCH_SIZE, m or len(self.members)
+        return np.random.default_rng(seed).integers(0, len(self.images), shape)
 
     def train(
         self, indices: IntArray, members: Sequence[int] | None = None, rate: float = RATE
@@ -426,7 +383,7 @@ class SmallPopulation:
         """Train some members, or all, on the images that `indices` name."""
         who = self.members if members is None else np.array(members)
         rates = np.full(len(who), rate)
-        batches = shown(self.images, indices)
+        batches = Draw(indices, self.images.labels.numpy()[indices])
         return self.population.train(who, self.seeds, self.images, batches, rates, rates)
 
     def evaluate(self, alpha: Any, members: Sequence[int] | IntArray | None = None) -> Evaluation:
@@ -436,7 +393,16 @@ class SmallPopulation:
 
     def plain(self, member: int) -> PlainNetwork:
         """Return the ordinary network that a member should be."""
-        return plain_copy(self.population, self.seeds, member)
+        seeds = self.seeds
+        network = PlainNetwork(self.layout.hosts[int(seeds.width[member])])
+        network.load_host(self.population, member)
+        for slot in np.nonzero(seeds.blueprint[member] >= 0)[0].tolist():
+            kind = int(seeds.blueprint[member, slot]), int(seeds.blend[member, slot])
+            seed = network.add_seed(self.population, member, slot, *kind)
+            seed.alpha = float(seeds.alpha[member, slot])
+            seed.is_training_stage = bool(seeds.alpha[member, slot] == 0)
+            seed.is_isolated = bool(seeds.is_isolated[member, slot])
+        return network
 
     def plains(self) -> list[PlainNetwork]:
         """Return the ordinary networks that all members should be."""

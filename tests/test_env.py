@@ -403,7 +403,7 @@ def test_gymnasiums_own_vector_environments_take_single_ones(mode: str) -> None:
         ({"options": {"reset_mask": [False] * 2}}, r"reset_mask: expected bool of shape \(2,\)"),
     ],
 )
-def test_a_refused_reset_leaves_nothing_behind(arguments: dict[str, Any], text: str) -> None:
+def test_a_rejected_reset_changes_nothing(arguments: dict[str, Any], text: str) -> None:
     envs = make(2)
     with pytest.raises(ValueError, match=text):
         envs.reset(**arguments)

@@ -154,24 +154,23 @@ def test_members_train_on_their_share_of_the_split_with_their_share_of_wrong_lab
     sim.begin_episodes(np.arange(4), chosen)
     true = sim.splits.train.labels.numpy()
     total = len(true)
-    seen: list[set[int]] = [set() for _ in range(4)]
-    given: list[dict[int, int]] = [{} for _ in range(4)]
-    for _, _, _, drawn, *_ in train_calls(sim, 40):
-        assert drawn.indices.shape == drawn.labels.shape == (8, 64, 4)
-        assert drawn.shifts is None
-        for i in range(4):
-            for image, label in zip(
-                drawn.indices[:, :, i].flat, drawn.labels[:, :, i].flat, strict=True
-            ):
-                seen[i].add(int(image))
-                assert given[i].setdefault(int(image), int(label)) == label, "labels keep still"
+    draws = [drawn for _, _, _, drawn, *_ in train_calls(sim, 40)]
+    assert draws[0].indices.shape == draws[0].labels.shape == (8, 64, 4)
+    assert draws[0].shifts is None
+    index, label = (
+        np.concatenate(parts).reshape(-1, 4)
+        for parts in ([d.indices for d in draws], [d.labels for d in draws])
+    )
     for i, k in enumerate(chosen):
         count = round(float(sim.instances.train_fraction[k]) * total)
         start = int(sim.instances.train_start[k] * total)
-        assert seen[i] <= {(start + j) % total for j in range(count)}
+        pairs = set(zip(index[:, i].tolist(), label[:, i].tolist(), strict=True))
+        seen = {image for image, _ in pairs}
+        assert len(pairs) == len(seen), "an image keeps its label for the whole episode"
+        assert seen <= {(start + j) % total for j in range(count)}
         # 20,480 draws with replacement see nearly all of at most 1,097 images.
-        assert len(seen[i]) > 0.99 * count
-        wrong = np.mean([given[i][j] != true[j] for j in given[i]])
+        assert len(seen) > 0.99 * count
+        wrong = np.mean([given != true[image] for image, given in pairs])
         share = float(noise[k])
         # Four standard errors of a binomial share.
         assert abs(wrong - share) < 4 * np.sqrt(max(share * (1 - share), 1e-3) / count)

@@ -118,18 +118,6 @@ def test_gain_and_commit_sum_to_the_rise_of_the_committed_score(is_terminated: b
     np.testing.assert_allclose(total, committed[-1] - live[0], rtol=0, atol=EXACT)
 
 
-def test_holding_a_good_seed_without_end_earns_nothing_more() -> None:
-    """A level of contribution is paid once, when it appears, not at every step. Finding PRE-10."""
-    config = EnvConfig()
-    weights = resolve_weights(config)
-    high, low = standing(np.array([0.9]), np.array([0.7])), standing(np.array([0.7]))
-    assert abs(compute_reward(transition(low, high), weights, config)[0][0] - 0.2) < EXACT
-    for _ in range(3):
-        assert compute_reward(transition(high, high), weights, config)[0][0] == 0.0
-    last = compute_reward(transition(high, high, is_last=True), weights, config)[0][0]
-    assert abs(last - (0.7 - 0.9)) < EXACT
-
-
 def test_commit_is_paid_only_where_the_episode_ends() -> None:
     before = standing(np.array([0.5, 0.5]), np.array([0.5, 0.5]))
     after = standing(np.array([0.8, 0.8]), np.array([0.6, 0.6]))
@@ -331,27 +319,18 @@ def test_wrong_presets_terms_and_weights_raise(fields: dict[str, Any], named: st
         resolve_weights(EnvConfig(**fields))
 
 
-def _rewards_under(rent_weight: float) -> FloatArray:
-    """Return rewards of growing, of staying and of pruning everything, on a last step too."""
-    config = EnvConfig(rent_weight=rent_weight)
-    accuracy = np.array([0.1, 0.5, 0.9])
-    before, after = np.array([0.0, 300.0, 1600.0]), np.array([300.0, 300.0, 0.0])
-    standings = [
-        standing(
-            score(accuracy, grown, 100, config.rent_weight),
-            score(accuracy, np.zeros(3), 100, config.rent_weight),
-        )
-        for grown in (before, after)
-    ]
-    weights = resolve_weights(config)
-    steps = [transition(*standings, is_last) for is_last in (False, True)]
-    return np.concatenate([compute_reward(step, weights, config)[0] for step in steps])
-
-
 @pytest.mark.parametrize("rent_weight", [0.0, 1e-300, 0.01, 1.0, 1e6])
 def test_the_reward_is_finite_for_every_price_of_growth(rent_weight: float) -> None:
-    """No term divides by anything that may be 0. Finding SYN-C2."""
-    assert np.isfinite(_rewards_under(rent_weight)).all()
+    """Growing, staying and pruning everything: no term divides by what may be 0. Finding SYN-C2."""
+    accuracy, zeros = np.array([0.1, 0.5, 0.9]), np.zeros(3)
+    before, after = (
+        standing(score(accuracy, grown, 100, rent_weight), score(accuracy, zeros, 100, rent_weight))
+        for grown in (np.array([0.0, 300.0, 1600.0]), np.array([300.0, 300.0, 0.0]))
+    )
+    config = EnvConfig(rent_weight=rent_weight)
+    for is_last in (False, True):
+        step = transition(before, after, is_last)
+        assert np.isfinite(compute_reward(step, resolve_weights(config), config)[0]).all()
 
 
 @pytest.mark.parametrize("rent_weight", [math.inf, math.nan, -0.01])

@@ -69,22 +69,6 @@ def test_check_env_passes_on_the_joint_environment() -> None:
         check_env(JointAction(make_single()), skip_render_check=True)
 
 
-def test_final_info_has_the_joint_masks_of_the_final_states() -> None:
-    """They equal the masks of the same episodes without autoreset, where they stay visible."""
-    wrapper = JointActionVector(make(3, autoreset_mode="SameStep"))
-    plain = JointActionVector(make(3, autoreset_mode="Disabled"))
-    wrapper.reset(seed=0)
-    plain.reset(seed=0)
-    rng = np.random.default_rng(0)
-    for _ in range(SMALL["episode_steps"]):
-        actions = np.array([rng.choice(np.nonzero(row)[0]) for row in plain.action_masks()])
-        plain.step(actions)
-        *_, info = wrapper.step(actions)
-    assert info["_final_info"].all()
-    np.testing.assert_array_equal(info["final_info"]["action_mask"], plain.action_masks())
-    assert not (plain.action_masks() == wrapper.action_masks()).all()
-
-
 def test_wrong_environments_and_actions_are_refused() -> None:
     with pytest.raises(TypeError, match="expected an EsperEnv, got CartPoleEnv"):
         JointAction(gym.make("CartPole-v1"))
