@@ -60,7 +60,7 @@ class Population:
         # Kernels exist for the CPU and float32 only.
         has_kernels = device.type == "cpu" and precision == "float32"
         self.compiled = CompiledEngine(self.storage, settings) if has_kernels else None
-        """The engine of members whose layers have kernels; None sends all to the torch engine."""
+        """Engine of members whose layers have kernels; None passes all to the torch engine."""
         registry = self.layout.blueprints
         # Tables instead of calls: the simulation looks up the sizes of all members at once.
         self.host_parameters: IntArray = np.array([h.num_parameters for h in hosts])

@@ -62,6 +62,7 @@ class TrainingGraph:
         decay = np.zeros(num_modules)
         decay[:m] = settings.weight_decay
         is_frozen = np.zeros(num_modules, dtype=bool)
+        # (m, num_slots) -> (num_slots * m,), the order of the modules
         is_frozen[m:] = seeds.is_frozen[members].T.reshape(-1)
         # Module of each row of each piece, and the position of the tensor within its seed, -1 for
         # tensors of hosts. One (rows,) array per piece.
@@ -78,7 +79,7 @@ class TrainingGraph:
             return positions
 
         def place(local: IntArray, layers: Sequence[PlacedLayer], slot: int) -> list[_Run]:
-            """Add the tensors of layers, and return the layers with the positions of theirs."""
+            """Add the tensors of layers; return each layer with the positions of its tensors."""
             runs, first = [], 0
             for placed in layers:
                 buffers = [self.running.add(members[local], c) for c in placed.buffers]
@@ -115,6 +116,7 @@ class TrainingGraph:
             gate_local = np.array(gated, dtype=np.int64)
             gate = None
             if gated:
+                # The tensors of a gate are the last of their seed.
                 first = layout.max_seed_tensors - len(layout.gates[slot])
                 gate = _Gate(
                     torch.from_numpy(gate_local).to(device),
