@@ -482,9 +482,6 @@ def test_masks_after_a_germination_differ_from_before() -> None:
 
 def test_the_relevance_of_heads_is_that_of_the_design() -> None:
     assert {op.name: set(names) for op, names in RELEVANT_HEADS.items()} == RELEVANCE
-    space = ActionSpace(2, BLUEPRINTS, EnvConfig(heads={"op": ["WAIT", "PRUNE"]}))
-    expected = [[name in RELEVANCE[op] for name in OPTIONS] for op in ("WAIT", "PRUNE")]
-    assert space.is_relevant.tolist() == expected
 
 
 def test_heads_and_options_are_those_of_the_design() -> None:

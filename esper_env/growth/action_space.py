@@ -106,10 +106,6 @@ class ActionSpace:
         self.heads = tuple(heads)
         self.nvec = np.array([len(head.options) for head in heads])
         ops = [Op(i) for i in self._values["op"]]
-        self.is_relevant = np.array(
-            [[name in RELEVANT_HEADS[op] for name in HEAD_NAMES] for op in ops]
-        )
-        """True where the op uses the head. (ops, heads) bool."""
         self._config = config
         self._rules = _Rules(*[getattr(config, name) for name in _Rules._fields])
         self._germinate_key = b""
