@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from esper_env import EsperVectorEnv, Op, Stage
 
 Actions = npt.NDArray[np.int64]
 IntArray = npt.NDArray[np.int64]
+Masks = dict[str, npt.NDArray[np.bool_]]
 Plan = tuple[tuple[int, str, int], ...]
 """Slot, blueprint and env step of each germination."""
 _GROWTH = re.compile(r"(\w+)@(\d+)(?::(\d+))?")
@@ -138,36 +140,38 @@ class RuleBased:
             possible = masks["slot"][:, o] & wanted
             if op == Op.GERMINATE:
                 possible &= masks["blueprint"][:, o, np.arange(num_slots), blueprint]
-            for i in np.nonzero(possible.any(axis=1) & ~has_acted)[0].tolist():
-                slot = int(possible[i].argmax())
-                actions[i] = self._action(masks, i, o, slot, int(blueprint[slot]))
-                has_acted[i] = True
+            rows = np.nonzero(possible.any(axis=1) & ~has_acted)[0]
+            slot = possible[rows].argmax(axis=1)
+            actions[rows] = self._complete(masks, rows, o, slot, blueprint[slot])
+            has_acted[rows] = True
         self._step += 1
         return actions
 
-    def _action(
-        self,
-        masks: dict[str, npt.NDArray[np.bool_]],
-        env: int,
-        op: int,
-        slot: int,
-        blueprint: int,
+    def _complete(
+        self, masks: Masks, rows: IntArray, op: int, slot: IntArray, blueprint: IntArray
     ) -> Actions:
-        """Return the full action of one sub-environment, given op and slot. (num_heads,) int64."""
-        action = np.zeros(len(self._options), dtype=np.int64)
-        action[:2] = op, slot
+        """Return the full actions of m sub-environments, given op and slots. (m, num_heads) int64.
+
+        Args:
+            masks: Conditional masks of all sub-environments.
+            rows: Indices of the sub-environments. (m,) int64.
+            op: Option of the op.
+            slot: Option of each slot. (m,) int64.
+            blueprint: Option of the blueprint where it is legal. (m,) int64.
+        """
         targets = self._options["alpha_target"]
-        wanted = {"blueprint": blueprint}
+        wanted: dict[str, Any] = {"blueprint": blueprint}
         if 1.0 in targets:
             wanted["alpha_target"] = targets.index(1.0)
-        for h, name in enumerate(self._options):
-            if h >= 2:
-                legal = masks[name][env, op, slot]
-                option = wanted.get(name, 0)
-                action[h] = option if legal[option] else legal.argmax()
-        return action
+        heads = [np.full(len(rows), op), slot]
+        for name in list(self._options)[2:]:
+            legal, option = masks[name][rows, op, slot], wanted.get(name, 0)
+            is_legal = legal[np.arange(len(rows)), option]
+            heads.append(np.where(is_legal, option, legal.argmax(axis=1)))
+        return np.stack(heads, axis=1)
 
 
+@dataclass
 class FixedSchedule(RuleBased):
     """Germinates given blueprints in given slots at given env steps.
 
@@ -178,8 +182,7 @@ class FixedSchedule(RuleBased):
             that is illegal at its step follows as soon as it is legal.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    plan: Plan
 
     def begin(self, envs: EsperVectorEnv, seed: int) -> None:
         """Look up the slots and blueprints of the plan."""
@@ -199,6 +202,7 @@ class FixedSchedule(RuleBased):
         return self._keep_all(self._step >= self._start, self._blueprint)
 
 
+@dataclass(kw_only=True)
 class Periodic(RuleBased):
     """Germinates in the first free slot at regular intervals, and keeps every seed.
 
@@ -207,9 +211,8 @@ class Periodic(RuleBased):
         blueprint: Blueprint to germinate; None for conv_light if offered, else the first one.
     """
 
-    def __init__(self, *, period: int = 15, blueprint: str | None = None) -> None:
-        self.period = period
-        self.blueprint = blueprint
+    period: int = 15
+    blueprint: str | None = None
 
     def begin(self, envs: EsperVectorEnv, seed: int) -> None:
         """Look up the blueprint."""
@@ -223,6 +226,7 @@ class Periodic(RuleBased):
         return self._keep_all(np.full(len(self._slots), is_time), self._blueprint)
 
 
+@dataclass(kw_only=True)
 class PlateauHeuristic(RuleBased):
     """Grows when the validation accuracy stalls, keeps seeds that help and prunes the others.
 
@@ -242,26 +246,14 @@ class PlateauHeuristic(RuleBased):
         steps_to_live: Remaining time below which nothing is germinated [env steps].
     """
 
-    def __init__(
-        self,
-        *,
-        patience: int = 5,
-        margin: float = 0.01,
-        blueprint: str | None = None,
-        deepest_first: bool = False,
-        max_seeds: int | None = None,
-        min_contribution: float = 0.005,
-        trial_steps: int = 5,
-        steps_to_live: int = 15,
-    ) -> None:
-        self.patience = patience
-        self.margin = margin
-        self.blueprint = blueprint
-        self.deepest_first = deepest_first
-        self.max_seeds = max_seeds
-        self.min_contribution = min_contribution
-        self.trial_steps = trial_steps
-        self.steps_to_live = steps_to_live
+    patience: int = 5
+    margin: float = 0.01
+    blueprint: str | None = None
+    deepest_first: bool = False
+    max_seeds: int | None = None
+    min_contribution: float = 0.005
+    trial_steps: int = 5
+    steps_to_live: int = 15
 
     def begin(self, envs: EsperVectorEnv, seed: int) -> None:
         """Look up the blueprint and reset the memory of accuracies and holding times."""

@@ -206,21 +206,20 @@ def evaluate_agents(
         agents[name] = {"episodes": run_episodes(policy, envs, episodes, seed)}
     envs.close()
     rng = np.random.default_rng(seed)
-    for record in agents.values():
-        scores = np.array(record["episodes"]["committed_score"])
-        low, high = bootstrap_interval(scores, rng)
+    scores = {name: np.array(agents[name]["episodes"]["committed_score"]) for name in agents}
+    for name, record in agents.items():
+        low, high = bootstrap_interval(scores[name], rng)
         record["summary"] = {
-            "mean": float(scores.mean()),
-            "iqm": float(interquartile_mean(scores)),
+            "mean": float(scores[name].mean()),
+            "iqm": float(interquartile_mean(scores[name])),
             "low": low,
             "high": high,
             **{f"{n}_mean": float(np.mean(record["episodes"][n])) for n in FIGURES[1:]},
         }
     first, *others = policies
-    scores = np.array(agents[first]["episodes"]["committed_score"])
     paired = {}
     for name in others:
-        differences = scores - np.array(agents[name]["episodes"]["committed_score"])
+        differences = scores[first] - scores[name]
         low, high = bootstrap_interval(differences, rng)
         paired[f"{first} - {name}"] = {
             "difference": float(interquartile_mean(differences)),

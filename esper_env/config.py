@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -205,8 +205,8 @@ class EnvConfig:
         for name in ("host_learning_rate", "seed_learning_rate", "clip_norm", "parameter_budget"):
             _require(self, name, getattr(self, name) > 0, "above 0")
         _require(self, "panic_window", self.panic_window >= 2, "at least 2")
-        _require(self, "collapse_fraction", 0 < self.collapse_fraction < 1, "in (0, 1)")
-        _require(self, "collapse_margin", 0 < self.collapse_margin < 1, "in (0, 1)")
+        for name in ("collapse_fraction", "collapse_margin"):
+            _require(self, name, 0 < getattr(self, name) < 1, "in (0, 1)")
         _require(self, "divergence_factor", self.divergence_factor > 1, "above 1")
         for name in ("divergence_sigma", "rollback_penalty"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
@@ -216,18 +216,12 @@ class EnvConfig:
         _require(self, "gamma", 0 < self.gamma <= 1, "in (0, 1]")
         _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
         _require(self, "min_gradient_health", 0 <= self.min_gradient_health <= 1, "in [0, 1]")
-        _require(
-            self,
-            "exploding_gradient_norm",
-            self.exploding_gradient_norm > self.vanishing_gradient_norm,
-            "above vanishing_gradient_norm",
-        )
-        _require_choice(self, "instances", ("default", "train", "test"))
-        _require_choice(self, "horizon", ("truncate", "terminal"))
-        _require_choice(self, "attribution", ("none", "leave_one_out", "full"))
-        _require_choice(self, "illegal_actions", ("wait", "raise"))
-        _require_choice(self, "learning_rate_decay", ("none", "linear"))
-        _require_choice(self, "precision", ("float32", "bfloat16"))
+        is_above = self.exploding_gradient_norm > self.vanishing_gradient_norm
+        _require(self, "exploding_gradient_norm", is_above, "above vanishing_gradient_norm")
+        for name, hint in get_type_hints(EnvConfig).items():
+            if get_origin(hint) is Literal:
+                choices = get_args(hint)
+                _require(self, name, getattr(self, name) in choices, f"one of {choices}")
         for stage in self.isolated_stages:
             if stage not in ("TRAINING", "BLENDING", "HOLDING", "FOSSILIZED"):
                 raise ValueError(
@@ -265,8 +259,3 @@ class EnvConfig:
 def _require(config: EnvConfig, name: str, is_met: bool, expected: str) -> None:
     if not is_met:
         raise ValueError(f"{name}: expected {expected}, got {getattr(config, name)!r}")
-
-
-def _require_choice(config: EnvConfig, name: str, choices: tuple[str, ...]) -> None:
-    if getattr(config, name) not in choices:
-        raise ValueError(f"{name}: expected one of {choices}, got {getattr(config, name)!r}")

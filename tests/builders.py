@@ -262,7 +262,7 @@ def seed_in(stage: Stage, **fields: Any) -> tuple[SlotState, Measurements]:
 
 def request(op: Op, **fields: Any) -> Request:
     """Return a request of one member for slot 0: blueprint 0, ramps of 3 ticks to 1, linear."""
-    values = {"tempo": 3, "speed": 3, "first_target": 1.0, "target": 1.0, "op": op, **fields}
+    values = {"tempo": 3, "speed": 3, "target": 1.0, "op": op, **fields}
     return Request(*(np.array([values.get(name, 0)]) for name in Request._fields))
 
 

@@ -482,9 +482,6 @@ def test_masks_after_a_germination_differ_from_before() -> None:
 
 def test_the_relevance_of_heads_is_that_of_the_design() -> None:
     assert {op.name: set(names) for op, names in RELEVANT_HEADS.items()} == RELEVANCE
-    space = ActionSpace(2, BLUEPRINTS, EnvConfig(heads={"op": ["WAIT", "PRUNE"]}))
-    expected = [[name in RELEVANCE[op] for name in OPTIONS] for op in ("WAIT", "PRUNE")]
-    assert space.is_relevant.tolist() == expected
 
 
 def test_heads_and_options_are_those_of_the_design() -> None:
@@ -523,9 +520,7 @@ def test_options_decode_to_what_they_stand_for() -> None:
         "slot": [1, 2],
         "blueprint": [2, 2],
         "style": [2, 3],
-        "style_curve": [Curve.SIGMOID_12, Curve.LINEAR],
         "tempo": [5, 8],
-        "first_target": [0.7, 1.0],
         "target": [0.7, 1.0],
         "speed": [3, 8],
         "curve": [Curve.COSINE, Curve.SIGMOID_24],

@@ -384,9 +384,8 @@ def test_germination_records_what_was_asked_and_forgets_what_was_measured() -> N
         Op.GERMINATE,
         blueprint=2,
         style=2,
-        style_curve=int(Curve.SIGMOID_12),
         tempo=8,
-        first_target=0.7,
+        target=0.7,
     )
     got = {name: array[0, 0] for name, array in state._asdict().items()}
     asked = {"stage": Stage.GERMINATED, "blueprint": 2, "style": 2, "tempo": 8}
@@ -527,7 +526,7 @@ def test_gates_read_state_measurements_and_rules_and_change_none(
     Two calls on equal arguments agree, and whatever a diagnosis would add to the measurements
     (norms, severities of vanishing, velocities, interactions) makes no difference.
     """
-    arguments = {"state", "measured", "config", "seed_parameters", "host_parameters"}
+    arguments = {"state", "at", "measured", "config", "seed_parameters", "host_parameters"}
     names = set(inspect.signature(gate).parameters)
     assert names <= arguments
     rng = np.random.default_rng(0)
@@ -536,6 +535,7 @@ def test_gates_read_state_measurements_and_rules_and_change_none(
     for step in steps:
         given_values = {
             "state": step.before,
+            "at": ...,
             "measured": step.measured,
             "config": MANUAL,
             "seed_parameters": SEED_PARAMETERS[:2],

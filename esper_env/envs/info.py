@@ -56,11 +56,10 @@ def build_info(
     # One allocation for all masks. Each key has its own row, so a write to one changes no other.
     everyone = iter(np.ones((len(values) + len(terms) + 1, len(action_mask)), dtype=bool))
     info: dict[str, Any] = {}
-    for name, value in values.items():
-        info[name], info[f"_{name}"] = value.copy(), next(everyone)
     parts: dict[str, Any] = {}
-    for name, value in terms.items():
-        parts[name], parts[f"_{name}"] = value.copy(), next(everyone)
+    for target, arrays in ((info, values), (parts, terms)):
+        for name, value in arrays.items():
+            target[name], target[f"_{name}"] = value.copy(), next(everyone)
     info["reward_terms"], info["_reward_terms"] = parts, next(everyone)
     for name in ("test_accuracy", "committed_test_accuracy"):
         info[name] = np.where(episode.has_test, getattr(episode, name), 0.0)

@@ -260,13 +260,8 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
         if array.ndim != 1:
             raise ValueError(f"action: expected shape (8,), got {array.shape}")
         observation, reward, terminated, truncated, info = self._env.step(array[None])
-        return (
-            observation[0],
-            float(reward[0]),
-            bool(terminated[0]),
-            bool(truncated[0]),
-            member_info(info, 0),
-        )
+        is_terminated, is_truncated = terminated.item(), truncated.item()
+        return observation[0], reward.item(), is_terminated, is_truncated, member_info(info, 0)
 
     def render(self) -> npt.NDArray[np.uint8] | str | None:
         """Render the current episode according to `render_mode`.

@@ -134,7 +134,7 @@ class JointActionVector(VectorWrapper):
         return self.table.mask(self._inner.conditional_masks())
 
 
-class MaskInObservation(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
+class MaskInObservation(gym.ObservationWrapper[Any, Any, Any], gym.utils.RecordConstructorArgs):
     """Wrapper of a single environment that adds the mask of the next action to the observation.
 
     An observation is `{"observations": features, "action_mask": mask}`. RLlib's modules for masked
@@ -149,22 +149,12 @@ class MaskInObservation(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstru
     def __init__(self, env: gym.Env[Any, Any]) -> None:
         _unwrap(env, EsperEnv, "MaskInObservation", "MaskInObservationVector")
         gym.utils.RecordConstructorArgs.__init__(self)
-        gym.Wrapper.__init__(self, env)
+        gym.ObservationWrapper.__init__(self, env)
         self.observation_space = _space_with_mask(env.observation_space, env.action_space)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, npt.NDArray[np.float32]], dict[str, Any]]:
-        """Reset the environment and add the mask to the observation."""
-        observation, info = self.env.reset(seed=seed, options=options)
-        return _with_mask(observation, info["action_mask"]), info
-
-    def step(
-        self, action: Any
-    ) -> tuple[dict[str, npt.NDArray[np.float32]], Any, bool, bool, dict[str, Any]]:
-        """Step the environment and add the mask to the observation."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        return _with_mask(observation, info["action_mask"]), reward, terminated, truncated, info
+    def observation(self, observation: Any) -> dict[str, npt.NDArray[np.float32]]:
+        """Add the mask of the next action to an observation."""
+        return _with_mask(observation, self.env.get_wrapper_attr("action_masks")())
 
 
 class MaskInObservationVector(VectorWrapper):

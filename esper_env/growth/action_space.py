@@ -48,6 +48,13 @@ RELEVANT_HEADS: dict[Op, frozenset[str]] = {
     Op.FOSSILIZE: frozenset({"op", "slot"}),
 }
 """Heads that each op uses. An unused head has one legal option, 0."""
+_CONDITIONAL_HEAD = {
+    Op.GERMINATE: "blueprint",
+    Op.SET_ALPHA: "alpha_target",
+    Op.PRUNE: "alpha_speed",
+}
+"""Head whose legal options depend on the state of the slot."""
+_NUMERIC_HEADS = ("tempo", "alpha_target", "alpha_speed")
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,6 @@ class ActionSpace:
     """
 
     def __init__(self, num_slots: int, blueprints: Sequence[str], config: EnvConfig) -> None:
-        heads = config.heads
         canonical: dict[str, tuple[Any, ...]] = {
             "op": tuple(op.name for op in Op),
             "slot": tuple(range(num_slots)),
@@ -83,58 +89,39 @@ class ActionSpace:
             "alpha_speed": ALPHA_SPEEDS,
             "alpha_curve": tuple(curve.name for curve in Curve),
         }
-        for name in heads:
+        for name in config.heads:
             if name not in canonical:
                 raise ValueError(f"heads: expected names among {HEAD_NAMES}, got {name!r}")
-        self.num_slots = num_slots
-        self.index: dict[str, IntArray] = {}
-        options: dict[str, tuple[Any, ...]] = {}
-        # A restriction renumbers the options of a head. `index` maps them to canonical indices,
-        # which the state uses.
-        for name, values in canonical.items():
-            options[name] = _restrict(name, values, heads.get(name, values))
-            self.index[name] = np.array([values.index(value) for value in options[name]])
-        if Op.WAIT not in self.index["op"]:
+        # A restriction renumbers the options of a head. `_values` maps them to what the state
+        # stores: the value of a numeric option, and the canonical index of any other.
+        heads: list[ActionHead] = []
+        self._values: dict[str, npt.NDArray[Any]] = {}
+        for name, options in canonical.items():
+            kept = _restrict(name, options, config.heads.get(name, options))
+            heads.append(ActionHead(name, kept))
+            is_numeric = name in _NUMERIC_HEADS
+            self._values[name] = np.array(kept if is_numeric else [options.index(o) for o in kept])
+        if Op.WAIT not in self._values["op"]:
             raise ValueError("heads: expected WAIT among the options of 'op'; it is always legal")
-        self.heads = tuple(ActionHead(name, options[name]) for name in HEAD_NAMES)
-        self.nvec = np.array([len(head.options) for head in self.heads])
-        ops = [Op(i) for i in self.index["op"]]
-        self.is_relevant = np.array(
-            [[name in RELEVANT_HEADS[op] for name in HEAD_NAMES] for op in ops]
-        )
-        """True where the op uses the head. (ops, heads) bool."""
+        self.heads = tuple(heads)
+        self.nvec = np.array([len(head.options) for head in heads])
+        ops = [Op(i) for i in self._values["op"]]
         self._config = config
         self._rules = _Rules(*[getattr(config, name) for name in _Rules._fields])
         self._germinate_key = b""
         self._germinate: BoolArray
-        self._num_options = int(self.nvec.sum())
-        self._targets = np.array(ALPHA_TARGETS)[self.index["alpha_target"]]
-        self._tempos = np.array(TEMPOS)[self.index["tempo"]]
-        self._speeds = np.array(ALPHA_SPEEDS)[self.index["alpha_speed"]]
-        self._style_curves = np.array([style.curve for style in STYLES])[self.index["style"]]
-        # Options of all heads but op and slot, concatenated. An op allows all options of a head
-        # that it uses, and option 0 of the others. (ops, sum of options)
-        rest = [
-            self.is_relevant[:, h, None] | (np.arange(len(head.options)) == 0)
-            for h, head in enumerate(self.heads)
-            if h >= 2
-        ]
-        self._unconditional = np.concatenate(rest, axis=1)
-        # Columns of each head in the concatenated options.
-        stops = np.cumsum([part.shape[1] for part in rest]).tolist()
-        self._columns = {
-            head.name: slice(stop - len(head.options), stop)
-            for head, stop in zip(self.heads[2:], stops, strict=True)
-        }
+        # Head and index of all options but those of op and slot, concatenated.
+        columns = [(head.name, o) for head in heads[2:] for o in range(len(head.options))]
         self._options = _Options(
-            op=self.index["op"],
-            slot=self.index["slot"],
-            blueprint=self.index["blueprint"],
-            target=self._targets,
-            speed=self._speeds,
-            first_blueprint=self._columns["blueprint"].start,
-            first_target=self._columns["alpha_target"].start,
-            first_speed=self._columns["alpha_speed"].start,
+            op=self._values["op"],
+            slot=self._values["slot"],
+            value=np.concatenate([self._values[name] for name in HEAD_NAMES[2:]]),
+            unconditional=np.array(
+                [[name in RELEVANT_HEADS[op] or o == 0 for name, o in columns] for op in ops]
+            ),
+            conditional=np.array(
+                [[name == _CONDITIONAL_HEAD.get(op) for name, _ in columns] for op in ops]
+            ),
         )
 
     def conditional_masks(
@@ -168,24 +155,18 @@ class ActionSpace:
                 slots, budget_table, host_parameters, self._config
             )
         # `rest` is (num_envs, ops, slots, sum of options): all heads but op and slot, concatenated.
-        num_envs, (num_ops, width) = len(slots.stage), self._unconditional.shape
-        is_op = np.zeros((num_envs, num_ops), dtype=np.bool_)
-        is_slot = np.zeros((num_envs, num_ops, len(self.index["slot"])), dtype=np.bool_)
-        rest = np.zeros((*is_slot.shape, width), dtype=np.bool_)
-        _fill_masks(
-            is_op,
-            is_slot,
-            rest,
-            slots,
-            measured,
-            self._germinate,
-            self._rules,
-            self._options,
-            self._unconditional,
-        )
+        num_ops, num_slots, *_ = self.nvec
+        is_op = np.zeros((len(slots.stage), num_ops), dtype=np.bool_)
+        is_slot = np.zeros((*is_op.shape, num_slots), dtype=np.bool_)
+        rest = np.zeros((*is_slot.shape, len(self._options.value)), dtype=np.bool_)
         masks = {"op": is_op, "slot": is_slot}
-        for name, columns in self._columns.items():
-            masks[name] = rest[..., columns]
+        _fill_masks(
+            is_op, is_slot, rest, slots, measured, self._germinate, self._rules, self._options
+        )
+        start = 0
+        for head in self.heads[2:]:
+            masks[head.name] = rest[..., start : start + len(head.options)]
+            start += len(head.options)
         return masks
 
     def marginal_mask(self, conditional: dict[str, BoolArray]) -> BoolArray:
@@ -200,7 +181,7 @@ class ActionSpace:
             Options of all heads in order, True where legal. (num_envs, sum(nvec)) bool.
         """
         op, slot, *rest = conditional.values()
-        marginal = np.zeros((len(op), self._num_options), dtype=np.bool_)
+        marginal = np.zeros((len(op), self.nvec.sum()), dtype=np.bool_)
         _project(marginal, op, slot, tuple(rest))
         return marginal
 
@@ -258,29 +239,27 @@ class ActionSpace:
         acts = active & is_legal
         if raises_on_illegal and (active & ~is_legal).any():
             row = int((active & ~is_legal).argmax())
-            chosen = {
+            given = {
                 head.name: head.options[o] for head, o in zip(self.heads, array[row], strict=True)
             }
             raise ValueError(
-                f"actions[{row}] is illegal in the current state: {chosen}; choose a legal action "
+                f"actions[{row}] is illegal in the current state: {given}; choose a legal action "
                 "with conditional_masks() or sample_valid_actions(rng), or set "
                 "illegal_actions='wait'"
             )
         # A row of zeros is WAIT. Illegal actions and inactive sub-environments get such a row.
         # (num_envs, heads) -> one (num_envs,) array per head
-        op, slot, blueprint, style, tempo, target, speed, curve = (array * acts[:, None]).T
-        targets = self._targets[target]
+        options = zip(HEAD_NAMES, (array * acts[:, None]).T, strict=True)
+        chosen = {name: self._values[name][option] for name, option in options}
         request = Request(
-            op=self.index["op"][op],
-            slot=self.index["slot"][slot],
-            blueprint=self.index["blueprint"][blueprint],
-            style=self.index["style"][style],
-            style_curve=self._style_curves[style],
-            tempo=self._tempos[tempo],
-            first_target=targets,
-            target=targets,
-            speed=self._speeds[speed],
-            curve=self.index["alpha_curve"][curve],
+            op=chosen["op"],
+            slot=chosen["slot"],
+            blueprint=chosen["blueprint"],
+            style=chosen["style"],
+            tempo=chosen["tempo"],
+            target=chosen["alpha_target"],
+            speed=chosen["alpha_speed"],
+            curve=chosen["alpha_curve"],
         )
         return request, is_legal
 
@@ -315,36 +294,18 @@ class _Rules(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """Values of the options, and the first column of three heads in the concatenated options."""
+    """Options of the heads. The columns are those of all heads but op and slot, concatenated."""
 
     op: IntArray
+    """Values of `Op`. (ops,)."""
     slot: IntArray
-    blueprint: IntArray
-    target: FloatArray
-    speed: IntArray
-    first_blueprint: int
-    first_target: int
-    first_speed: int
-
-
-class _Slot(NamedTuple):
-    """State of one slot, as far as the gates read it."""
-
-    stage: int
-    stage_steps: int
-    age: int
-    mode: int
-    alpha: float
-
-
-class _Measured(NamedTuple):
-    """Measurements of one slot, as far as the gates read them."""
-
-    has_gradient: bool
-    exploding: float
-    health: float
-    has_contribution: bool
-    contribution: float
+    """Indices of slots. (slots,)."""
+    value: FloatArray
+    """Value of each option, or its canonical index. (columns,)."""
+    unconditional: BoolArray
+    """Options that each op allows: all of a head that it uses, and option 0. (ops, columns)."""
+    conditional: BoolArray
+    """Options of the op's `_CONDITIONAL_HEAD`. (ops, columns)."""
 
 
 # The same gates serve the transitions, as NumPy formulas, and the masks, compiled for single slots.
@@ -372,84 +333,55 @@ def _fill_masks(
     germinate: BoolArray,
     rules: Any,
     options: _Options,
-    unconditional: BoolArray,
 ) -> None:
     """Write the conditional masks, which are False before the call.
 
     Args:
         is_op: Mask of the ops. (num_envs, ops) bool.
         is_slot: Mask of the slots of each op. (num_envs, ops, slots) bool.
-        rest: Masks of all other heads, concatenated. (num_envs, ops, slots, sum of options) bool.
+        rest: Masks of all other heads, concatenated. (num_envs, ops, slots, columns) bool.
         state: State of the slots.
         measured: Measurements of the last env step.
         germinate: Result of gate G0. (num_envs, num_slots, num_blueprints) bool.
         rules: Fields of the configuration that the gates read, a `_Rules`.
-        options: Values of the options.
-        unconditional: Options that each op allows if its gate passes. (ops, sum of options) bool.
+        options: Options of the heads.
     """
-    width = unconditional.shape[1]
     for i in range(len(is_op)):
         for k, s in enumerate(options.slot):
-            slot: Any = _Slot(
-                state.stage[i, s],
-                state.stage_steps[i, s],
-                state.age[i, s],
-                state.mode[i, s],
-                state.alpha[i, s],
-            )
-            seen: Any = _Measured(
-                measured.has_gradient[i, s],
-                measured.exploding[i, s],
-                measured.health[i, s],
-                measured.has_contribution[i, s],
-                measured.contribution[i, s],
-            )
+            at = (i, s)
             for o, op in enumerate(options.op):
-                mask = rest[i, o, k]
-                is_legal: Any = False
+                is_legal: Any = op == Op.GERMINATE  # Gate G0 is a condition on the blueprint.
                 if op == Op.WAIT:
                     is_legal = k == 0  # WAIT uses no slot, so only option 0 is legal.
-                elif op == Op.GERMINATE:
-                    is_legal = True
                 elif op == Op.ADVANCE:
-                    is_legal = lifecycle.can_advance(slot, seen, rules)
+                    is_legal = lifecycle.can_advance(state, measured, rules, at)
                 elif op == Op.SET_ALPHA:
-                    is_legal = lifecycle.can_set_alpha(slot)
+                    is_legal = lifecycle.can_set_alpha(state, at)
                 elif op == Op.PRUNE:
-                    is_legal = lifecycle.can_prune(slot, rules)
+                    is_legal = lifecycle.can_prune(state, rules, at)
                 elif op == Op.FOSSILIZE:
-                    is_legal = lifecycle.can_fossilize(slot, seen, rules)
+                    is_legal = lifecycle.can_fossilize(state, measured, rules, at)
                 if not is_legal:
                     continue
-                for c in range(width):
-                    mask[c] = unconditional[o, c]
-                # Three ops also have a condition on the options of one head. Such an op is legal in
-                # the slot if at least one of these options is.
-                if op == Op.GERMINATE:
-                    is_legal = False
-                    for c, blueprint in enumerate(options.blueprint):
-                        mask[options.first_blueprint + c] = germinate[i, s, blueprint]
-                        is_legal = is_legal or germinate[i, s, blueprint]
-                elif op == Op.SET_ALPHA:
-                    is_legal = False
-                    for c, target in enumerate(options.target):
-                        is_other = target != state.alpha_target[i, s]
-                        mask[options.first_target + c] = is_other
-                        is_legal = is_legal or is_other
-                elif op == Op.PRUNE:
-                    is_legal = False
-                    for c, speed in enumerate(options.speed):
-                        # At alpha 0 there is no ramp to 0, so only an immediate PRUNE is legal.
-                        has_ramp = speed == 0 or state.alpha[i, s] > 0
-                        mask[options.first_speed + c] = has_ramp
-                        is_legal = is_legal or has_ramp
-                # Rows of an illegal slot stay all False.
-                if is_legal:
+                # An op with a conditional head is legal in the slot if one of its options is.
+                mask, has_option = rest[i, o, k], not options.conditional[o].any()
+                for c, value in enumerate(options.value):
+                    is_legal = options.unconditional[o, c]
+                    if options.conditional[o, c]:
+                        if op == Op.GERMINATE:
+                            is_legal = germinate[i, s, int(value)]
+                        elif op == Op.SET_ALPHA:
+                            is_legal = value != state.alpha_target[at]
+                        else:
+                            # At alpha 0 there is no ramp to 0, so PRUNE must be immediate.
+                            is_legal = value == 0 or state.alpha[at] > 0
+                        has_option = has_option or is_legal
+                    mask[c] = is_legal
+                if has_option:
                     is_slot[i, o, k] = True
                     is_op[i, o] = True
                 else:
-                    for c in range(width):
-                        mask[c] = False
+                    mask[:] = False  # Rows of an illegal slot stay all False.
 
 
 @entry_point

@@ -35,15 +35,10 @@ def record_gradients(
             (m, num_slots, max_tensors) float64.
         config: Source of the thresholds and the clip norm.
     """
-    floor, ceiling = config.vanishing_gradient_norm, config.exploding_gradient_norm
-    _record(
-        measured,
-        members,
-        tensor_norms,
-        config.clip_norm,
-        math.log10(floor) if floor > 0 else -math.inf,
-        math.log10(ceiling),
-    )
+    vanishing = config.vanishing_gradient_norm
+    floor = math.log10(vanishing) if vanishing > 0 else -math.inf
+    ceiling = math.log10(config.exploding_gradient_norm)
+    _record(measured, members, tensor_norms, config.clip_norm, floor, ceiling)
 
 
 @entry_point

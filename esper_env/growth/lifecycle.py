@@ -8,10 +8,12 @@ succeeds. A *trial seed* is a seed that is not fossilized. All state consists of
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from esper_env.config import BoolArray, Curve, EnvConfig, FloatArray, IntArray, Op, Stage
+from esper_env.config import STYLES, BoolArray, Curve, EnvConfig, FloatArray, IntArray, Op, Stage
 from esper_env.growth.state import DOWN, HOLD, UP, Measurements, Request, SlotState
 
 TRANSITIONS = frozenset(
@@ -31,6 +33,7 @@ TRANSITIONS = frozenset(
 )
 """Legal transitions (from, to); every other one raises an error."""
 
+_STYLE_CURVE = np.array([style.curve for style in STYLES])
 _IS_LEGAL = np.zeros((len(Stage), len(Stage)), dtype=bool)
 for _source, _target in TRANSITIONS:
     _IS_LEGAL[_source, _target] = True
@@ -86,11 +89,9 @@ def can_germinate(
     has_room = is_live(state.stage).sum(axis=1) < limit
     # (num_envs,) -> (num_envs, 1, 1), to broadcast over slots and blueprints
     used = used_parameters(state, seed_parameters)
-    total = used[:, None, None] + seed_parameters
     limits = config.parameter_budget * np.reshape(host_parameters, (-1, 1, 1))
-    is_affordable = total <= limits
-    is_open = is_empty & has_room[:, None]
-    is_legal: BoolArray = is_open[:, :, None] & is_affordable
+    is_affordable = used[:, None, None] + seed_parameters <= limits
+    is_legal: BoolArray = (is_empty & has_room[:, None])[:, :, None] & is_affordable
     return is_legal
 
 
@@ -99,77 +100,82 @@ def used_parameters(state: SlotState, seed_parameters: IntArray) -> IntArray:
     members, slots = state.stage.shape
     table = np.broadcast_to(seed_parameters, (members, slots, seed_parameters.shape[-1]))
     at = np.arange(members)[:, None], np.arange(slots), np.maximum(state.blueprint, 0)
-    each = table[at]
-    total: IntArray = np.where(is_live(state.stage), each, 0).sum(axis=1)
+    total: IntArray = np.where(is_live(state.stage), table[at], 0).sum(axis=1)
     return total
 
 
-# The transitions call the gates below with arrays. The masks call them in compiled code, where
-# `state` and `measured` hold the numbers of a single slot.
+# The transitions call the gates below for all slots, or for the slots `at`, a pair of index arrays.
+# The masks call them in compiled code for one slot; there `at` is a pair of integers.
 
 
-def can_train(state: SlotState) -> BoolArray:
+def can_train(state: SlotState, at: Any = ...) -> BoolArray:
     """Gate G1: the seed is GERMINATED, so its module has been built."""
-    return is_at(state, Stage.GERMINATED)
+    return is_at(state, Stage.GERMINATED, at)
 
 
-def can_blend(state: SlotState, measured: Measurements, config: EnvConfig) -> BoolArray:
+def can_blend(
+    state: SlotState, measured: Measurements, config: EnvConfig, at: Any = ...
+) -> BoolArray:
     """Gate G2: the seed has trained long enough, with healthy gradients in the last env step."""
     is_ready: BoolArray = (
-        is_at(state, Stage.TRAINING)
-        & (state.stage_steps >= config.min_training_steps)
-        & measured.has_gradient
-        & (measured.exploding == 0)
-        & (measured.health >= config.min_gradient_health)
+        is_at(state, Stage.TRAINING, at)
+        & (state.stage_steps[at] >= config.min_training_steps)
+        & measured.has_gradient[at]
+        & (measured.exploding[at] == 0)
+        & (measured.health[at] >= config.min_gradient_health)
     )
     return is_ready
 
 
-def can_hold(state: SlotState) -> BoolArray:
+def can_hold(state: SlotState, at: Any = ...) -> BoolArray:
     """Gate G3: no ramp is running, and alpha is 1."""
-    is_done: BoolArray = (state.mode == HOLD) & (state.alpha == 1.0)
-    return is_at(state, Stage.BLENDING) & is_done
+    is_done: BoolArray = (state.mode[at] == HOLD) & (state.alpha[at] == 1.0)
+    return is_at(state, Stage.BLENDING, at) & is_done
 
 
-def can_advance(state: SlotState, measured: Measurements, config: EnvConfig) -> BoolArray:
+def can_advance(
+    state: SlotState, measured: Measurements, config: EnvConfig, at: Any = ...
+) -> BoolArray:
     """Return True where ADVANCE is legal: gate G1, G2 or G3 passes."""
-    return can_train(state) | can_blend(state, measured, config) | can_hold(state)
+    return can_train(state, at) | can_blend(state, measured, config, at) | can_hold(state, at)
 
 
-def can_set_alpha(state: SlotState) -> BoolArray:
+def can_set_alpha(state: SlotState, at: Any = ...) -> BoolArray:
     """Return True where SET_ALPHA is legal: BLENDING or HOLDING, and no ramp is running."""
-    is_blended = is_at(state, Stage.BLENDING) | is_at(state, Stage.HOLDING)
-    is_still: BoolArray = state.mode == HOLD
+    is_blended = is_at(state, Stage.BLENDING, at) | is_at(state, Stage.HOLDING, at)
+    is_still: BoolArray = state.mode[at] == HOLD
     return is_blended & is_still
 
 
-def can_prune(state: SlotState, config: EnvConfig) -> BoolArray:
+def can_prune(state: SlotState, config: EnvConfig, at: Any = ...) -> BoolArray:
     """Return True where PRUNE is legal: a trial seed, old enough, and no ramp is running."""
-    is_old_enough: BoolArray = (state.age >= config.min_prune_age) & (state.mode == HOLD)
-    return is_trial(state.stage) & is_old_enough
+    is_old_enough: BoolArray = (state.age[at] >= config.min_prune_age) & (state.mode[at] == HOLD)
+    return is_trial(state.stage[at]) & is_old_enough
 
 
-def can_fossilize(state: SlotState, measured: Measurements, config: EnvConfig) -> BoolArray:
+def can_fossilize(
+    state: SlotState, measured: Measurements, config: EnvConfig, at: Any = ...
+) -> BoolArray:
     """Gate G5: HOLDING, contribution measured, and large enough with `strict_fossilize`.
 
     With `attribution="none"` contributions are not measured, so HOLDING is enough.
     """
-    is_holding = is_at(state, Stage.HOLDING)
+    is_holding = is_at(state, Stage.HOLDING, at)
     if not config.measures_contributions:
         return is_holding
-    is_good = measured.has_contribution
+    is_good: BoolArray = measured.has_contribution[at]
     if config.strict_fossilize:
-        is_good = is_good & (measured.contribution >= config.min_contribution)
+        is_good = is_good & (measured.contribution[at] >= config.min_contribution)
     return is_holding & is_good
 
 
-def is_at(state: SlotState, stage: Stage) -> BoolArray:
+def is_at(state: SlotState, stage: Stage, at: Any = ...) -> BoolArray:
     """Return True where a slot is in the stage.
 
     The comparison uses the plain number. NumPy takes ten times as long for a member of an
     enumeration.
     """
-    is_there: BoolArray = state.stage == stage.value
+    is_there: BoolArray = state.stage[at] == stage.value
     return is_there
 
 
@@ -217,28 +223,25 @@ def apply(state: SlotState, measured: Measurements, request: Request, config: En
         state.blueprint[at] = request.blueprint[at[0]]
         state.style[at] = request.style[at[0]]
         state.tempo[at] = request.tempo[at[0]]
-        state.first_target[at] = request.first_target[at[0]]
-        state.curve[at] = request.style_curve[at[0]]
+        state.first_target[at] = request.target[at[0]]
+        state.curve[at] = _STYLE_CURVE[state.style[at]]
 
     at = chosen(Op.ADVANCE)
     if len(at[0]):
         # The masks test the same gate, so this fails only if the caller did not check the action.
-        assert can_advance(state, measured, config)[at].all()
+        assert can_advance(state, measured, config, at).all()
         _advance(state, at)
 
     at = chosen(Op.SET_ALPHA)
     if len(at[0]):
-        assert can_set_alpha(state)[at].all()
+        assert can_set_alpha(state, at).all()
         state.style[at] = request.style[at[0]]
         state.curve[at] = request.curve[at[0]]
         _retarget(state, at, request.target[at[0]], request.speed[at[0]])
-        # A seed in HOLDING has alpha 1. The new target is below 1, so the seed blends again.
-        leaves = state.stage[at] == Stage.HOLDING
-        _move(state, (at[0][leaves], at[1][leaves]), Stage.BLENDING)
 
     at = chosen(Op.PRUNE)
     if len(at[0]):
-        assert can_prune(state, config)[at].all()
+        assert can_prune(state, config, at).all()
         state.curve[at] = request.curve[at[0]]
         # Speed 0 removes the seed now. Otherwise alpha starts a ramp to 0 in BLENDING, and `tick`
         # removes the seed at the end of the ramp.
@@ -247,12 +250,10 @@ def apply(state: SlotState, measured: Measurements, request: Request, config: En
         slow = (at[0][~is_immediate], at[1][~is_immediate])
         _retarget(state, slow, np.zeros(len(slow[0])), request.speed[slow[0]])
         state.is_pruning[slow] = True
-        leaves = state.stage[slow] == Stage.HOLDING
-        _move(state, (slow[0][leaves], slow[1][leaves]), Stage.BLENDING)
 
     at = chosen(Op.FOSSILIZE)
     if len(at[0]):
-        assert can_fossilize(state, measured, config)[at].all()
+        assert can_fossilize(state, measured, config, at).all()
         _move(state, at, Stage.FOSSILIZED)
 
 
@@ -358,6 +359,9 @@ def _retarget(
     state.alpha[at] = np.where(is_immediate, target, state.alpha[at])
     state.ramp_step[at] = 0
     state.ramp_length[at] = length
+    # A seed in HOLDING has alpha 1. The new target is below 1, so the seed blends again.
+    leaves = state.stage[at] == Stage.HOLDING
+    _move(state, tuple(index[leaves] for index in at), Stage.BLENDING)
 
 
 def _remove(

@@ -9,14 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from esper_env.config import (
-    STYLES,
-    EnvConfig,
-    Op,
-    Stage,
-)
+from esper_env.config import STYLES, EnvConfig, Float32Array, Op, Stage
 from esper_env.growth.contributions import PLATEAU_MARGIN
 from esper_env.growth.state import (
     DOWN,
@@ -150,12 +144,7 @@ class ObservationBuilder:
         slots = (f"slot_{s}.{name}" for s in range(num_slots) for name in slot)
         self.names = (*episode_features(), *slots)
 
-    def build(
-        self,
-        state: State,
-        sizes: Sizes,
-        conditions: Conditions,
-    ) -> npt.NDArray[np.float32]:
+    def build(self, state: State, sizes: Sizes, conditions: Conditions) -> Float32Array:
         """Compute the observations of all sub-environments.
 
         Args:
@@ -167,15 +156,8 @@ class ObservationBuilder:
             Features within [-1, 1]. (num_envs, len(names)) float32.
         """
         observation = np.empty((len(sizes.host), len(self.names)), dtype=np.float32)
-        _observe(
-            observation,
-            state.progress,
-            state.slots,
-            state.measured,
-            sizes,
-            conditions,
-            self._scales,
-        )
+        slots, measured, progress, *_ = state
+        _observe(observation, progress, slots, measured, sizes, conditions, self._scales)
         return observation
 
 
@@ -192,7 +174,7 @@ class _Scales(NamedTuple):
 
 @entry_point
 def _observe(
-    observation: npt.NDArray[np.float32],
+    observation: Float32Array,
     progress: Progress,
     state: SlotState,
     measured: Measurements,
@@ -208,23 +190,20 @@ def _observe(
     for i in range(len(observation)):
         row, host = observation[i], sizes.host[i]
         doublings = np.log2(1 + sizes.grown[i] / host)
-        at = _put(
-            row,
-            0,
-            (
-                1 - progress.steps[i] / scales.episode_steps,
-                progress.accuracy[i],
-                progress.committed_accuracy[i],
-                progress.best_accuracy[i],
-                progress.loss[i] / (2 * scales.initial_loss),
-                progress.train_loss[i] / (2 * scales.initial_loss),
-                progress.plateau_steps[i] / STEPS_SCALE,
-                doublings / DOUBLINGS_SCALE,
-                np.log2(1 + sizes.committed[i] / host) / DOUBLINGS_SCALE,
-                CHANGE_SCALE * scales.rent_weight * doublings,
-                1 - sizes.budgeted[i] / (scales.parameter_budget * host),
-            ),
+        episode = (
+            1 - progress.steps[i] / scales.episode_steps,
+            progress.accuracy[i],
+            progress.committed_accuracy[i],
+            progress.best_accuracy[i],
+            progress.loss[i] / (2 * scales.initial_loss),
+            progress.train_loss[i] / (2 * scales.initial_loss),
+            progress.plateau_steps[i] / STEPS_SCALE,
+            doublings / DOUBLINGS_SCALE,
+            np.log2(1 + sizes.committed[i] / host) / DOUBLINGS_SCALE,
+            CHANGE_SCALE * scales.rent_weight * doublings,
+            1 - sizes.budgeted[i] / (scales.parameter_budget * host),
         )
+        at = _put(row, 0, episode)
         for past in range(HISTORY):
             at = _put(row, at, (CHANGE_SCALE * progress.accuracy_history[i, past],))
         for past in range(HISTORY):
@@ -237,16 +216,13 @@ def _observe(
                 count += state.stage[i, s] == stage
             at = _put(row, at, (count / num_slots,))
         at = _put_one_hot(row, at, _NUM_OPS, progress.last_op[i])
-        at = _put(
-            row,
-            at,
-            (
-                _bit(progress.last_valid[i]),
-                np.log10(conditions.learning_rate[i]) + 1.5,
-                np.log10(conditions.train_fraction[i]) + 1,
-                np.log2(conditions.width[i]),
-            ),
+        training = (
+            _bit(progress.last_valid[i]),
+            np.log10(conditions.learning_rate[i]) + 1.5,
+            np.log10(conditions.train_fraction[i]) + 1,
+            np.log2(conditions.width[i]),
         )
+        at = _put(row, at, training)
         for s in range(num_slots):
             stage, mode = state.stage[i, s], state.mode[i, s]
             # Before BLENDING no ramp has started, so `alpha_target` is not set yet.
@@ -255,37 +231,34 @@ def _observe(
             has_gradient = _bit(measured.has_gradient[i, s])
             # Norms differ by orders of magnitude, so log10 from [-6, 3] is scaled to [-1, 1].
             norm = (np.log10(max(measured.gradient_norm[i, s], 1e-7)) + 1.5) / 4.5
-            at = _put_one_hot(row, at, _NUM_STAGES, stage)
-            at = _put(
-                row,
-                at,
-                (
-                    state.alpha[i, s],
-                    target[i, s],
-                    state.tempo[i, s] / TEMPO_SCALE,
-                    _bit(mode == HOLD),
-                    _bit(mode == UP),
-                    _bit(mode == DOWN),
-                    _bit(state.is_pruning[i, s]),
-                    state.ramp_step[i, s] / max(state.ramp_length[i, s], 1),
-                    state.age[i, s] / STEPS_SCALE,
-                    state.stage_steps[i, s] / STEPS_SCALE,
-                    state.cooldown[i, s] / scales.embargo_steps,
-                    CHANGE_SCALE * measured.contribution[i, s],
-                    has_contribution,
-                    has_contribution / (1 + measured.contribution_age[i, s]),
-                    CHANGE_SCALE * measured.contribution_velocity[i, s],
-                    CHANGE_SCALE * measured.would_be[i, s],
-                    _bit(measured.has_would_be[i, s]),
-                    CHANGE_SCALE * measured.interaction[i, s],
-                    _bit(measured.has_interaction[i, s]),
-                    norm * has_gradient,
-                    measured.vanishing[i, s],
-                    measured.exploding[i, s],
-                    measured.health[i, s],
-                    has_gradient,
-                ),
+            slot = (
+                state.alpha[i, s],
+                target[i, s],
+                state.tempo[i, s] / TEMPO_SCALE,
+                _bit(mode == HOLD),
+                _bit(mode == UP),
+                _bit(mode == DOWN),
+                _bit(state.is_pruning[i, s]),
+                state.ramp_step[i, s] / max(state.ramp_length[i, s], 1),
+                state.age[i, s] / STEPS_SCALE,
+                state.stage_steps[i, s] / STEPS_SCALE,
+                state.cooldown[i, s] / scales.embargo_steps,
+                CHANGE_SCALE * measured.contribution[i, s],
+                has_contribution,
+                has_contribution / (1 + measured.contribution_age[i, s]),
+                CHANGE_SCALE * measured.contribution_velocity[i, s],
+                CHANGE_SCALE * measured.would_be[i, s],
+                _bit(measured.has_would_be[i, s]),
+                CHANGE_SCALE * measured.interaction[i, s],
+                _bit(measured.has_interaction[i, s]),
+                norm * has_gradient,
+                measured.vanishing[i, s],
+                measured.exploding[i, s],
+                measured.health[i, s],
+                has_gradient,
             )
+            at = _put_one_hot(row, at, _NUM_STAGES, stage)
+            at = _put(row, at, slot)
             at = _put_one_hot(row, at, scales.num_blueprints, state.blueprint[i, s])
             at = _put_one_hot(row, at, _NUM_STYLES, state.style[i, s])
             growth = np.log2(1 + sizes.seeds[i, s] / host) / DOUBLINGS_SCALE
@@ -299,7 +272,7 @@ def _bit(is_set: bool) -> float:
 
 
 @inlined
-def _put(row: npt.NDArray[np.float32], at: int, features: tuple[float, ...]) -> int:
+def _put(row: Float32Array, at: int, features: tuple[float, ...]) -> int:
     """Write features, clipped to [-1, 1], and return the index of the next one."""
     for feature in features:
         row[at] = min(max(feature, -1.0), 1.0)
@@ -308,7 +281,7 @@ def _put(row: npt.NDArray[np.float32], at: int, features: tuple[float, ...]) -> 
 
 
 @inlined
-def _put_one_hot(row: npt.NDArray[np.float32], at: int, size: int, index: int) -> int:
+def _put_one_hot(row: Float32Array, at: int, size: int, index: int) -> int:
     """Write `size` features, 1 at `index` and 0 elsewhere, and return the index of the next one.
 
     All of them are 0 if `index` is -1.

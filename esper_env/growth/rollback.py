@@ -45,21 +45,14 @@ def judge(
     Returns:
         True where a rollback is due. (m,) bool.
     """
-    panics = np.empty(len(members), dtype=np.bool_)
-    _judge(
-        state,
-        members,
-        loss,
-        is_finite,
-        panics,
-        config.panic_patience,
-        (
-            config.collapse_fraction * guess_loss,
-            (1 - config.collapse_margin) * guess_loss,
-            config.divergence_sigma,
-            config.divergence_factor,
-        ),
+    limits = (
+        config.collapse_fraction * guess_loss,
+        (1 - config.collapse_margin) * guess_loss,
+        config.divergence_sigma,
+        config.divergence_factor,
     )
+    panics = np.empty(len(members), dtype=np.bool_)
+    _judge(state, members, loss, is_finite, panics, config.panic_patience, limits)
     return panics
 
 

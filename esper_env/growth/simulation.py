@@ -18,15 +18,7 @@ from esper_env.growth.contributions import Coalitions, plan_coalitions, record_e
 from esper_env.growth.gradient_health import record_gradients
 from esper_env.growth.reward import compute_reward, compute_scores, resolve_weights
 from esper_env.growth.rollback import judge
-from esper_env.growth.state import (
-    DOWN,
-    Conditions,
-    Request,
-    Scores,
-    Sizes,
-    State,
-    Transition,
-)
+from esper_env.growth.state import DOWN, Conditions, Request, Scores, Sizes, State, Transition
 from esper_env.population.blueprints import Blueprint
 from esper_env.population.images import Draw, ImageSet
 from esper_env.population.interface import Evaluation, Seeds, SGDSettings
@@ -94,19 +86,15 @@ class Simulation:
             config.instances, self.task.ranges, config.host_learning_rate
         )
         # One host per width that occurs. The instance of an episode selects one of them.
+        hosts = [self.host.scaled(width) for width in self.instances.widths]
+        sgd = SGDSettings(
+            momentum=config.momentum,
+            weight_decay=config.host_weight_decay,
+            clip_norm=config.clip_norm,
+        )
+        sizes = config.batch_size, config.chunk_size
         self.population = Population(
-            [self.host.scaled(width) for width in self.instances.widths],
-            blueprints,
-            num_envs,
-            SGDSettings(
-                momentum=config.momentum,
-                weight_decay=config.host_weight_decay,
-                clip_norm=config.clip_norm,
-            ),
-            device,
-            config.batch_size,
-            config.chunk_size,
-            config.precision,
+            hosts, blueprints, num_envs, sgd, device, *sizes, config.precision
         )
         self.state = State.empty(num_envs, self.host.num_slots, config)
         self._weights = resolve_weights(config)
@@ -143,11 +131,8 @@ class Simulation:
     def _describe_networks(self) -> Networks:
         """Compute composition and size of the networks from the slots and the instances."""
         slots, population, instances = self.state.slots, self.population, self.instances
-        stage, is_live, instance = (
-            slots.stage,
-            lifecycle.is_live(slots.stage),
-            self.state.episode.instance,
-        )
+        stage, instance = slots.stage, self.state.episode.instance
+        is_live = lifecycle.is_live(stage)
         width = instances.width[instance]
         is_mixed = (stage >= Stage.BLENDING) & (stage <= Stage.FOSSILIZED)
         alpha = np.where(is_mixed, slots.alpha, 0.0)
@@ -299,20 +284,15 @@ class Simulation:
         Returns:
             True where all weights are finite after training. (m,) bool.
         """
-        config, progress, episode, networks = (
-            self.config, self.state.progress, self.state.episode, self.networks,
-        )  # fmt: skip
+        _, measured, progress, _, episode = self.state
+        config, networks = self.config, self.networks
         host_rate = self.instances.learning_rate[episode.instance[rows]]
         if config.learning_rate_decay == "linear":
             host_rate = host_rate * (1 - progress.steps[rows] / config.episode_steps)
+        seed_rate = host_rate * (config.seed_learning_rate / config.host_learning_rate)
         draw = self.draw_batches(rows)
         report = self.population.train(
-            rows,
-            networks.seeds,
-            self.splits.train,
-            draw,
-            host_rate,
-            host_rate * (config.seed_learning_rate / config.host_learning_rate),
+            rows, networks.seeds, self.splits.train, draw, host_rate, seed_rate
         )
         progress.train_loss[rows] = report.loss
         size = config.batches_per_step * config.batch_size
@@ -320,7 +300,7 @@ class Simulation:
         # 2 operations per multiply-add; the backward pass costs twice the forward pass.
         progress.flops[rows] += 6.0 * networks.multiply_adds[rows] * size
         if networks.has_seeds:
-            record_gradients(self.state.measured, rows, report.seed_gradient_norms, config)
+            record_gradients(measured, rows, report.seed_gradient_norms, config)
         return report.is_finite
 
     def draw_batches(self, rows: IntArray) -> Draw:
@@ -365,11 +345,11 @@ class Simulation:
 
     def _evaluate(self, rows: IntArray) -> None:
         """Count the env step and evaluate all coalitions on the validation split."""
-        self.state.progress.steps[rows] += 1
+        _, measured, progress, *_ = self.state
+        progress.steps[rows] += 1
         coalitions, result = self._evaluate_coalitions(
             rows, self.splits.validation, self.config.attribution
         )
-        progress, measured = self.state.progress, self.state.measured
         record_evaluation(progress, measured, rows, coalitions, result.accuracy, result.loss)
 
     def _test(self, rows: IntArray) -> None:

@@ -261,14 +261,10 @@ class Request(NamedTuple):
     """Index of the registered blueprint."""
     style: IntArray
     """Index into `STYLES`."""
-    style_curve: IntArray
-    """Curve of the style, values of `Curve`."""
     tempo: IntArray
     """Length of the first ramp [env steps]."""
-    first_target: FloatArray
-    """Alpha at the end of the first ramp."""
     target: FloatArray
-    """Alpha at the end of a later ramp."""
+    """Alpha at the end of the first or of a later ramp."""
     speed: IntArray
     """Length of a later ramp [env steps]."""
     curve: IntArray

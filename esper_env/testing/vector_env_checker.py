@@ -118,6 +118,12 @@ def _expect(holds: bool | np.bool_, where: str, expected: str, got: Any, remedy:
         raise AssertionError(f"{where}: expected {expected}, got {got!r}; {remedy}")
 
 
+def _reject(problem: str | None, violation: str, remedy: str) -> None:
+    """Raise AssertionError if there is a problem, a result of `misfit` or `difference`."""
+    if problem is not None:
+        raise AssertionError(f"{violation}: {problem}; {remedy}")
+
+
 # ------------------------------------------------------------------ requirements on each result
 
 
@@ -153,8 +159,7 @@ def _perform(env: Env, call: _Call) -> dict[str, Any]:
     _expect(is_tuple, call.name, f"a tuple of {', '.join(names)}", values, "return exactly these")
     result = dict(zip(names, values, strict=True))
     problem = misfit(env.observation_space, result["observations"])
-    if problem is not None:
-        raise AssertionError(f"{call.name}: observations: {problem}; correct them or the space")
+    _reject(problem, f"{call.name}: observations", "correct them or the space")
     _check_info(result["info"], "info", np.ones(env.num_envs, dtype=bool))
     if call.actions is not None:
         _check_rewards_and_flags(result, env.num_envs)
@@ -233,8 +238,7 @@ def _check_final(env: Env, info: dict[str, Any], ended: BoolArray) -> None:
         where = f"info['final_obs'][{i}]"
         _expect(ended[i] or row is None, where, "None, as no episode ended", row, remedy)
         problem = misfit(env.single_observation_space, row) if ended[i] else None
-        if problem is not None:
-            raise AssertionError(f"{where}: {problem}; return the last observation of the episode")
+        _reject(problem, where, "return the last observation of the episode")
     remedy = "return an ordinary info with masks restricted to the episodes that ended"
     _expect(isinstance(final_info, dict), "info['final_info']", "a dict", final_info, remedy)
 
@@ -246,11 +250,8 @@ def _check_global_random_state_is_not_written(trial: _Trial) -> None:
     before = global_random_state()
     for turn, _ in _replay(trial.env, trial.turns):
         change = difference(before, global_random_state(), "state")
-        if change is not None:
-            raise AssertionError(
-                f"{turn.call.name} used a global random generator: {change}; use generators that "
-                "belong to the environment"
-            )
+        violation = f"{turn.call.name} used a global random generator"
+        _reject(change, violation, "use generators that belong to the environment")
 
 
 def _check_seeding(trial: _Trial) -> None:
@@ -430,11 +431,8 @@ def _check_others_untouched(env: Env, before: _Turn, turn: _Turn) -> None:
     assert turn.call.options is not None
     for i in np.nonzero(~turn.call.options["reset_mask"])[0]:
         change = difference(_rows(env, before)[i], _rows(env, turn)[i], f"observations[{i}]")
-        if change is not None:
-            raise AssertionError(
-                f"{turn.call.name} changed a sub-environment outside of the mask: {change}; reset "
-                "those in the mask only"
-            )
+        violation = f"{turn.call.name} changed a sub-environment outside of the mask"
+        _reject(change, violation, "reset those in the mask only")
 
 
 CHECKS: tuple[Callable[[_Trial], None], ...] = (
@@ -496,9 +494,7 @@ def _require_same(
     results: Iterable[tuple[_Turn, dict[str, Any]]], violation: str, remedy: str
 ) -> None:
     for turn, result in results:
-        change = difference(turn.result, result, turn.call.name)
-        if change is not None:
-            raise AssertionError(f"{violation}: {change}; {remedy}")
+        _reject(difference(turn.result, result, turn.call.name), violation, remedy)
 
 
 def _sampler(env: Env, seed: int) -> Callable[[], Any]:
