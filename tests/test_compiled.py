@@ -16,7 +16,7 @@ import torch
 
 from esper_env.population.blueprints import CNN_BLUEPRINTS, Blueprint
 from esper_env.population.hosts import Host
-from esper_env.population.interface import SGDSettings
+from esper_env.population.interface import SGDSettings, Training
 from esper_env.population.layers import Conv, Layer, Norm, Relu
 from esper_env.population.numba_engine.engine import _pool
 from esper_env.population.numba_engine.kernels import tanh_of
@@ -122,7 +122,8 @@ def test_odd_images_are_pooled_as_torch_does(size: int) -> None:
     population, seeds = make_population(host), make_seeds(2)
     networks = [plain_copy(population, seeds, i) for i in range(2)]
     indices, rates = draw(np.random.default_rng(1), images, 2), np.full(2, 0.05)
-    population.train(np.arange(2), seeds, images, shown(images, indices), rates, rates)
+    batches = shown(images, indices)
+    population.train(Training(np.arange(2), seeds, images, batches, rates, rates))
     for i, network in enumerate(networks):
         train_plain(network, images, indices[:, :, i])
         expected = network.state_dict()
@@ -162,7 +163,8 @@ def test_members_with_a_layer_without_kernel_run_on_torch_and_the_others_do_not(
     twin.compiled = None
     indices = draw(np.random.default_rng(2), images, 2)
     for each in (population, twin):
-        report = each.train(np.arange(2), seeds, images, shown(images, indices), rates, rates)
+        batches = shown(images, indices)
+        report = each.train(Training(np.arange(2), seeds, images, batches, rates, rates))
         assert np.isfinite(report.loss).all()
         result = each.evaluate(np.arange(2), seeds.alpha, seeds, images)
         assert np.isfinite(result.loss).all()
@@ -204,7 +206,8 @@ def test_a_nan_weight_shows_in_the_loss() -> None:
     population, seeds, images = make_population(host), make_seeds(2), make_images(host=host)
     population.storage.parameters[0, 0] = float("nan")
     indices, rates = draw(np.random.default_rng(3), images, 2), np.full(2, 0.05)
-    report = population.train(np.arange(2), seeds, images, shown(images, indices), rates, rates)
+    batches = shown(images, indices)
+    report = population.train(Training(np.arange(2), seeds, images, batches, rates, rates))
     assert np.isnan(report.loss[0])
     assert np.isfinite(report.loss[1])
     assert report.is_finite.tolist() == [False, True]
