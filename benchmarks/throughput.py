@@ -41,6 +41,7 @@ from benchmarks.step_profile import count_work, measured_phases
 from benchmarks.work import measure_limits
 from esper_env import EsperVectorEnv, Stage
 from esper_env.growth.contributions import plan_coalitions
+from esper_env.population.interface import Training
 
 SLICE = 500
 """Number of images that the loop evaluates at once."""
@@ -170,7 +171,8 @@ def measure(args: Args, num_envs: int, mode: str, limits: dict[str, float]) -> d
     def env_step() -> None:
         if mode == "training":
             draw = sim.draw_batches(everyone)
-            sim.population.train(everyone, sim.networks.seeds, sim.splits.train, draw, rates, rates)
+            seeds, images = sim.networks.seeds, sim.splits.train
+            sim.population.train(Training(everyone, seeds, images, draw, rates, rates))
         else:
             envs.step(wait)
 

@@ -22,7 +22,7 @@ from esper_env.growth.state import Measurements, Request, SlotState, blank
 from esper_env.population.blueprints import CNN_BLUEPRINTS, Blueprint
 from esper_env.population.hosts import Host
 from esper_env.population.images import Draw, ImageSet
-from esper_env.population.interface import Evaluation, Seeds, SGDSettings, TrainReport
+from esper_env.population.interface import Evaluation, Seeds, SGDSettings, Training, TrainReport
 from esper_env.population.population import Population
 from esper_env.rng import make_key
 
@@ -116,16 +116,14 @@ def assert_same(a: Any, b: Any) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def train_calls(sim: Simulation, num_steps: int) -> list[tuple[Any, ...]]:
+def train_calls(sim: Simulation, num_steps: int) -> list[Training]:
     """Let all members wait for some steps; return what training was called with, in its stead."""
     calls = []
     n, num_slots = sim.state.slots.stage.shape
 
-    def train(*args: Any) -> TrainReport:
-        calls.append(args)
-        report = TrainReport.empty(n, num_slots, 1)
-        report.loss[:], report.is_finite[:] = 1.0, True
-        return report
+    def train(training: Training) -> TrainReport:
+        calls.append(training)
+        return TrainReport(np.ones(n), np.zeros((n, num_slots, 1)), np.ones(n, dtype=bool))
 
     sim.population.train = train  # type: ignore[method-assign]
     everyone = np.ones(n, dtype=bool)
@@ -384,7 +382,8 @@ class SmallPopulation:
         who = self.members if members is None else np.array(members)
         rates = np.full(len(who), rate)
         batches = Draw(indices, self.images.labels.numpy()[indices])
-        return self.population.train(who, self.seeds, self.images, batches, rates, rates)
+        training = Training(who, self.seeds, self.images, batches, rates, rates)
+        return self.population.train(training)
 
     def evaluate(self, alpha: Any, members: Sequence[int] | IntArray | None = None) -> Evaluation:
         """Evaluate some members, or all, with given blend weights. (rows, slots)."""

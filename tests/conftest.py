@@ -6,15 +6,12 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from esper_env.config import BoolArray
 from esper_env.growth import simulation
 from esper_env.population.images import ImageSet
-from esper_env.population.interface import Seeds
-from esper_env.population.numba_engine.engine import CompiledEngine
+from esper_env.population.numba_engine import engine as engine_module
 from esper_env.tasks import Splits
 
 NUM_IMAGES = 12
@@ -32,12 +29,7 @@ def threads() -> Iterator[None]:
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run everything with tensor operations."""
-
-    def supports_nothing(self: CompiledEngine, members: Any, seeds: Seeds) -> BoolArray:
-        del self, seeds
-        return np.zeros(len(members), dtype=bool)
-
-    monkeypatch.setattr(CompiledEngine, "supports", supports_nothing)
+    monkeypatch.setattr(engine_module, "is_supported", lambda layers: not layers)
 
 
 @pytest.fixture(params=["compiled", "torch"])

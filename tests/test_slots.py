@@ -41,8 +41,9 @@ def test_mix_has_the_gradient_of_its_formula_when_beta_is_alpha() -> None:
         Group(torch.tensor([4]), num_gate=0, num_multiply=0, first_gate=1),
     )
     alpha = torch.tensor([0.3, 0.7, 0.5], dtype=torch.float64).repeat_interleave(C)
-    mix = Mix(groups, (alpha, None), (alpha, None), (True, True))
-    out = MixResiduals.apply(features, gate, mix, *branches)
+    weights = (alpha, None)
+    mixes = [Mix(g, w, w, is_visible=True) for g, w in zip(groups, weights, strict=True)]
+    out = MixResiduals.apply(features, gate, mixes, *branches)
     expected = features.detach().clone()
     first, second = (b.detach() for b in branches)
     expected[:, :, :, 3] += 0.3 * first[:, :, :, 0]
@@ -51,7 +52,7 @@ def test_mix_has_the_gradient_of_its_formula_when_beta_is_alpha() -> None:
     expected[:, :, :, 4] += second[:, :, :, 0]
     torch.testing.assert_close(out.detach(), expected)
     assert torch.autograd.gradcheck(
-        lambda x, g, *b: MixResiduals.apply(x, g, mix, *b), (features, gate, *branches)
+        lambda x, g, *b: MixResiduals.apply(x, g, mixes, *b), (features, gate, *branches)
     )
 
 
@@ -62,7 +63,8 @@ def test_a_training_seed_is_invisible_forward_and_fully_visible_backward() -> No
         features, branch = tensor(B, H, W, M, C), tensor(B, H, W, 1, C)
     group = Group(torch.tensor([1]), num_gate=0, num_multiply=0, first_gate=0)
     zero = torch.zeros(C, dtype=torch.float64)
-    out = MixResiduals.apply(features, None, Mix((group,), (zero,), (None,), (False,)), branch)
+    mix = Mix(group, alpha=zero, beta=None, is_visible=False)
+    out = MixResiduals.apply(features, None, [mix], branch)
     assert torch.equal(out, features)
     weight = torch.randn_like(out)
     grad_features, grad_branch = torch.autograd.grad((out * weight).sum(), (features, branch))

@@ -21,7 +21,7 @@ from esper_env.growth.rollback import judge
 from esper_env.growth.state import DOWN, Conditions, Request, Scores, Sizes, State, Transition
 from esper_env.population.blueprints import Blueprint
 from esper_env.population.images import Draw, ImageSet
-from esper_env.population.interface import Evaluation, Seeds, SGDSettings
+from esper_env.population.interface import Evaluation, Seeds, SGDSettings, Training
 from esper_env.population.population import Population
 from esper_env.rng import Stream, make_key, uniform
 from esper_env.tasks import TASKS, load_splits, resolve_host
@@ -289,11 +289,10 @@ class Simulation:
         host_rate = self.instances.learning_rate[episode.instance[rows]]
         if config.learning_rate_decay == "linear":
             host_rate = host_rate * (1 - progress.steps[rows] / config.episode_steps)
-        seed_rate = host_rate * (config.seed_learning_rate / config.host_learning_rate)
         draw = self.draw_batches(rows)
-        report = self.population.train(
-            rows, networks.seeds, self.splits.train, draw, host_rate, seed_rate
-        )
+        seed_rate = host_rate * (config.seed_learning_rate / config.host_learning_rate)
+        training = Training(rows, networks.seeds, self.splits.train, draw, host_rate, seed_rate)
+        report = self.population.train(training)
         progress.train_loss[rows] = report.loss
         size = config.batches_per_step * config.batch_size
         progress.samples[rows] += size

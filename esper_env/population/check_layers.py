@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esper_env.population.layers import Layer, TensorSpec
+from esper_env.population.layers import Layer, TensorSpec, run_layers
 
 _IMAGES, _SIZE, _BATCHES, _RATE = 16, 8, 3, 0.01
 """Images per batch, their height and width [pixels], number of batches, and learning rate."""
@@ -142,15 +142,9 @@ def _draw(specs: Sequence[TensorSpec], generator: torch.Generator) -> list[Tenso
 def _run(
     layers: Sequence[Layer], x: Tensor, parameters: list[Tensor], buffers: list[Tensor]
 ) -> Tensor:
-    """Run layers in training mode."""
-    for tensor in parameters:
-        tensor.requires_grad_()
-    own, running = iter(parameters), iter(buffers)
-    for layer in layers:
-        x = layer.forward(
-            x, [next(own) for _ in layer.parameters], [next(running) for _ in layer.buffers], True
-        )
-    return x
+    """Run layers in training mode, with gradients of the parameters."""
+    own = iter([tensor.requires_grad_() for tensor in parameters])
+    return run_layers(layers, x, own, iter(buffers), True)
 
 
 def _descend(out: Tensor, target: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:

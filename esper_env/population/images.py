@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,7 @@ PADDING = 4
 """Width of the zero border around an image before it is cropped [pixels]."""
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """Samples of some training batches for each of m members, and their augmentation."""
 
     indices: IntArray
@@ -29,12 +29,8 @@ class Draw:
 
     def of(self, members: slice | BoolArray) -> Draw:
         """Return the samples of some members. The mask is (m,) bool."""
-        return Draw(
-            self.indices[:, :, members],
-            self.labels[:, :, members],
-            None if self.shifts is None else self.shifts[:, :, members],
-            None if self.flips is None else self.flips[:, :, members],
-        )
+        parts: list[Any] = [None if array is None else array[:, :, members] for array in self]
+        return Draw(*parts)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
+from typing import NamedTuple
 
 from esper_env.config import BoolArray, FloatArray, IntArray
+from esper_env.population.images import Draw, ImageSet
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,29 @@ class SGDSettings:
     """Maximum gradient norm of a module (the host or one seed) in each batch."""
 
 
-@dataclass(frozen=True)
-class TrainReport:
+class Training(NamedTuple):
+    """One env step of training for m members."""
+
+    members: IntArray
+    """Members to train. (m,)."""
+    seeds: Seeds
+    """Seeds of the whole population."""
+    images: ImageSet
+    """The training split."""
+    draw: Draw
+    """Samples of each batch for these members."""
+    host_rate: FloatArray
+    """Learning rate of each member's host. (m,)."""
+    seed_rate: FloatArray
+    """Learning rate of each member's seeds. (m,)."""
+
+    def of(self, part: slice | BoolArray) -> Training:
+        """Return the training of some of the members. The mask is (m,) bool."""
+        rates = self.host_rate[part], self.seed_rate[part]
+        return Training(self.members[part], self.seeds, self.images, self.draw.of(part), *rates)
+
+
+class TrainReport(NamedTuple):
     """Measurements of one env step of training for m members."""
 
     loss: FloatArray
@@ -53,34 +74,11 @@ class TrainReport:
     is_finite: BoolArray
     """Whether all parameters and running statistics are finite after training. (m,)."""
 
-    @classmethod
-    def empty(cls, members: int, slots: int, tensors: int) -> TrainReport:
-        """Return a report with uninitialised arrays."""
-        return cls(
-            np.empty(members), np.empty((members, slots, tensors)), np.empty(members, dtype=bool)
-        )
 
-    def fill(self, where: BoolArray, part: TrainReport) -> None:
-        """Write the rows of some members. `where` is (m,) bool."""
-        for name, array in vars(self).items():
-            array[where] = getattr(part, name)
-
-
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """Accuracy and loss of some networks on one split. Arrays have shape (rows,)."""
 
     accuracy: FloatArray
     """Share of images that are classified correctly, 0 to 1."""
     loss: FloatArray
     """Mean cross-entropy [nats]."""
-
-    @classmethod
-    def empty(cls, rows: int) -> Evaluation:
-        """Return a result with uninitialised arrays."""
-        return cls(np.empty(rows), np.empty(rows))
-
-    def fill(self, where: BoolArray, part: Evaluation) -> None:
-        """Write the values of some rows. `where` is (rows,) bool."""
-        for name, array in vars(self).items():
-            array[where] = getattr(part, name)

@@ -10,7 +10,7 @@ Images are (batch, m * channels, height, width) and channels-last in memory, so
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 
@@ -205,6 +205,21 @@ class SqueezeExcite(Layer):
         excite = torch.tanh(torch.baddbmm(excite_bias[:, None], hidden, excite_weight.mT))
         # (m, batch, channels) -> (batch, m * channels, 1, 1)
         return x * excite.transpose(0, 1).reshape(len(x), -1, 1, 1)
+
+
+def run_layers(
+    layers: Sequence[Layer],
+    x: Tensor,
+    parameters: Iterator[Tensor],
+    buffers: Iterator[Tensor],
+    training: bool,
+) -> Tensor:
+    """Run layers in order, each with the next tensors of both iterators; see `Layer.forward`."""
+    for layer in layers:
+        own = [next(parameters) for _ in layer.parameters]
+        running = [next(buffers) for _ in layer.buffers]
+        x = layer.forward(x, own, running, training)
+    return x
 
 
 def as_members(x: Tensor, m: int) -> Tensor:

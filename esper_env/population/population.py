@@ -7,7 +7,8 @@ a CPU, in float32), and all other members to the torch engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -15,13 +16,15 @@ import torch
 from esper_env.config import BoolArray, FloatArray, IntArray
 from esper_env.population.blueprints import Blueprint
 from esper_env.population.hosts import Host
-from esper_env.population.images import Draw, ImageSet
-from esper_env.population.interface import Evaluation, Seeds, SGDSettings, TrainReport
+from esper_env.population.images import ImageSet
+from esper_env.population.interface import Evaluation, Seeds, SGDSettings, Training, TrainReport
 from esper_env.population.layout import Layout
 from esper_env.population.numba_engine.engine import CompiledEngine
 from esper_env.population.storage import Storage
 from esper_env.population.torch_engine.engine import TorchEngine
 from esper_env.rng import KeyArray
+
+Record = TypeVar("Record", TrainReport, Evaluation)
 
 
 class Population:
@@ -129,37 +132,19 @@ class Population:
             start = self.layout.seed_start(slot, blueprint, width)
             self.storage.initialise(members[own], key[own], *start)
 
-    def train(
-        self,
-        members: IntArray,
-        seeds: Seeds,
-        images: ImageSet,
-        draw: Draw,
-        host_rate: FloatArray,
-        seed_rate: FloatArray,
-    ) -> TrainReport:
+    def train(self, training: Training) -> TrainReport:
         """Train members on some batches.
 
         Args:
-            members: Members to train. (m,).
-            seeds: Seeds of the whole population.
-            images: The training split.
-            draw: Samples of each batch for these members.
-            host_rate: Learning rate of each member's host. (m,).
-            seed_rate: Learning rate of each member's seeds. (m,).
+            training: Members, batches and learning rates.
 
         Returns:
             Measurements of these members, in their order.
         """
-        engine = self._only_engine()
-        if engine is not None:
-            return engine.train(members, seeds, images, draw, host_rate, seed_rate)
-        slots, tensors = self.layout.host.num_slots, self.layout.max_seed_tensors
-        report = TrainReport.empty(len(members), slots, tensors)
-        for engine, own in self._engines(members, seeds):
-            rates = host_rate[own], seed_rate[own]
-            report.fill(own, engine.train(members[own], seeds, images, draw.of(own), *rates))
-        return report
+        return _joined(
+            (own, engine.train(training.of(own)))
+            for engine, own in self._engines(training.members, training.seeds)
+        )
 
     def evaluate(
         self, members: IntArray, alpha: FloatArray, seeds: Seeds, images: ImageSet
@@ -178,25 +163,27 @@ class Population:
         Returns:
             Accuracy [0 to 1] and mean loss [nats] of each network.
         """
-        engine = self._only_engine()
-        if engine is not None:
-            return engine.evaluate(members, alpha, seeds, images)
-        result = Evaluation.empty(len(members))
-        for engine, own in self._engines(members, seeds):
-            result.fill(own, engine.evaluate(members[own], alpha[own], seeds, images))
-        return result
-
-    def _only_engine(self) -> TorchEngine | CompiledEngine | None:
-        """Return the engine that serves every member, None if it depends on a member's seeds."""
-        if self.compiled is None:
-            return self._torch
-        return self.compiled if self.compiled.has_all_kernels else None
+        return _joined(
+            (own, engine.evaluate(members[own], alpha[own], seeds, images))
+            for engine, own in self._engines(members, seeds)
+        )
 
     def _engines(
         self, members: IntArray, seeds: Seeds
-    ) -> list[tuple[TorchEngine | CompiledEngine, BoolArray]]:
-        """Return each engine in use with a mask of the members that it serves. (m,) bool."""
-        assert self.compiled is not None
+    ) -> list[tuple[TorchEngine | CompiledEngine, slice | BoolArray]]:
+        """Return each engine in use with the members that it serves; a mask is (m,) bool."""
+        if self.compiled is None or self.compiled.has_all_kernels:
+            return [(self.compiled or self._torch, slice(None))]
         has_kernels = self.compiled.supports(members, seeds)
         parts = ((self.compiled, has_kernels), (self._torch, ~has_kernels))
         return [(engine, own) for engine, own in parts if own.any()]
+
+
+def _joined(parts: Iterable[tuple[Any, Record]]) -> Record:
+    """Return one record with the rows of all parts, each of which has a mask of its rows."""
+    masks, records = zip(*parts, strict=True)
+    if len(records) == 1:
+        return cast(Record, records[0])
+    order = np.argsort(np.concatenate([np.nonzero(mask)[0] for mask in masks]))
+    arrays = (np.concatenate(values)[order] for values in zip(*records, strict=True))
+    return cast(Record, type(records[0])(*arrays))

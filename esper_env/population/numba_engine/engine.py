@@ -16,8 +16,8 @@ import torch
 
 from esper_env.config import BoolArray, Float32Array, FloatArray, IntArray
 from esper_env.jit import announce, entry_point
-from esper_env.population.images import Draw, ImageSet
-from esper_env.population.interface import Evaluation, Seeds, SGDSettings, TrainReport
+from esper_env.population.images import ImageSet
+from esper_env.population.interface import Evaluation, Seeds, SGDSettings, Training, TrainReport
 from esper_env.population.numba_engine.interpreter import (
     Matrices,
     Networks,
@@ -67,16 +67,9 @@ class CompiledEngine:
         result: BoolArray = np.all(has_kernels, axis=1) & self._has_host
         return result
 
-    def train(
-        self,
-        members: IntArray,
-        seeds: Seeds,
-        images: ImageSet,
-        draw: Draw,
-        host_rate: FloatArray,
-        seed_rate: FloatArray,
-    ) -> TrainReport:
+    def train(self, training: Training) -> TrainReport:
         """Train members for some batches; see `Population.train`."""
+        members, seeds, images, draw, host_rate, seed_rate = training
         batches, size, m = draw.indices.shape
         assignment = self.programs.training(members, seeds, size)
         squares = self.programs.squares.rows[assignment.programs.program]

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from esper_env.config import FloatArray, IntArray
-from esper_env.population.images import Draw, ImageSet
-from esper_env.population.interface import Evaluation, Seeds, SGDSettings, TrainReport
+from esper_env.population.images import ImageSet
+from esper_env.population.interface import Evaluation, Seeds, SGDSettings, Training, TrainReport
 from esper_env.population.layers import cross_entropy
 from esper_env.population.storage import Storage
 from esper_env.population.torch_engine.evaluation import EvaluationGraph
@@ -57,86 +57,57 @@ class TorchEngine:
 
     # Callers may step the environment inside `torch.no_grad`.
     @torch.enable_grad()
-    def train(
-        self,
-        members: IntArray,
-        seeds: Seeds,
-        images: ImageSet,
-        draw: Draw,
-        host_rate: FloatArray,
-        seed_rate: FloatArray,
-    ) -> TrainReport:
+    def train(self, training: Training) -> TrainReport:
         """Train members on some batches; see `Population.train`."""
-        losses, squares, graphs = [], [], []
+        members = training.members
+        losses, squares = [], []
         for start in range(0, len(members), self.chunk_size):
-            part = slice(start, start + self.chunk_size)
-            graph = self._training_graph(start, members[part], seeds)
-            batches = images.batches(draw.of(part))
-            loss, segment_squares = graph.train(seeds, *batches, host_rate[part], seed_rate[part])
+            part = training.of(slice(start, start + self.chunk_size))
+            loss, chunk_squares = self._training_graph(start, part).train(part)
             losses.append(loss)
-            squares.append(segment_squares)
-            graphs.append(graph)
+            squares.append(chunk_squares.flatten(1))
         # One copy of all results, because each copy makes the CPU wait for the device.
-        # [loss (m,), sum of the rows (m,), squared gradient norms (segments of all chunks,)]
-        result = torch.cat([*losses, self.storage.total(members), *squares]).cpu().numpy()
-        mean_loss, total, square = np.split(
-            result.astype(np.float64), np.cumsum([len(members)] * 2)
-        )
-        # Scatter the norms to (member, slot, tensor). NaN marks tensors that do not exist, so a
-        # gradient that is NaN is reported as infinite.
-        num_slots = self.layout.host.num_slots
-        norms = np.full(
-            (len(self.storage.parameters), num_slots, self.layout.max_seed_tensors), np.nan
-        )
-        ends = np.cumsum([len(graph.sgd.lengths) for graph in graphs])[:-1]
-        for graph, values in zip(graphs, np.split(np.sqrt(square), ends), strict=True):
-            own = values[graph.seed_segments]
-            norms[graph.segment_at] = np.where(np.isnan(own), np.inf, own)
-        return TrainReport(mean_loss, norms[members], np.isfinite(total))
+        # [loss, sum of the row, squared gradient norms]: (m, 2 + slots * max_seed_tensors)
+        scalars = torch.stack([torch.cat(losses), self.storage.total(members)], dim=1)
+        result = torch.cat([scalars, torch.cat(squares)], dim=1).cpu().numpy().astype(np.float64)
+        shape = len(members), self.layout.host.num_slots, self.layout.max_seed_tensors
+        norms = np.sqrt(result[:, 2:]).reshape(shape)
+        return TrainReport(result[:, 0], norms, np.isfinite(result[:, 1]))
 
     @torch.inference_mode()
     def evaluate(
         self, members: IntArray, alpha: FloatArray, seeds: Seeds, images: ImageSet
     ) -> Evaluation:
         """Evaluate networks; see `Population.evaluate`."""
-        correct, loss = [], []
+        # Number of correct images, and sum of the losses. (2, rows)
+        total = torch.zeros(2, len(members), device=self.device, dtype=torch.float64)
         # Chunks of members, not of rows: rows of one member share their computation.
         distinct = np.unique(members)
         for start in range(0, len(distinct), self.chunk_size):
             part = distinct[start : start + self.chunk_size]
             rows = np.nonzero(np.isin(members, part))[0]
             graph = EvaluationGraph(self.storage, members[rows], alpha[rows], seeds)
+            own = torch.from_numpy(rows).to(self.device)
             # Evaluate the split in slices of images that fit the cache, and sum over them.
             per_image = self._feature_bytes * len(part)
             step = max(1, min(len(images), EVALUATION_BYTES // per_image))
-            chunk_correct = torch.zeros(len(rows), device=self.device)
-            chunk_loss = torch.zeros(len(rows), device=self.device, dtype=torch.float64)
             for first in range(0, len(images), step):
                 last = min(first + step, len(images))
                 with in_precision(self.precision, self.device):
                     logits = graph.forward(images.normalised(first, last))
                 # (slice,) -> (rows, slice), the shape of logits (rows, slice, classes)
                 labels = images.labels[first:last].expand(len(rows), -1)
-                chunk_correct += (logits.argmax(2) == labels).sum(1)
-                chunk_loss += cross_entropy(logits, labels).sum(1, dtype=torch.float64)
-            order = torch.from_numpy(rows)
-            correct.append((order, chunk_correct))
-            loss.append(chunk_loss)
-        # One copy of all results, then from chunk order back to the order of `members`.
-        stacked = torch.stack([torch.cat([c for _, c in correct]), torch.cat(loss)]).cpu()
-        result = np.empty((2, len(members)))
-        result[:, np.concatenate([order.numpy() for order, _ in correct])] = stacked.numpy()
-        result /= len(images)
-        return Evaluation(accuracy=result[0], loss=result[1])
+                hits = (logits.argmax(2) == labels).sum(1, dtype=torch.float64)
+                loss = cross_entropy(logits, labels).sum(1, dtype=torch.float64)
+                total.index_add_(1, own, torch.stack([hits, loss]))
+        accuracy, mean_loss = (total / len(images)).cpu().numpy()
+        return Evaluation(accuracy, mean_loss)
 
-    def _training_graph(self, position: int, members: IntArray, seeds: Seeds) -> TrainingGraph:
+    def _training_graph(self, position: int, training: Training) -> TrainingGraph:
         """Return the graph of the chunk at a position, rebuilt if its composition changed."""
-        here = [
-            array[members]
-            for array in (seeds.blueprint, seeds.blend, seeds.is_isolated, seeds.is_frozen)
-        ]
-        runs = seeds.beta[members] > 0
-        key = b"".join(a.tobytes() for a in (members, *here, runs))
+        members, seeds = training.members, training.seeds
+        parts = seeds.beta > 0, seeds.blueprint, seeds.blend, seeds.is_isolated, seeds.is_frozen
+        key = b"".join(a.tobytes() for a in (members, *(part[members] for part in parts)))
         known = self._graphs.get(position)
         if known is None or known[0] != key:
             graph = TrainingGraph(self.storage, members, seeds, self.settings, self.precision)

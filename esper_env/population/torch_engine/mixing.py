@@ -16,14 +16,15 @@ identity path is never detached.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from esper_env.config import Blend, BoolArray, IntArray
+from esper_env.config import BoolArray, IntArray
+from esper_env.population.interface import Seeds
 
 
 @dataclass(frozen=True)
@@ -50,34 +51,47 @@ class Group:
         """Positions of the MULTIPLY members within the group."""
         return slice(len(self.members) - self.num_multiply, len(self.members))
 
+    @property
+    def own_gates(self) -> slice:
+        """Positions of the group's gates among all gates of the slot."""
+        return slice(self.first_gate, self.first_gate + self.num_gate)
+
 
 def group_members(
-    blueprint: npt.NDArray[np.int64], blend: IntArray, runs: BoolArray
-) -> list[tuple[int, IntArray, int, int]]:
-    """Group members by blueprint, each group in the order ADD, GATE, MULTIPLY.
+    seeds: Seeds, members: IntArray, slot: int, runs: BoolArray, device: torch.device
+) -> list[tuple[int, IntArray, Group]]:
+    """Group members by the blueprint of their seed in one slot.
 
     Args:
-        blueprint: Blueprint of each member's seed in one slot, -1 for none. (members,).
-        blend: Values of `Blend`. (members,).
-        runs: Whether the seed is computed. (members,).
+        seeds: Seeds of the whole population.
+        members: Members to group. (m,).
+        slot: The slot.
+        runs: Whether a member's seed, if it has one, is computed. (m,).
+        device: Device of the positions.
 
     Returns:
-        Blueprint, positions of the members (m,) int64, number of GATE, and number of MULTIPLY of
-        each group.
+        Blueprint, positions of the members in `members`, and these positions as a `Group`.
     """
-    rank = np.array([0, 2, 1])[blend]  # Blend.ADD, Blend.MULTIPLY, Blend.GATE
-    result = []
-    for index in np.unique(blueprint[runs & (blueprint >= 0)]):
-        local = np.nonzero(runs & (blueprint == index))[0]
+    blueprint = np.where(runs, seeds.blueprint[members, slot], -1)
+    rank = np.array([0, 2, 1])[seeds.blend[members, slot]]  # Blend.ADD, MULTIPLY, GATE
+    result, first_gate = [], 0
+    for index in np.unique(blueprint[blueprint >= 0]).tolist():
+        local = np.nonzero(blueprint == index)[0]
         local = local[np.argsort(rank[local], kind="stable")]
-        num_gate = int((blend[local] == Blend.GATE).sum())
-        num_multiply = int((blend[local] == Blend.MULTIPLY).sum())
-        result.append((int(index), local, num_gate, num_multiply))
+        _, num_gate, num_multiply = np.bincount(rank[local], minlength=3).tolist()
+        group = Group(torch.from_numpy(local).to(device), num_gate, num_multiply, first_gate)
+        result.append((index, local, group))
+        first_gate += num_gate
     return result
 
 
-def spread(values: npt.NDArray[np.generic], channels: int, device: torch.device) -> Tensor:
-    """Repeat each member's value for its channels. (m,) -> (m * channels,) float32."""
+def spread(values: npt.NDArray[np.generic], channels: int, device: torch.device) -> Tensor | None:
+    """Repeat each member's weight for its channels; None if all are 1, to save a multiplication.
+
+    (m,) -> (m * channels,) float32.
+    """
+    if (values == 1).all():
+        return None
     return torch.from_numpy(np.repeat(values.astype(np.float32), channels)).to(device)
 
 
@@ -102,7 +116,7 @@ def residual(group: Group, features: Tensor, branch: Tensor, gate: Tensor | None
         group: Members and blends of the group.
         features: Features h. (batch, height, width, members, channels).
         branch: Output d(x), of the same dtype. (batch, height, width, m, channels).
-        gate: Values g(x) of all gates of the slot, (batch, num_gates), or None without gates.
+        gate: Values g(x) of the group's gates, (batch, num_gate), or None without gates.
 
     Returns:
         r. (batch, height, width, m, channels). It is `branch` itself if every blend is ADD.
@@ -111,7 +125,7 @@ def residual(group: Group, features: Tensor, branch: Tensor, gate: Tensor | None
         return branch
     mixed = branch.clone()
     if group.num_gate:
-        _scale_rows(mixed, group.gate_slice, _spread_gate(group, gate, branch.shape[4]))
+        _scale_by_gate(mixed, group, gate)
     if group.num_multiply:
         rows = group.multiply_slice
         factor = features.index_select(3, group.members[rows])
@@ -142,33 +156,32 @@ class GatherMembers(torch.autograd.Function):
         Returns:
             Features of each group. (batch, height, width, m, channels).
         """
-        ctx.keeps = keeps
-        ctx.members = members
-        ctx.shape = features.shape
+        ctx.keeps, ctx.members, ctx.shape = keeps, members, features.shape
+        ctx.empty = features.new_empty(0)
+        ctx.set_materialize_grads(False)
         return tuple(features.index_select(3, index) for index in members)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Add the gradients of all groups into one tensor."""
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """Add the gradients of all groups into one tensor; detached groups have none."""
         # The forward was out[g] = features[..., members[g], :] for each group g.
-        total = grads[0].new_zeros(ctx.shape)
+        total = ctx.empty.new_zeros(ctx.shape)
         for grad, keep, members in zip(grads, ctx.keeps, ctx.members, strict=True):
-            total.index_add_(3, members, _scaled(grad, keep))
+            if grad is not None:
+                total.index_add_(3, members, _scaled(grad, keep))
         return total, None, *(None for _ in ctx.members)
 
 
-@dataclass(frozen=True)
-class Mix:
-    """Groups and blend weights of one slot, without gradients. Tuples have one entry per group."""
+class Mix(NamedTuple):
+    """Blend weights of one group, without gradients."""
 
-    groups: tuple[Group, ...]
-    """Groups of members."""
-    alphas: tuple[Tensor | None, ...]
+    group: Group
+    alpha: Tensor | None
     """Weights in the forward pass, (m * channels,) float32; None if all are 1."""
-    betas: tuple[Tensor | None, ...]
+    beta: Tensor | None
     """Weights of the seeds' gradients, (m * channels,) float32; None if all are 1."""
-    is_visible: tuple[bool, ...]
-    """Whether any alpha of the group is above 0."""
+    is_visible: bool
+    """Whether any alpha is above 0."""
 
 
 class MixResiduals(torch.autograd.Function):
@@ -176,7 +189,7 @@ class MixResiduals(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, gate: Tensor | None, mix: Mix, *branches: Tensor
+        ctx: Any, features: Tensor, gate: Tensor | None, mixes: list[Mix], *branches: Tensor
     ) -> Tensor:
         """Return h + alpha * r.
 
@@ -184,25 +197,24 @@ class MixResiduals(torch.autograd.Function):
             ctx: Autograd's context.
             features: Features h. (batch, height, width, members, channels).
             gate: Values g(x) of all gates of the slot, (batch, num_gates), or None without gates.
-            mix: Groups and blend weights.
+            mixes: Each group with its blend weights.
             branches: Output d(x) of each group. (batch, height, width, m, channels).
 
         Returns:
             Mixed features. (batch, height, width, members, channels).
         """
-        ctx.mix = mix
+        ctx.mixes = mixes
         # The backward pass of ADD needs no activations, so a slot with ADD only saves none.
-        needs_features = any(group.num_multiply for group in mix.groups)
+        needs_features = any(mix.group.num_multiply for mix in mixes)
         needs_branches = needs_features or gate is not None
         ctx.save_for_backward(
             features if needs_features else None, gate, *(branches if needs_branches else ())
         )
         out = features.clone()
-        for group, alpha, is_visible, branch in zip(
-            mix.groups, mix.alphas, mix.is_visible, branches, strict=True
-        ):
+        for (group, alpha, _, is_visible), branch in zip(mixes, branches, strict=True):
             if is_visible:
-                mixed = residual(group, features, branch, gate)
+                own = None if gate is None else gate[:, group.own_gates]
+                mixed = residual(group, features, branch, own)
                 out.index_add_(3, group.members, _scaled(mixed, alpha))
         return out
 
@@ -210,7 +222,6 @@ class MixResiduals(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Return the gradients of features, gate and branches."""
         # The forward was out = h + alpha * r, with r = d, h * tanh(d) or g * d for each member.
-        mix: Mix = ctx.mix
         (grad,) = grads
         features, gate, *branches = ctx.saved_tensors
         # The identity path passes the gradient on unchanged, so it is copied only when a MULTIPLY
@@ -218,22 +229,21 @@ class MixResiduals(torch.autograd.Function):
         grad_features = grad
         grad_gate = None if gate is None else torch.zeros_like(gate)
         grad_branches = []
-        for i, group in enumerate(mix.groups):
+        for i, (group, alpha, beta, is_visible) in enumerate(ctx.mixes):
             # (batch, height, width, members, channels) -> (batch, height, width, m, channels)
             local = grad.index_select(3, group.members)
             # ADD: the gradient of d is beta * grad. Without beta it is `local` itself, which is not
             # read again after the changes in place below.
-            grad_branch = _scaled(local, mix.betas[i])
+            grad_branch = _scaled(local, beta)
             # GATE: the gradient of g is beta * grad * d, summed over pixels and channels; that of d
             # is beta * grad * g.
             if group.num_gate:
                 assert grad_gate is not None
                 rows = group.gate_slice
                 product = grad_branch[:, :, :, rows] * branches[i][:, :, :, rows]
-                start = group.first_gate
                 # (batch, height, width, num_gate, channels) -> (batch, num_gate)
-                grad_gate[:, start : start + group.num_gate] = product.sum((1, 2)).sum(2)
-                _scale_rows(grad_branch, rows, _spread_gate(group, gate, grad.shape[4]))
+                grad_gate[:, group.own_gates] = product.sum((1, 2)).sum(2)
+                _scale_by_gate(grad_branch, group, gate[:, group.own_gates])
             # MULTIPLY: the gradient of d is beta * grad * h * (1 - tanh(d)^2). The features receive
             # alpha * grad * tanh(d) in addition, because r contains h itself, never detached.
             if group.num_multiply:
@@ -241,10 +251,9 @@ class MixResiduals(torch.autograd.Function):
                 members = group.members[rows]
                 factor = features.index_select(3, members)
                 tanh = torch.tanh(branches[i][:, :, :, rows])
-                if mix.is_visible[i]:
+                if is_visible:
                     if grad_features is grad:
                         grad_features = grad.clone()
-                    alpha = mix.alphas[i]
                     # MULTIPLY members are the last of the group: (m * channels,) -> their part
                     if alpha is not None:
                         alpha = alpha[rows.start * grad.shape[4] :]
@@ -266,14 +275,10 @@ def _scaled(x: Tensor, weight: Tensor | None) -> Tensor:
     return (x.flatten(3) * weight.to(x.dtype)).view(x.shape)
 
 
-def _scale_rows(x: Tensor, rows: slice, weight: Tensor) -> None:
-    """Multiply the members of `rows` in place by (batch, 1, 1, len(rows) * channels)."""
-    channels = x.shape[4]
-    x.flatten(3)[..., rows.start * channels : rows.stop * channels] *= weight
-
-
-def _spread_gate(group: Group, gate: Tensor | None, channels: int) -> Tensor:
-    """Repeat the group's gates for every channel. (batch, 1, 1, num_gate * channels)."""
+def _scale_by_gate(x: Tensor, group: Group, gate: Tensor | None) -> None:
+    """Multiply the GATE members of (batch, height, width, m, channels) in place by their gates."""
     assert gate is not None
-    own = gate[:, group.first_gate : group.first_gate + group.num_gate]
-    return own.repeat_interleave(channels, dim=1)[:, None, None]
+    channels, rows = x.shape[4], group.gate_slice
+    # (batch, num_gate) -> (batch, 1, 1, num_gate * channels)
+    weight = gate.repeat_interleave(channels, dim=1)[:, None, None]
+    x.flatten(3)[..., rows.start * channels : rows.stop * channels] *= weight

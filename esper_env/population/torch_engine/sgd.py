@@ -6,49 +6,55 @@ that it has into one vector for training, and scatters them back afterwards.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from esper_env.config import BoolArray, FloatArray, IntArray
 from esper_env.population.interface import SGDSettings
 from esper_env.population.layout import Column
 
-IndexArray = npt.NDArray[np.int64]
+
+class Piece(NamedTuple):
+    """One tensor of several members of a chunk."""
+
+    members: IntArray
+    """Positions of the members in the chunk. (rows,)."""
+    column: Column
+    """Columns of the tensor in a member's row."""
+    slot: int = -1
+    """Slot of the seed that the tensor belongs to, -1 for the host."""
+    position: int = 0
+    """Position among the trainable tensors of its seed, 0 for the host."""
 
 
 class WorkingSet:
-    """Flat vector of some tensors of some rows of a matrix.
+    """Flat vector of some tensors of some members of a matrix.
 
-    The vector consists of pieces. A piece is one tensor of several rows, row by row, so its view is
-    a contiguous (rows, *shape) tensor.
+    Each piece is stored row by row, so its view is a contiguous (rows, *shape) tensor.
 
     Args:
+        pieces: The tensors, in their order in the vector.
+        members: Members of the chunk. (m,).
         row_width: Number of columns of the matrix.
         device: Device of the matrix.
     """
 
-    def __init__(self, row_width: int, device: torch.device) -> None:
-        self.row_width = row_width
-        self.device = device
-        self.shapes: list[tuple[int, ...]] = []
-        self.sizes: list[int] = []
-        self._indices: list[IndexArray] = []
-
-    def add(self, rows: IndexArray, column: Column) -> int:
-        """Append one tensor of the given rows, and return its position among the views."""
-        spec = column.spec
-        # (rows, 1) + (size,) -> (rows, size) flat indices into the matrix
-        index = rows[:, None] * self.row_width + np.arange(column.offset, column.offset + spec.size)
-        self._indices.append(index.reshape(-1))
-        self.shapes.append((len(rows), *spec.shape))
-        self.sizes.append(index.size)
-        return len(self.shapes) - 1
-
-    def freeze(self) -> None:
-        """Build the index after all tensors have been added."""
-        flat = np.concatenate(self._indices) if self._indices else np.zeros(0, dtype=np.int64)
-        self.index = torch.from_numpy(flat).to(self.device)
+    def __init__(
+        self, pieces: Sequence[Piece], members: IntArray, row_width: int, device: torch.device
+    ) -> None:
+        self.shapes = [(len(p.members), *p.column.spec.shape) for p in pieces]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        # Flat indices into the matrix: (rows, 1) + (size,) -> (rows, size)
+        indices = [np.zeros(0, dtype=np.int64)]
+        for own, column, *_ in pieces:
+            columns = column.offset + np.arange(column.spec.size)
+            indices.append((members[own][:, None] * row_width + columns).reshape(-1))
+        self.index = torch.from_numpy(np.concatenate(indices)).to(device)
 
     def gather(self, matrix: Tensor) -> Tensor:
         """Copy the elements of a (members, row_width) matrix into a flat vector. (n,)."""
@@ -80,47 +86,41 @@ class ModuleSGD:
     is added to the gradient before momentum).
 
     Args:
-        working: Layout of the vector.
-        modules: Module of each row of each piece. One (rows,) int64 array per piece.
-        weight_decay: Weight decay of each module. (num_modules,) float32.
-        is_frozen: Whether a module is frozen. (num_modules,) bool.
-        settings: Momentum and maximum gradient norm.
+        pieces: The tensors, in their order in the vector.
+        is_frozen: Whether a module is frozen: hosts, then the seeds of each slot.
+            (1 + slots, m) bool.
+        settings: Momentum, weight decay of hosts, and maximum gradient norm.
+        device: Device of the vector.
     """
 
     def __init__(
         self,
-        working: WorkingSet,
-        modules: list[IndexArray],
-        weight_decay: npt.NDArray[np.float32],
-        is_frozen: npt.NDArray[np.bool_],
+        pieces: Sequence[Piece],
+        is_frozen: BoolArray,
         settings: SGDSettings,
+        device: torch.device,
     ) -> None:
-        device = working.device
-        self.settings = settings
+        self.settings, self.is_frozen = settings, is_frozen
+        num_members = is_frozen.shape[1]
         # From segments to elements: the vector holds segment after segment, each `lengths` long.
         # (num_segments,) -> (n,)
-        segment_module = np.concatenate(modules)
-        widths = [
-            size // shape[0] for size, shape in zip(working.sizes, working.shapes, strict=True)
-        ]
-        counts = [shape[0] for shape in working.shapes]
-        lengths = np.repeat(widths, counts)
+        segment_module = np.concatenate([(1 + p.slot) * num_members + p.members for p in pieces])
+        lengths = np.concatenate([np.full(len(p.members), p.column.spec.size) for p in pieces])
         element_module = np.repeat(segment_module, lengths)
-        decay = weight_decay.astype(np.float32)[element_module]
-        self.num_modules = len(weight_decay)
+        decay = np.where(element_module < num_members, settings.weight_decay, 0).astype(np.float32)
         self.lengths = torch.from_numpy(lengths).to(device)
         self.segment_module = torch.from_numpy(segment_module).to(device)
         self.element_module = torch.from_numpy(element_module).to(device)
         self.decay = torch.from_numpy(decay).to(device)
-        self.is_frozen = is_frozen
         self.keep = None
         if is_frozen.any():
             # Indices instead of a mask, because indexing with a mask waits for the device.
-            self.keep = torch.from_numpy(np.nonzero(~is_frozen[element_module])[0]).to(device)
+            kept = np.nonzero(~is_frozen.reshape(-1)[element_module])[0]
+            self.keep = torch.from_numpy(kept).to(device)
 
-    def spread_rates(self, module_rates: npt.NDArray[np.float64]) -> Tensor:
-        """Return the learning rate of each element, 0 if frozen. (num_modules,) -> (n,) float32."""
-        rates = np.where(self.is_frozen, 0.0, module_rates).astype(np.float32)
+    def spread_rates(self, module_rates: FloatArray) -> Tensor:
+        """Return the learning rate of each element, 0 if frozen. (1 + slots, m) -> (n,) float32."""
+        rates = np.where(self.is_frozen, 0.0, module_rates).astype(np.float32).reshape(-1)
         per_module = torch.from_numpy(rates).to(self.element_module.device)
         return per_module.index_select(0, self.element_module)
 
@@ -140,7 +140,7 @@ class ModuleSGD:
         squares = torch.segment_reduce(
             gradient * gradient, "sum", lengths=self.lengths, unsafe=True
         )
-        per_module = squares.new_zeros(self.num_modules)
+        per_module = squares.new_zeros(self.is_frozen.size)
         per_module.index_add_(0, self.segment_module, squares)
         # `clip_grad_norm_` adds the same 1e-6.
         scale = (self.settings.clip_norm / (per_module.sqrt() + 1e-6)).clamp_(max=1.0)

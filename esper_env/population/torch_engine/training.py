@@ -6,17 +6,24 @@ them. The graph is rebuilt when the composition changes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esper_env.config import BoolArray, FloatArray, IntArray
-from esper_env.population.interface import Seeds, SGDSettings
-from esper_env.population.layers import as_images, as_members, classify, cross_entropy
+from esper_env.config import IntArray
+from esper_env.population.interface import Seeds, SGDSettings, Training
+from esper_env.population.layers import (
+    Layer,
+    as_images,
+    as_members,
+    classify,
+    cross_entropy,
+    run_layers,
+)
 from esper_env.population.layout import Column, PlacedLayer
 from esper_env.population.storage import Storage
 from esper_env.population.torch_engine.mixing import (
@@ -28,7 +35,7 @@ from esper_env.population.torch_engine.mixing import (
     group_members,
     spread,
 )
-from esper_env.population.torch_engine.sgd import ModuleSGD, WorkingSet
+from esper_env.population.torch_engine.sgd import ModuleSGD, Piece, WorkingSet
 
 
 class TrainingGraph:
@@ -50,156 +57,119 @@ class TrainingGraph:
         settings: SGDSettings,
         precision: str,
     ) -> None:
-        self.storage = storage
-        self.precision = precision
-        self.members = members
+        self.storage, self.members, self.precision = storage, members, precision
         layout, device = storage.layout, storage.device
-        self.trained = WorkingSet(layout.num_parameters, device)
-        self.running = WorkingSet(layout.num_buffers, device)
-        m, num_slots = len(members), layout.host.num_slots
-        # Module i is the host of member i, module m * (1 + s) + i its seed in slot s.
-        num_modules = m * (1 + num_slots)
-        decay = np.zeros(num_modules)
-        decay[:m] = settings.weight_decay
-        is_frozen = np.zeros(num_modules, dtype=bool)
-        # (m, num_slots) -> (num_slots * m,), the order of the modules
-        is_frozen[m:] = seeds.is_frozen[members].T.reshape(-1)
-        # Module of each row of each piece, and the position of the tensor within its seed, -1 for
-        # tensors of hosts. One (rows,) array per piece.
-        modules: list[IntArray] = []
-        segment_tensor: list[IntArray] = []
+        # Tensors in the order in which the forward pass uses them.
+        trained: list[Piece] = []
+        running: list[Piece] = []
 
-        def add(local: IntArray, columns: Sequence[Column], slot: int, first: int) -> list[int]:
-            """Add trainable tensors of members `local` of the chunk; `slot` -1 is the host."""
-            positions = []
-            for i, column in enumerate(columns):
-                positions.append(self.trained.add(members[local], column))
-                modules.append(m * (1 + slot) + local)
-                segment_tensor.append(np.full(len(local), first + i if slot >= 0 else -1))
-            return positions
+        def place(local: IntArray, placed: Sequence[PlacedLayer], slot: int = -1) -> list[Layer]:
+            """Add the tensors of members `local` of the chunk; `slot` -1 is the host."""
+            add(local, [c for p in placed for c in p.parameters], slot)
+            running.extend(Piece(local, c) for p in placed for c in p.buffers)
+            return [p.layer for p in placed]
 
-        def place(local: IntArray, layers: Sequence[PlacedLayer], slot: int) -> list[_Run]:
-            """Add the tensors of layers; return each layer with the positions of its tensors."""
-            runs, first = [], 0
-            for placed in layers:
-                buffers = [self.running.add(members[local], c) for c in placed.buffers]
-                runs.append(_Run(placed, add(local, placed.parameters, slot, first), buffers))
-                first += len(placed.parameters)
-            return runs
+        def add(local: IntArray, columns: Sequence[Column], slot: int = -1, first: int = 0) -> None:
+            for i, column in enumerate(columns, first):
+                trained.append(Piece(local, column, slot, i if slot >= 0 else 0))
 
-        everyone = np.arange(m)
-        self.blocks = [place(everyone, block, -1) for block in layout.blocks]
-        self.slots: list[_SlotGraph | None] = []
-        for slot in range(num_slots):
+        everyone = np.arange(len(members))
+        self._levels: list[_Level] = []
+        for slot, block in enumerate(layout.blocks):
+            host = place(everyone, block)
             # A seed without gradient weight does not run in training.
-            slot_seeds = group_members(
-                seeds.blueprint[members, slot],
-                seeds.blend[members, slot],
-                seeds.beta[members, slot] > 0,
-            )
-            if not slot_seeds:
-                self.slots.append(None)
-                continue
-            branches: list[_Branch] = []
-            gated: list[int] = []
-            for blueprint, local, num_gate, num_multiply in slot_seeds:
-                branch = place(local, layout.seeds[slot][blueprint], slot)
-                group = Group(
-                    torch.from_numpy(local).to(device), num_gate, num_multiply, len(gated)
-                )
-                gated += local[group.gate_slice].tolist()
-                isolated = seeds.is_isolated[members[local], slot]
-                branches.append(
-                    _Branch(group, local, branch, isolated, layout.host.channels[slot], device)
-                )
+            runs = seeds.beta[members, slot] > 0
+            is_isolated = seeds.is_isolated[members, slot]
+            branches, gated = [], everyone[:0]
+            for index, local, group in group_members(seeds, members, slot, runs, device):
+                layers = place(local, layout.seeds[slot][index], slot)
+                own = is_isolated[local]
+                # If only some seeds are isolated, zeros in `keep` cut their gradients off.
+                keep = spread(~own, layout.host.channels[slot], device)
+                branches.append(_Branch(group, local, layers, bool(own.all()), keep))
+                gated = np.concatenate([gated, local[group.gate_slice]])
             # The gates of all groups run as one operation, in the order of the groups.
-            gate_local = np.array(gated, dtype=np.int64)
-            gate = None
-            if gated:
-                # The tensors of a gate are the last of their seed.
-                first = layout.max_seed_tensors - len(layout.gates[slot])
-                gate = _Gate(
-                    torch.from_numpy(gate_local).to(device),
-                    add(gate_local, layout.gates[slot], slot, first),
-                    torch.from_numpy(seeds.is_isolated[members[gate_local], slot]).to(device),
-                )
-            self.slots.append(_SlotGraph(slot, layout.host.channels[slot], branches, gate))
-        self.head = add(everyone, layout.head, -1, 0)
-        self.trained.freeze()
-        self.running.freeze()
-        self.sgd = ModuleSGD(
-            self.trained,
-            modules,
-            decay.astype(np.float32),
-            is_frozen,
-            settings,
-        )
-        # Index (member, slot, tensor) of each segment that belongs to a seed.
-        tensor = np.concatenate(segment_tensor)
-        module = np.concatenate(modules)
-        self.seed_segments = np.nonzero(tensor >= 0)[0]
-        owner = module[self.seed_segments]
-        self.segment_at = (
-            members[owner % m],
-            owner // m - 1,
-            tensor[self.seed_segments],
-        )
+            if len(gated):
+                gate_columns = layout.gates[slot]
+                add(gated, gate_columns, slot, layout.max_seed_tensors - len(gate_columns))
+            gates_at = torch.from_numpy(gated).to(device)
+            gate_is_isolated = torch.from_numpy(is_isolated[gated]).to(device)
+            self._levels.append(_Level(host, branches, gates_at, gate_is_isolated))
+        add(everyone, layout.head)
+        self._trained = WorkingSet(trained, members, layout.num_parameters, device)
+        self._running = WorkingSet(running, members, layout.num_buffers, device)
+        # (m, slots) -> (1 + slots, m), hosts first
+        is_frozen = np.pad(seeds.is_frozen[members].T, ((1, 0), (0, 0)))
+        self._sgd = ModuleSGD(trained, is_frozen, settings, device)
+        # Flat index into (m, 1 + slots, max_seed_tensors) of each segment. All tensors of a host
+        # have the same, because nobody reads their gradients.
+        self._norm_shape = len(members), len(is_frozen), layout.max_seed_tensors
+        at = [
+            (p.members * len(is_frozen) + 1 + p.slot) * layout.max_seed_tensors + p.position
+            for p in trained
+        ]
+        self._norm_index = torch.from_numpy(np.concatenate(at)).to(device)
 
-    def train(
-        self,
-        seeds: Seeds,
-        images: Tensor,
-        labels: Tensor,
-        host_rate: FloatArray,
-        seed_rate: FloatArray,
-    ) -> tuple[Tensor, Tensor]:
+    def train(self, training: Training) -> tuple[Tensor, Tensor]:
         """Train on some batches.
 
         Args:
-            seeds: Seeds of the whole population, for the current alphas and betas.
-            images: Normalised images. (batches, batch_size, height, width, m * channels) float32.
-            labels: Training labels. (batches, m, batch_size) int64.
-            host_rate: Learning rate of each member's host. (m,).
-            seed_rate: Learning rate of each member's seeds. (m,).
+            training: Batches, learning rates, and the current alphas and betas.
 
         Returns:
-            Mean loss of each member (m,) [nats], and the squared gradient norm of each segment,
-            averaged over the batches (num_segments,).
+            Mean loss of each member (m,) [nats], and the squared gradient norm of each seed tensor,
+            averaged over the batches, as in `TrainReport` (m, slots, max_seed_tensors).
         """
-        storage = self.storage
+        storage, seeds = self.storage, training.seeds
+        images, labels = training.images.batches(training.draw)
         # Copy the chunk's tensors out of the matrices; they are written back after the last batch.
-        flat = self.trained.gather(storage.parameters).requires_grad_()
-        momentum = self.trained.gather(storage.momentum)
-        running = self.running.gather(storage.buffers)
-        buffers = self.running.views(running)
-        num_slots = len(self.slots)
-        # Hosts first, then the seeds slot by slot, the order of the modules. (num_modules,) -> (n,)
-        rates = self.sgd.spread_rates(np.concatenate([host_rate, *[seed_rate] * num_slots]))
-        mixes = [None if s is None else s.mix(self.members, seeds) for s in self.slots]
+        flat = self._trained.gather(storage.parameters).requires_grad_()
+        momentum = self._trained.gather(storage.momentum)
+        running = self._running.gather(storage.buffers)
+        buffers = self._running.views(running)
+        num_slots = len(self._levels)
+        rates = np.stack([training.host_rate, *[training.seed_rate] * num_slots])
+        element_rates = self._sgd.spread_rates(rates)
+        mixes = [self._mixes(slot, seeds) for slot in range(num_slots)]
         total_loss = torch.zeros(len(self.members), device=storage.device)
-        total_squares = torch.zeros(len(self.sgd.lengths), device=storage.device)
+        total_squares = torch.zeros(len(self._norm_index), device=storage.device)
         for batch, label in zip(images, labels, strict=True):
             with in_precision(self.precision, storage.device):
-                logits = self._forward(batch, self.trained.views(flat), buffers, mixes)
+                logits = self._forward(batch, self._trained.views(flat), buffers, mixes)
             loss = cross_entropy(logits, label).mean(1)
             # Members share no parameters, so the gradient of the sum is each member's own.
             (gradient,) = torch.autograd.grad(loss.sum(), flat)
             with torch.no_grad():
-                total_squares += self.sgd.step(flat, gradient, momentum, rates)
+                total_squares += self._sgd.step(flat, gradient, momentum, element_rates)
                 total_loss += loss
         # Frozen modules keep their rows; running statistics are updated for all.
         with torch.no_grad():
-            self.trained.scatter(storage.parameters, flat, self.sgd.keep)
-            self.trained.scatter(storage.momentum, momentum, self.sgd.keep)
-            self.running.scatter(storage.buffers, running)
-        return total_loss / len(images), total_squares / len(images)
+            self._trained.scatter(storage.parameters, flat, self._sgd.keep)
+            self._trained.scatter(storage.momentum, momentum, self._sgd.keep)
+            self._running.scatter(storage.buffers, running)
+        # NaN marks tensors that do not exist, so a gradient that is NaN is reported as infinite.
+        squares = torch.full(self._norm_shape, torch.nan, device=storage.device)
+        mean = (total_squares / len(images)).nan_to_num_(torch.inf, torch.inf)
+        squares.view(-1)[self._norm_index] = mean
+        return total_loss / len(images), squares[:, 1:]
+
+    def _mixes(self, slot: int, seeds: Seeds) -> list[Mix]:
+        """Return the groups of a slot with the blend weights of the current env step."""
+        channels, device = self.storage.layout.host.channels[slot], self.storage.device
+        result = []
+        for branch in self._levels[slot].branches:
+            rows = self.members[branch.local]
+            alpha, beta = seeds.alpha[rows, slot], seeds.beta[rows, slot]
+            forward, backward = (spread(values, channels, device) for values in (alpha, beta))
+            result.append(Mix(branch.group, forward, backward, bool((alpha > 0).any())))
+        return result
 
     def _forward(
         self,
         batch: Tensor,
         parameters: list[Tensor],
         buffers: list[Tensor],
-        mixes: list[Mix | None],
+        mixes: list[list[Mix]],
     ) -> Tensor:
         """Return the logits of one batch in training mode.
 
@@ -207,22 +177,21 @@ class TrainingGraph:
             batch: Images. (batch_size, height, width, m * channels).
             parameters: Views of the trainable tensors. (rows, *shape) each.
             buffers: Views of the running statistics, updated in place. (rows, *shape) each.
-            mixes: Blend weights of each slot, None where no seed runs.
+            mixes: Groups and blend weights of each slot.
 
         Returns:
             (m, batch_size, classes).
         """
-        m = len(self.members)
+        own, running = iter(parameters), iter(buffers)
         # (batch_size, height, width, m * channels) -> (batch_size, m * channels, height, width)
         x = batch.permute(0, 3, 1, 2)
-        for block, slot, mix in zip(self.blocks, self.slots, mixes, strict=True):
-            x = _run(block, x, parameters, buffers)
-            if slot is not None:
-                assert mix is not None
-                x = as_images(slot.forward(as_members(x, m), mix, parameters, buffers))
+        for level, groups in zip(self._levels, mixes, strict=True):
+            x = run_layers(level.host, x, own, running, True)
+            if groups:
+                features = as_members(x, len(self.members))
+                x = as_images(level.mix(features, groups, own, running))
             x = F.max_pool2d(x, 2)
-        weight, bias = (parameters[i] for i in self.head)
-        return classify(x, weight, bias)
+        return classify(x, *own)
 
 
 def in_precision(precision: str, device: torch.device) -> torch.autocast:
@@ -232,136 +201,67 @@ def in_precision(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=is_enabled, cache_enabled=False)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A layer of the graph, with the positions of its tensors among the views."""
+class _Branch(NamedTuple):
+    """One group of seeds in one slot."""
 
-    placed: PlacedLayer
-    parameters: list[int]
-    buffers: list[int]
-
-
-class _Branch:
-    """One group of seeds in one slot.
-
-    Args:
-        group: Members and blends of the group.
-        local: Positions of the members in the chunk. (m,).
-        layers: Layers of the seeds.
-        is_isolated: Whether a seed's input is detached. (m,) bool.
-        channels: Channels at the slot.
-        device: Device of all tensors.
-    """
-
-    def __init__(
-        self,
-        group: Group,
-        local: IntArray,
-        layers: list[_Run],
-        is_isolated: BoolArray,
-        channels: int,
-        device: torch.device,
-    ) -> None:
-        self.group = group
-        self.local = local
-        self.layers = layers
-        self.is_isolated = bool(is_isolated.all())
-        # If only some seeds are isolated, zeros in `keep` cut their gradients off.
-        self.keep = None
-        if is_isolated.any() and not self.is_isolated:
-            self.keep = spread(~is_isolated, channels, device)
+    group: Group
+    """Members and blends of the group."""
+    local: IntArray
+    """Positions of the members in the chunk. (m,)."""
+    layers: list[Layer]
+    """Layers of the seeds."""
+    is_isolated: bool
+    """Whether all seeds read detached features."""
+    keep: Tensor | None
+    """Factor on the gradient of the input: 0 for isolated seeds, else 1; None if no seed is
+    isolated. (m * channels,) float32."""
 
 
-@dataclass(frozen=True)
-class _Gate:
-    """Gates of one slot, for all groups."""
+class _Level(NamedTuple):
+    """One block and all seeds of a chunk in its slot."""
 
-    members: Tensor
-    """Positions of the gated members in the chunk. (num_gates,) int64."""
-    parameters: list[int]
-    """Positions of weight and bias among the views."""
-    is_isolated: Tensor
-    """Whether a gate's input is detached. (num_gates,) bool."""
-
-
-@dataclass(frozen=True)
-class _SlotGraph:
-    """All seeds of a chunk in one slot."""
-
-    slot: int
-    channels: int
+    host: list[Layer]
+    """Layers of the block."""
     branches: list[_Branch]
-    gate: _Gate | None
+    """Groups of seeds in the slot."""
+    gated: Tensor
+    """Positions of the members with a gate in the chunk, in the order of the groups. (gates,)."""
+    is_isolated: Tensor
+    """Whether a gate's input is detached. (gates,) bool."""
 
-    def mix(self, members: IntArray, seeds: Seeds) -> Mix:
-        """Return the groups with the blend weights of the current env step.
-
-        Args:
-            members: Members of the chunk. (m,).
-            seeds: Seeds of the whole population.
-        """
-        # Weights that are all 1 become None, which saves the multiplication.
-        alphas: list[Tensor | None] = []
-        betas: list[Tensor | None] = []
-        visible = []
-        for branch in self.branches:
-            rows = members[branch.local]
-            alpha = seeds.alpha[rows, self.slot]
-            visible.append(bool((alpha > 0).any()))
-            device = branch.group.members.device
-            for target, values in ((alphas, alpha), (betas, seeds.beta[rows, self.slot])):
-                is_one = bool((values == 1).all())
-                target.append(None if is_one else spread(values, self.channels, device))
-        groups = tuple(branch.group for branch in self.branches)
-        return Mix(groups, tuple(alphas), tuple(betas), tuple(visible))
-
-    def forward(
-        self, features: Tensor, mix: Mix, parameters: list[Tensor], buffers: list[Tensor]
+    def mix(
+        self,
+        features: Tensor,
+        mixes: list[Mix],
+        parameters: Iterator[Tensor],
+        buffers: Iterator[Tensor],
     ) -> Tensor:
         """Run all seeds and mix their output into the features.
 
         Args:
             features: Features at the slot. (batch, height, width, members, channels).
-            mix: Groups and blend weights.
-            parameters: Views of the trainable tensors. (rows, *shape) each.
-            buffers: Views of the running statistics, updated in place. (rows, *shape) each.
+            mixes: Groups and blend weights.
+            parameters: Next are the trainable tensors of the seeds and gates. (rows, *shape) each.
+            buffers: Next are the running statistics of the seeds. (rows, *shape) each.
 
         Returns:
             Mixed features. (batch, height, width, members, channels).
         """
-        # Gather the input of all groups with a gradient in one operation; see `GatherMembers`.
-        # Groups whose seeds are all isolated read detached features.
-        attached = [b for b in self.branches if not b.is_isolated]
-        inputs: dict[int, Tensor] = {}
-        if attached:
-            gathered = GatherMembers.apply(
-                features, [b.keep for b in attached], *(b.group.members for b in attached)
-            )
-            inputs = {id(b): x for b, x in zip(attached, gathered, strict=True)}
-        detached = features.detach()
+        # Gather the input of all groups in one operation; see `GatherMembers`.
+        inputs = GatherMembers.apply(
+            features, [b.keep for b in self.branches], *(b.group.members for b in self.branches)
+        )
         outputs = []
-        for branch in self.branches:
-            x = inputs.get(id(branch))
-            if x is None:
-                x = detached.index_select(3, branch.group.members)
+        for branch, x in zip(self.branches, inputs, strict=True):
             # (batch, height, width, m, channels) -> (batch, m * channels, height, width) and back
-            out = _run(branch.layers, as_images(x), parameters, buffers)
+            x = as_images(x.detach() if branch.is_isolated else x)
+            out = run_layers(branch.layers, x, parameters, buffers, True)
             outputs.append(as_members(out.to(features.dtype), len(branch.local)))
         gate = None
-        if self.gate is not None:
-            # (batch, height, width, members, channels) -> (batch, num_gates, channels)
-            pooled = features.mean(dim=(1, 2)).index_select(1, self.gate.members)
-            pooled = torch.where(self.gate.is_isolated[:, None], pooled.detach(), pooled)
-            weight, bias = (parameters[i] for i in self.gate.parameters)
-            gate = gates(pooled, weight, bias)
-        mixed: Tensor = MixResiduals.apply(features, gate, mix, *outputs)
+        if len(self.gated):
+            # (batch, height, width, members, channels) -> (batch, gates, channels)
+            pooled = features.mean(dim=(1, 2)).index_select(1, self.gated)
+            pooled = torch.where(self.is_isolated[:, None], pooled.detach(), pooled)
+            gate = gates(pooled, next(parameters), next(parameters))
+        mixed: Tensor = MixResiduals.apply(features, gate, mixes, *outputs)
         return mixed
-
-
-def _run(layers: list[_Run], x: Tensor, parameters: list[Tensor], buffers: list[Tensor]) -> Tensor:
-    """Run layers in training mode."""
-    for run in layers:
-        x = run.placed.layer.forward(
-            x, [parameters[i] for i in run.parameters], [buffers[i] for i in run.buffers], True
-        )
-    return x
