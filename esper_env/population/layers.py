@@ -9,6 +9,7 @@ Images are (batch, m * channels, height, width) and channels-last in memory, so
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ class Conv(Layer):
     zero: bool = False
     """Whether weight and bias start at zero."""
 
-    @property
+    @functools.cached_property
     def parameters(self) -> tuple[TensorSpec, ...]:
         """Weight, and bias if enabled; uniform within 1 / sqrt(fan_in) as in `torch.nn.Conv2d`."""
         shape = (
@@ -122,7 +123,7 @@ class Norm(Layer):
     zero: bool = False
     """Whether the scale starts at zero instead of one."""
 
-    @property
+    @functools.cached_property
     def parameters(self) -> tuple[TensorSpec, ...]:
         """Scale and shift."""
         value = 0.0 if self.zero else 1.0
@@ -131,7 +132,7 @@ class Norm(Layer):
             TensorSpec("bias", (self.channels,)),
         )
 
-    @property
+    @functools.cached_property
     def buffers(self) -> tuple[TensorSpec, ...]:
         """Running mean and variance, updated with PyTorch's default momentum of 0.1."""
         return (
@@ -177,7 +178,7 @@ class SqueezeExcite(Layer):
     channels: int
     hidden: int
 
-    @property
+    @functools.cached_property
     def parameters(self) -> tuple[TensorSpec, ...]:
         """Weights and biases of the two affine maps on pooled features."""
         bound = 1 / sqrt(self.channels)
