@@ -111,8 +111,8 @@ def measured_phases(envs: EsperVectorEnv) -> Iterator[Phases]:
 def count_work(envs: EsperVectorEnv, phases: Phases) -> dict[str, Work]:
     """Return the work of the last training and, if there was one, of the last evaluation."""
     population = envs.debug_state().population
-    members, seeds, _, draw, *_ = phases.arguments["training"]
-    work = {"training": training_work(population, members, seeds, draw)}
+    (training,) = phases.arguments["training"]
+    work = {"training": training_work(population, training.members, training.seeds, training.draw)}
     if "evaluation" in phases.arguments:
         work["evaluation"] = evaluation_work(population, *phases.arguments["evaluation"])
     return work
