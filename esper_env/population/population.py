@@ -141,6 +141,8 @@ class Population:
         Returns:
             Measurements of these members, in their order.
         """
+        if self.compiled is None or self.compiled.has_all_kernels:
+            return (self.compiled or self._torch).train(training)
         return _joined(
             (own, engine.train(training.of(own)))
             for engine, own in self._engines(training.members, training.seeds)
@@ -163,6 +165,8 @@ class Population:
         Returns:
             Accuracy [0 to 1] and mean loss [nats] of each network.
         """
+        if self.compiled is None or self.compiled.has_all_kernels:
+            return (self.compiled or self._torch).evaluate(members, alpha, seeds, images)
         return _joined(
             (own, engine.evaluate(members[own], alpha[own], seeds, images))
             for engine, own in self._engines(members, seeds)
@@ -170,10 +174,9 @@ class Population:
 
     def _engines(
         self, members: IntArray, seeds: Seeds
-    ) -> list[tuple[TorchEngine | CompiledEngine, slice | BoolArray]]:
-        """Return each engine in use with the members that it serves; a mask is (m,) bool."""
-        if self.compiled is None or self.compiled.has_all_kernels:
-            return [(self.compiled or self._torch, slice(None))]
+    ) -> list[tuple[TorchEngine | CompiledEngine, BoolArray]]:
+        """Return each engine in use with a mask of the members that it serves. (m,) bool."""
+        assert self.compiled is not None
         has_kernels = self.compiled.supports(members, seeds)
         parts = ((self.compiled, has_kernels), (self._torch, ~has_kernels))
         return [(engine, own) for engine, own in parts if own.any()]
