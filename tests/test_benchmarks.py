@@ -40,7 +40,7 @@ def test_training_work_is_what_the_environment_says_of_a_step(mode: str) -> None
     before = wait(envs)["flops"].sum()
     with measured_phases(envs) as phases:
         after = wait(envs)["flops"].sum()
-    members, seeds, _, draw, *_ = phases.arguments["training"]
+    ((members, seeds, _, draw, *_),) = phases.arguments["training"]
     # A seed that has not begun to train counts for the environment, but does no work.
     assert (seeds.beta > 0).sum() == (seeds.blueprint >= 0).sum()
     work = training_work(envs.debug_state().population, members, seeds, draw)
