@@ -34,6 +34,7 @@ from esper_env.growth import lifecycle
 from esper_env.growth.observation import CHANGE_SCALE
 from esper_env.growth.simulation import Simulation
 from esper_env.growth.state import DOWN, SlotState
+from esper_env.population.interface import Training
 from esper_env.population.layout import Layout
 from esper_env.population.numba_engine import program_cache
 from esper_env.population.numba_engine.engine import _pool
@@ -111,14 +112,14 @@ class Recorder:
                 self.moves.append((state, Move(int(member), int(slot), Stage(source), target)))
             move(state, at, target)
 
-        def check_train(population: Population, members: IntArray, *args: Any) -> Any:
+        def check_train(population: Population, training: Training) -> Any:
             sim = self.watched
             if sim is None or sim.population is not population:
-                return train(population, members, *args)
+                return train(population, training)
             before = {name: t.clone() for name, t in population.storage.matrices.items()}
             self.style = sim.state.slots.style.copy()
-            report = train(population, members, *args)
-            check_ownership(sim, members, before)
+            report = train(population, training)
+            check_ownership(sim, training.members, before)
             return report
 
         monkeypatch.setattr(lifecycle, "_move", record_move)
