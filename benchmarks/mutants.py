@@ -85,14 +85,17 @@ AREAS: dict[str, Area] = {
         14, True,
     ),
     "agent": Area(
-        ("esper_agent/ppo_lstm.py",), ("tests/test_agent_maths.py", "tests/test_agent_training.py"),
+        ("esper_agent/ppo_lstm.py", "esper_agent/envs.py"),
+        ("tests/test_agent_maths.py", "tests/test_agent_training.py"),
         16, True,
     ),
 }  # fmt: skip
 AGENT_MATHS = {
-    "run_lstm", "compute_gae", "subtract_group_baseline", "update", "policy_loss", "replay",
-    "mean_entropies", "evaluate_actions", "act", "_choose", "_gumbel", "std", "log_prob", "entropy",
-    "sample", "step_core", "sequence_core", "_value", "pad_masks",
+    "run_lstm", "compute_gae", "subtract_group_baseline", "update", "policy_loss",
+    "mean_entropies", "evaluate_actions", "pad_masks", "std", "log_prob", "entropy", "sample",
+    "mode", "has_choice", "_legal", "_log_probs", "_encode", "_joint", "_rest_logits",
+    "evaluate_rollout", "get_action", "choose", "get_states", "get_next_state",
+    "replay", "act", "_choose", "_gumbel", "step_core", "sequence_core", "_value",
 }  # fmt: skip
 """Functions of the agent's file to mutate."""
 
