@@ -268,7 +268,7 @@ Break = Callable[[CountingEnv], None]
 BROKEN: list[Any] = []
 
 
-def refused(match: str, mode: AutoresetMode = NEXT) -> Callable[[Break], Break]:
+def rejected(match: str, mode: AutoresetMode = NEXT) -> Callable[[Break], Break]:
     """Register a way to break one promise, and the words by which the checker names it."""
 
     def register(function: Break) -> Break:
@@ -308,112 +308,112 @@ def everyone() -> npt.NDArray[np.bool_]:
     return np.ones(3, bool)
 
 
-@refused("num_envs: expected an int of at least 1, got 3.0")
+@rejected("num_envs: expected an int of at least 1, got 3.0")
 def num_envs_is_a_float(env: CountingEnv) -> None:
     env.num_envs = 3.0  # type: ignore[assignment]
 
 
-@refused(r"action_space: expected batch_space\(single_action_space, num_envs\)")
+@rejected(r"action_space: expected batch_space\(single_action_space, num_envs\)")
 def action_space_is_not_batched(env: CountingEnv) -> None:
     env.action_space = env.single_action_space
 
 
-@refused("observation_space: expected batch_space")
+@rejected("observation_space: expected batch_space")
 def observation_space_has_another_batch_size(env: CountingEnv) -> None:
     env.observation_space = batch_space(env.single_observation_space, 4)
 
 
-@refused(r"metadata\['autoreset_mode'\]: expected an AutoresetMode, got 'NextStep'")
+@rejected(r"metadata\['autoreset_mode'\]: expected an AutoresetMode, got 'NextStep'")
 def autoreset_mode_is_a_string(env: CountingEnv) -> None:
     env.metadata = {"autoreset_mode": "NextStep"}
 
 
-@refused(r"reset\(seed=0.*expected a tuple of observations, info")
+@rejected(r"reset\(seed=0.*expected a tuple of observations, info")
 def reset_returns_observations_alone(env: CountingEnv) -> None:
     after(env, "reset", lambda r: r[0])
 
 
-@refused("step: expected a tuple of observations, rewards, terminations")
+@rejected("step: expected a tuple of observations, rewards, terminations")
 def step_returns_four_values(env: CountingEnv) -> None:
     after(env, "step", lambda r: r[:4])
 
 
-@refused("observations: expected dtype float32, got float64")
+@rejected("observations: expected dtype float32, got float64")
 def observations_have_another_dtype(env: CountingEnv) -> None:
     after(env, "observe", lambda obs: obs.astype(np.float64))
 
 
-@refused("observations: expected an element of Box")
+@rejected("observations: expected an element of Box")
 def observations_leave_their_space(env: CountingEnv) -> None:
     set_result(env, 0, lambda obs: obs - 100)
 
 
-@refused("observations: expected a NumPy array, got tensor")
+@rejected("observations: expected a NumPy array, got tensor")
 def observations_are_tensors(env: CountingEnv) -> None:
     after(env, "observe", torch.from_numpy)
 
 
-@refused("step: rewards: expected a NumPy array of floating")
+@rejected("step: rewards: expected a NumPy array of floating")
 def rewards_are_integers(env: CountingEnv) -> None:
     set_result(env, 1, lambda rewards: rewards.astype(np.int64))
 
 
-@refused("step: rewards: expected finite numbers")
+@rejected("step: rewards: expected finite numbers")
 def a_reward_is_nan(env: CountingEnv) -> None:
     set_result(env, 1, lambda rewards: rewards * np.nan)
 
 
-@refused(r"step: terminations: expected a NumPy array of bool\w* and shape \(3,\)")
+@rejected(r"step: terminations: expected a NumPy array of bool\w* and shape \(3,\)")
 def flags_are_a_list(env: CountingEnv) -> None:
     set_result(env, 2, list)
 
 
-@refused("step: truncations: expected a NumPy array of bool")
+@rejected("step: truncations: expected a NumPy array of bool")
 def flags_have_another_shape(env: CountingEnv) -> None:
     set_result(env, 3, lambda flags: flags[:, None])
 
 
-@refused("info: expected a dict of NumPy arrays, got None")
+@rejected("info: expected a dict of NumPy arrays, got None")
 def info_is_none(env: CountingEnv) -> None:
     after(env, "info", lambda _: None)
 
 
-@refused(r"info\['_lives'\]: expected a mask, bool of shape \(3,\), got None")
+@rejected(r"info\['_lives'\]: expected a mask, bool of shape \(3,\), got None")
 def a_value_has_no_mask(env: CountingEnv) -> None:
     set_info(env, lives=np.ones(3))
 
 
-@refused(r"info\['_lives'\]: expected a mask")
+@rejected(r"info\['_lives'\]: expected a mask")
 def a_mask_is_not_bool(env: CountingEnv) -> None:
     set_info(env, lives=np.ones(3), _lives=np.ones(3))
 
 
-@refused(r"info\['parts'\]\['_x'\]: expected a mask")
+@rejected(r"info\['parts'\]\['_x'\]: expected a mask")
 def a_nested_value_has_no_mask(env: CountingEnv) -> None:
     set_info(env, parts={"x": np.ones(3)})
 
 
-@refused(r"info\['parts'\]\['_x'\]: expected True only within the outer mask")
+@rejected(r"info\['parts'\]\['_x'\]: expected True only within the outer mask")
 def a_nested_mask_exceeds_its_dictionarys(env: CountingEnv) -> None:
     set_info(env, parts={"x": np.ones(3), "_x": everyone()}, _parts=~everyone())
 
 
-@refused(r"info\['episode'\]: expected no such key")
+@rejected(r"info\['episode'\]: expected no such key")
 def info_uses_the_key_of_record_episode_statistics(env: CountingEnv) -> None:
     set_info(env, episode=np.ones(3), _episode=everyone())
 
 
-@refused(r"info\['lives'\]: expected a NumPy array with 3 rows, or a dict, got tensor")
+@rejected(r"info\['lives'\]: expected a NumPy array with 3 rows, or a dict, got tensor")
 def info_has_a_tensor(env: CountingEnv) -> None:
     set_info(env, lives=torch.ones(3), _lives=everyone())
 
 
-@refused(r"info\['lives'\]: expected a NumPy array with 3 rows")
+@rejected(r"info\['lives'\]: expected a NumPy array with 3 rows")
 def info_has_one_value_for_all(env: CountingEnv) -> None:
     set_info(env, lives=np.array(3), _lives=everyone())
 
 
-@refused(r"the same keys in every step, got .*info\['odd'\]")
+@rejected(r"the same keys in every step, got .*info\['odd'\]")
 def a_key_of_info_comes_and_goes(env: CountingEnv) -> None:
     def add(info: dict[str, Any]) -> dict[str, Any]:
         return info | ({"odd": np.ones(3), "_odd": everyone()} if env.state[0, 0] == 2 else {})
@@ -421,7 +421,7 @@ def a_key_of_info_comes_and_goes(env: CountingEnv) -> None:
     set_result(env, 4, add)
 
 
-@refused("the same keys in every step, got .*final_obs")
+@rejected("the same keys in every step, got .*final_obs")
 def final_keys_come_without_same_step(env: CountingEnv) -> None:
     def add(r: Any) -> Any:
         ends = r[2] | r[3]
@@ -431,7 +431,7 @@ def final_keys_come_without_same_step(env: CountingEnv) -> None:
     after(env, "step", add)
 
 
-@refused(r"reset\(seed=0, options=\{\}\) changed its caller's arguments.*\['seen'\]")
+@rejected(r"reset\(seed=0, options=\{\}\) changed its caller's arguments.*\['seen'\]")
 def reset_writes_into_options(env: CountingEnv) -> None:
     reset = env.reset
 
@@ -443,7 +443,7 @@ def reset_writes_into_options(env: CountingEnv) -> None:
     env.reset = writing  # type: ignore[method-assign]
 
 
-@refused(r"step changed its caller's arguments\['actions'\]")
+@rejected(r"step changed its caller's arguments\['actions'\]")
 def step_writes_into_actions(env: CountingEnv) -> None:
     act = env.act
 
@@ -454,19 +454,19 @@ def step_writes_into_actions(env: CountingEnv) -> None:
     env.act = writing  # type: ignore[method-assign]
 
 
-@refused(r"do not repeat: reset\(seed=0.*\['info'\]\['clock'\]")
+@rejected(r"do not repeat: reset\(seed=0.*\['info'\]\['clock'\]")
 def info_has_a_number_that_grows_for_ever(env: CountingEnv) -> None:
     clock = itertools.count()
     after(env, "info", lambda i: i | {"clock": np.full(3, next(clock)), "_clock": everyone()})
 
 
-@refused(r"do not repeat: reset\(seed=0.*\['observations'\]")
+@rejected(r"do not repeat: reset\(seed=0.*\['observations'\]")
 def reset_ignores_its_seed(env: CountingEnv) -> None:
     reset = env.reset
     env.reset = lambda *, seed=None, options=None: reset(options=options)  # type: ignore[method-assign]
 
 
-@refused(r"do not repeat: reset\(seed=None")
+@rejected(r"do not repeat: reset\(seed=None")
 def an_unseeded_reset_draws_from_the_system(env: CountingEnv) -> None:
     # A new seed each time, as the system would give, but the same ones in every run of the tests.
     reset, system = env.reset, itertools.count()
@@ -477,19 +477,19 @@ def an_unseeded_reset_draws_from_the_system(env: CountingEnv) -> None:
     env.reset = forgetting  # type: ignore[method-assign]
 
 
-@refused("two runs with the same seed and actions differ: step")
+@rejected("two runs with the same seed and actions differ: step")
 def steps_have_a_generator_that_no_seed_reaches(env: CountingEnv) -> None:
     rng = np.random.default_rng()
     set_result(env, 1, lambda rewards: rewards * rng.random())
 
 
-@refused("two runs with the same seed and actions differ: step")
+@rejected("two runs with the same seed and actions differ: step")
 def a_reset_does_not_forget_earlier_runs(env: CountingEnv) -> None:
     total = np.zeros(3)
     set_result(env, 1, lambda rewards: np.where(rewards > 0, np.add(total, rewards, total), 0.0))
 
 
-@refused(r"reset\(seed=0, options=None\) used a global .*state\['numpy'\]")
+@rejected(r"reset\(seed=0, options=None\) used a global .*state\['numpy'\]")
 def resets_draw_from_numpy(env: CountingEnv) -> None:
     def draw(result: Any) -> Any:
         np.random.rand()  # noqa: NPY002
@@ -498,17 +498,17 @@ def resets_draw_from_numpy(env: CountingEnv) -> None:
     after(env, "reset", draw)
 
 
-@refused(r"step used a global random generator: state\['random'\]")
+@rejected(r"step used a global random generator: state\['random'\]")
 def steps_draw_from_random(env: CountingEnv) -> None:
     set_result(env, 1, lambda rewards: rewards * random.random())
 
 
-@refused(r"step used a global random generator: state\['torch'\]")
+@rejected(r"step used a global random generator: state\['torch'\]")
 def steps_draw_from_torch(env: CountingEnv) -> None:
     set_result(env, 1, lambda rewards: rewards * float(torch.rand(())))
 
 
-@refused("the run depends on the state of a global random generator")
+@rejected("the run depends on the state of a global random generator")
 def reads_a_global_generator_and_hides_it(env: CountingEnv) -> None:
     def draw(rewards: Any) -> Any:
         state = np.random.get_state()  # noqa: NPY002
@@ -519,7 +519,7 @@ def reads_a_global_generator_and_hides_it(env: CountingEnv) -> None:
     set_result(env, 1, draw)
 
 
-@refused(r"a later step changed returned arrays: reset.*\['observations'\]")
+@rejected(r"a later step changed returned arrays: reset.*\['observations'\]")
 def observations_are_one_buffer(env: CountingEnv) -> None:
     buffer = np.zeros((3, 2), np.float32)
 
@@ -530,7 +530,7 @@ def observations_are_one_buffer(env: CountingEnv) -> None:
     after(env, "observe", reuse)
 
 
-@refused("a later step changed returned arrays: step.*rewards")
+@rejected("a later step changed returned arrays: step.*rewards")
 def rewards_are_one_buffer(env: CountingEnv) -> None:
     buffer = np.zeros(3)
 
@@ -541,13 +541,13 @@ def rewards_are_one_buffer(env: CountingEnv) -> None:
     set_result(env, 1, reuse)
 
 
-@refused(r"writing into returned arrays changed later results: .*\['info'\]\['_a'\]")
+@rejected(r"writing into returned arrays changed later results: .*\['info'\]\['_a'\]")
 def info_hands_out_a_constant_of_the_environment(env: CountingEnv) -> None:
     constant = everyone()
     after(env, "info", lambda info: info | {"a": np.ones(3), "_a": constant})
 
 
-@refused("writing into returned arrays changed later results: step")
+@rejected("writing into returned arrays changed later results: step")
 def observations_are_the_state_itself(env: CountingEnv) -> None:
     """A new array each step, so that earlier ones stay, but the caller can write into the state."""
 
@@ -559,12 +559,12 @@ def observations_are_the_state_itself(env: CountingEnv) -> None:
     env.observe = lambda: env.state  # type: ignore[method-assign]
 
 
-@refused("rewards of the step that resets: expected 0")
+@rejected("rewards of the step that resets: expected 0")
 def a_resetting_step_is_rewarded(env: CountingEnv) -> None:
     set_result(env, 1, np.ones_like)
 
 
-@refused("flags of the step that resets: expected False")
+@rejected("flags of the step that resets: expected False")
 def an_end_is_told_twice(env: CountingEnv) -> None:
     last = np.zeros(3, bool)
 
@@ -581,35 +581,35 @@ def an_end_is_told_twice(env: CountingEnv) -> None:
     set_result(env, 3, repeat)
 
 
-@refused("the action of a sub-environment that resets changes the results: step")
+@rejected("the action of a sub-environment that resets changes the results: step")
 def a_resetting_step_acts(env: CountingEnv) -> None:
     act = env.act
     env.act = lambda actions, active: act(actions, active | True)  # type: ignore[method-assign]
 
 
-@refused(r"info under SAME_STEP: expected keys \['_final_info'", SAME)
+@rejected(r"info under SAME_STEP: expected keys \['_final_info'", SAME)
 def final_info_is_missing(env: CountingEnv) -> None:
     set_final(env, lambda info: (info.pop("final_info"), info.pop("_final_info")))
 
 
-@refused(r"info under SAME_STEP: expected keys \[\]", SAME)
+@rejected(r"info under SAME_STEP: expected keys \[\]", SAME)
 def final_keys_come_in_every_step(env: CountingEnv) -> None:
     set_result(
         env, 4, lambda i: {"final_obs": np.full(3, None, object), "_final_obs": ~everyone()} | i
     )
 
 
-@refused(r"info\['_final_obs'\]: expected terminations \| truncations", SAME)
+@rejected(r"info\['_final_obs'\]: expected terminations \| truncations", SAME)
 def final_mask_holds_for_all(env: CountingEnv) -> None:
     set_final(env, lambda info: info.update(_final_obs=everyone()))
 
 
-@refused(r"info\['final_obs'\]: expected objects of shape \(3,\)", SAME)
+@rejected(r"info\['final_obs'\]: expected objects of shape \(3,\)", SAME)
 def final_observations_are_a_plain_array(env: CountingEnv) -> None:
     set_final(env, lambda info: info.update(final_obs=env.observe()))
 
 
-@refused(r"info\['final_obs'\]\[1\]: expected None", SAME)
+@rejected(r"info\['final_obs'\]\[1\]: expected None", SAME)
 def final_observations_cover_members_that_go_on(env: CountingEnv) -> None:
     def fill(info: dict[str, Any]) -> None:
         for i in range(3):
@@ -618,7 +618,7 @@ def final_observations_cover_members_that_go_on(env: CountingEnv) -> None:
     set_final(env, fill)
 
 
-@refused(r"info\['final_obs'\]\[0\]: expected an element of Box", SAME)
+@rejected(r"info\['final_obs'\]\[0\]: expected an element of Box", SAME)
 def final_observations_have_another_shape(env: CountingEnv) -> None:
     def fill(info: dict[str, Any]) -> None:
         for i in np.nonzero(info["_final_obs"])[0]:
@@ -627,17 +627,17 @@ def final_observations_have_another_shape(env: CountingEnv) -> None:
     set_final(env, fill)
 
 
-@refused(r"info\['final_info'\]\['_steps'\]: expected True only within the outer mask", SAME)
+@rejected(r"info\['final_info'\]\['_steps'\]: expected True only within the outer mask", SAME)
 def final_info_masks_hold_for_all(env: CountingEnv) -> None:
     set_final(env, lambda info: info["final_info"].update(_steps=everyone()))
 
 
-@refused(r"info\['final_info'\]: expected a dict", SAME)
+@rejected(r"info\['final_info'\]: expected a dict", SAME)
 def final_info_is_an_array_of_dictionaries(env: CountingEnv) -> None:
     set_final(env, lambda info: info.update(final_info=np.full(3, None, object)))
 
 
-@refused("step of finished sub-environments under DISABLED: expected an error", DISABLED)
+@rejected("step of finished sub-environments under DISABLED: expected an error", DISABLED)
 def finished_members_can_be_stepped(env: CountingEnv) -> None:
     step = env.step
 
@@ -648,7 +648,7 @@ def finished_members_can_be_stepped(env: CountingEnv) -> None:
     env.step = lenient  # type: ignore[method-assign]
 
 
-@refused(r"\['reset_mask'\].*; copy it first", DISABLED)
+@rejected(r"\['reset_mask'\].*; copy it first", DISABLED)
 def reset_takes_the_mask_out_of_options(env: CountingEnv) -> None:
     reset = env.reset
 
@@ -659,13 +659,13 @@ def reset_takes_the_mask_out_of_options(env: CountingEnv) -> None:
     env.reset = popping  # type: ignore[method-assign]
 
 
-@refused(r"changed a sub-environment outside of the mask: observations\[1\]", DISABLED)
+@rejected(r"changed a sub-environment outside of the mask: observations\[1\]", DISABLED)
 def reset_ignores_the_mask(env: CountingEnv) -> None:
     reset = env.reset
     env.reset = lambda *, seed=None, options=None: reset(seed=seed)  # type: ignore[method-assign]
 
 
-@refused("get_state changed the steps after it")
+@rejected("get_state changed the steps after it")
 def get_state_draws_a_number(env: CountingEnv) -> None:
     def draw(state: Any) -> Any:
         env.np_random.random()
@@ -674,17 +674,17 @@ def get_state_draws_a_number(env: CountingEnv) -> None:
     after(env, "get_state", draw)
 
 
-@refused("steps after set_state differ")
+@rejected("steps after set_state differ")
 def the_generator_is_not_in_the_state(env: CountingEnv) -> None:
     after(env, "get_state", lambda state: state | {"rng": np.random.default_rng(0)})
 
 
-@refused("later steps changed the state that get_state returned")
+@rejected("later steps changed the state that get_state returned")
 def get_state_returns_the_generator_itself(env: CountingEnv) -> None:
     after(env, "get_state", lambda state: state | {"rng": env.np_random})
 
 
-@refused("steps after set_state changed the caller's state")
+@rejected("steps after set_state changed the caller's state")
 def set_state_takes_the_array_itself(env: CountingEnv) -> None:
     def take(state: dict[str, Any]) -> None:
         CountingEnv.set_state(env, state)

@@ -217,12 +217,11 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         if self.autoreset_mode == AutoresetMode.SAME_STEP and self._is_done.any():
             final_observations, final_info = observations, info
             ended = self._is_done.copy()
-            self._begin(sim, np.nonzero(ended)[0])
-            observations, info = self._present(
-                sim, result.reward_terms, recorded=np.nonzero(ended)[0]
-            )
+            members = np.nonzero(ended)[0]
+            self._begin(sim, members)
+            observations, info = self._present(sim, result.reward_terms, recorded=members)
             rows = np.full(num_envs, None, dtype=object)
-            for i in np.nonzero(ended)[0]:
+            for i in members:
                 rows[i] = final_observations[i]
             info["final_obs"], info["_final_obs"] = rows, ended.copy()
             info["final_info"], info["_final_info"] = masked_info(final_info, ended), ended.copy()
