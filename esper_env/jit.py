@@ -1,7 +1,7 @@
 """Decorators for compiled functions, and the cache that keeps them on disk.
 
-A compiled function must not call what is compiled on its own: an entry point is called from Python,
-and all that it calls is compiled into it. Numba's own cache reads only the file of the entry point.
+An entry point is called from Python, and all that it calls is compiled into it. An entry point must
+not call another entry point. Numba's own cache reads only the file of the entry point.
 The cache here is keyed by all that the compiler reads: the bytecode of every function that is
 compiled into an entry point, and the constants it refers to. Comments, docstrings and file times
 do not count.
@@ -43,18 +43,27 @@ _code_fields = attrgetter(
 )
 
 
-def inlined(function: Callable[..., Any], fastmath: Set[str] = frozenset()) -> Callable[..., Any]:
+def inlined(
+    function: Callable[..., Any],
+    fastmath: Set[str] = frozenset(),
+    *,
+    has_one_call: bool = False,
+) -> Callable[..., Any]:
     """Compile a function into its callers; it is not kept on disk by itself.
 
-    Nothing but entry points is called at run time. Otherwise two callers would each have an
-    optimised copy, and the copy that a process links would decide the last bits.
+    An entry point contains all that it calls. If helpers were called at run time, each entry point
+    would bring its own optimized copy, and results could depend on which copy a process links.
 
     Args:
         function: Loops over arrays and numbers.
         fastmath: LLVM's fast-math flags. Without any, results are those of the formulas as written.
+        has_one_call: Whether one line calls the function. It is then inlined before optimization,
+            and not optimized by itself first, which would take as long again for a large function.
+            With several calls, type inference would take longer than this saves.
     """
+    options: dict[str, Any] = {"inline": "always"} if has_one_call else {"forceinline": True}
     compiled: Callable[..., Any] = numba.njit(
-        function, nogil=True, error_model="numpy", fastmath=set(fastmath), forceinline=True
+        function, nogil=True, error_model="numpy", fastmath=set(fastmath), **options
     )
     return compiled
 

@@ -7,6 +7,7 @@ twice would take twice as long.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from esper_env.population.numba_engine.kernels import (
     network_entry_point,
     record_dtype,
 )
+
+kernel_with_one_call = functools.partial(kernel, has_one_call=True)
 
 SPINS = 20_000
 """Iterations (about 0.2 ms) before a finished thread blocks on the others; blocking and waking up
@@ -223,7 +226,7 @@ def run_members(
     return spins < SPINS
 
 
-@kernel
+@kernel_with_one_call
 def _run_member(
     m: int,
     a: Float32Array,
@@ -280,7 +283,7 @@ def _run_member(
         results.is_finite[m] = math.isfinite(total) and math.isfinite(k.total_of(buffers))
 
 
-@kernel
+@kernel_with_one_call
 def _forward(
     ops: npt.NDArray[np.void],
     a: Float32Array,
@@ -310,7 +313,7 @@ def _forward(
             k.pool_forward(op, a, batch)
 
 
-@kernel
+@kernel_with_one_call
 def _backward(
     ops: npt.NDArray[np.void],
     a: Float32Array,
