@@ -356,6 +356,11 @@ def blank(
 
 @functools.cache
 def _dtypes(kind: Any) -> dict[str, type]:
-    """Return the scalar type of each field; NDArray[T] is ndarray[Any, dtype[T]]."""
-    hints = get_type_hints(kind)
-    return {name: cast(type, get_args(get_args(hint)[1])[0]) for name, hint in hints.items()}
+    """Return the scalar type of each field, the innermost argument of its annotation."""
+    # NDArray[T] is ndarray[Any, dtype[T]], and since NumPy 2.5 an alias with the argument T.
+    types = {}
+    for name, hint in get_type_hints(kind).items():
+        while arguments := get_args(hint):
+            hint = arguments[-1]
+        types[name] = cast(type, hint)
+    return types

@@ -150,9 +150,12 @@ class Norm(Layer):
         """Run one batch norm over m * channels."""
         weight, bias = parameters
         mean, var = buffers
-        return F.batch_norm(
-            x, mean.view(-1), var.view(-1), weight.flatten(), bias.flatten(), training
-        )
+        # Not `F.batch_norm`: on a GPU it calls cuDNN, which requires tensors that start at multiples
+        # of 16 bytes, and these are views of larger ones.
+        out: Tensor = torch.native_batch_norm(
+            x, weight.flatten(), bias.flatten(), mean.view(-1), var.view(-1), training, 0.1, 1e-5
+        )[0]
+        return out
 
 
 @dataclass(frozen=True)
