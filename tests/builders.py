@@ -409,13 +409,6 @@ class SmallPopulation:
                 torch.testing.assert_close(actual[name], tensor, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def count_programs(population: Population) -> int:
-    """Return how many programs the compiled engine remembers."""
-    engine = population.compiled
-    assert engine is not None
-    return len(engine.programs)
-
-
 # ------------------------------------------------------------------ agents
 
 

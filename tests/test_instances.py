@@ -78,20 +78,34 @@ def test_narrow_members_equal_narrow_networks(index: int, blend: Blend, stage: s
             assert not small.storage.momentum[width, outside].any()
 
 
-def test_counts_of_a_narrow_member_are_those_of_a_narrow_network() -> None:
+def test_counts_of_a_member_are_those_of_the_real_modules() -> None:
+    """Parameters of hosts, seeds and gates, and multiply-adds of seeds, in every width."""
     small = SmallPopulation(3, hosts=HOSTS)
     population = small.population
     for width, host in enumerate(HOSTS):
-        count = sum(p.numel() for p in PlainNetwork(host).parameters())
-        assert population.host_parameters[width] == count
+        assert population.host_parameters[width] == host.num_parameters
+        assert host.num_parameters == count_parameters(PlainNetwork(host))
         for slot, channels in enumerate(host.channels):
+            pixels = host.slot_size(slot) ** 2
             for index, blueprint in enumerate(CNN_BLUEPRINTS):
                 small.plant(width, slot, index, blend=Blend.GATE)
-                seed = small.plain(width).seeds[str(slot)]
-                count = sum(p.numel() for p in seed.parameters())
+                seed: Any = small.plain(width).seeds[str(slot)]
                 own = population.seed_parameters[width, slot, index]
-                assert own == blueprint.num_parameters(channels)
-                assert own + population.gate_parameters[width, slot] == count
+                assert own == blueprint.num_parameters(channels) == count_parameters(seed.branch)
+                assert population.gate_parameters[width, slot] == count_parameters(seed.gate)
+                macs = channels * pixels if blueprint.name == "attention" else 0
+                for module in seed.branch.modules():
+                    if isinstance(module, torch.nn.BatchNorm2d):
+                        macs += module.num_features * pixels
+                    elif isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+                        is_conv = isinstance(module, torch.nn.Conv2d)
+                        macs += module.weight.numel() * (pixels if is_conv else 1)
+                assert population.seed_multiply_adds[width, slot, index] == macs, blueprint.name
+    assert TASKS["digits"].host.num_parameters == 438
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 # ------------------------------------------------------------------ the sets

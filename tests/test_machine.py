@@ -46,7 +46,6 @@ from tests.builders import (
     TRANSITIONS,
     action,
     assert_same,
-    count_programs,
     is_legal,
     make,
     move,
@@ -827,7 +826,9 @@ def test_networks_do_not_depend_on_how_many_compositions_are_remembered(
         envs = make(8, instances="train", batches_per_step=1, batch_size=4, episode_steps=40)
         envs.reset(seed=0)
         observations.append([result[0] for result in play(envs, 39)])
-        sizes.append(count_programs(envs.debug_state().population))
+        engine = envs.debug_state().population.compiled
+        assert engine is not None
+        sizes.append(len(engine.programs))
     assert sizes[0] > 64 > 8 >= sizes[1]
     np.testing.assert_array_equal(*observations)
 
