@@ -451,7 +451,7 @@ def dones_at(*sequences: tuple[int, ...]) -> Tensor:
 def test_lstm_over_whole_sequences_equals_a_loop_with_resets(dones: Tensor) -> None:
     """Findings TRN-2, SYN-H5: each sequence is reset at its own steps, in outputs and gradients.
 
-    So is the loop that the benchmark of the agent compares with.
+    `step_by_step`, with which the benchmark of the agent compares, gives the same.
     Run in float64, where the order of additions changes results by about 1e-15; 1e-12 leaves a
     margin.
     """

@@ -180,7 +180,8 @@ def test_gymnasiums_sync_environment_passes_with_autoreset(mode: AutoresetMode) 
 
 def test_gymnasiums_sync_environment_takes_the_mask_out_of_its_callers_options() -> None:
     envs = SyncVectorEnv([CountingSingle] * 3, autoreset_mode=DISABLED)
-    with pytest.raises(AssertionError, match=r"changed its caller's .*\['reset_mask'\].*; copy it"):
+    message = r"changed its caller's .*\['reset_mask'\].*; copy it first"
+    with pytest.raises(AssertionError, match=message):
         check_vector_env(envs)
 
 

@@ -300,7 +300,7 @@ def test_bad_actions_give_a_clear_error_and_lose_nothing() -> None:
 
 
 def test_using_an_environment_before_reset_is_rejected() -> None:
-    """The first reset must reset all members; one that does not is none."""
+    """A first reset of some members is rejected too, and another reset is still needed."""
     envs = make(3)
     for text, use in (
         (r"reset\(\)", lambda: envs.step(waits(3))),

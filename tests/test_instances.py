@@ -47,8 +47,8 @@ def test_hosts_are_scaled_to_at_least_one_feature() -> None:
 def test_narrow_members_equal_narrow_networks(index: int, blend: Blend, stage: str) -> None:
     """Three widths in one batch, a seed in each slot, several optimiser steps from birth on.
 
-    What lies outside a narrow member's corner is born at zero and stays exactly there. The
-    evaluation of what was trained has no use of running statistics of features that do not exist.
+    What lies outside a narrow member's corner is born at zero and stays exactly there.
+    Evaluation uses no running statistics of features that do not exist.
     """
     small = SmallPopulation(3, hosts=HOSTS)
     for member in range(3):

@@ -53,7 +53,7 @@ def tick(state: SlotState, measured: Measurements, config: EnvConfig) -> None:
 def arguments_of(
     gate: Gate, state: SlotState, measured: Measurements, config: EnvConfig
 ) -> dict[str, Any]:
-    """Return what a gate reads. Nothing else can reach it: no telemetry and no history."""
+    """Return the arguments of a gate, by name."""
     values = {
         "state": state,
         "at": ...,
@@ -214,10 +214,11 @@ def test_a_ramp_follows_its_curve_and_lands_exactly_on_its_last_tick(
     curve: Curve, length: int, stage: Stage, op: Op, target: float
 ) -> None:
     """After k of N ticks alpha is start + (target - start) * ease(k / N), on its way for k < N."""
-    ramp = {"tempo": length, "first_target": target, "curve": int(curve)}
-    state, measured = seed_in(stage, **(ramp if op == Op.ADVANCE else {}))
+    planned = {"tempo": length, "first_target": target, "curve": int(curve)}
+    asked = {"speed": length, "target": target, "curve": int(curve)}
+    state, measured = seed_in(stage, **(planned if op == Op.ADVANCE else {}))
     start = float(state.alpha[0, 0])
-    act(state, measured, MANUAL, op, target=target, speed=length, curve=int(curve))
+    act(state, measured, MANUAL, op, **(asked if op == Op.SET_ALPHA else {}))
     alphas = [start]
     for k in range(1, length + 1):
         assert state.alpha[0, 0] == alphas[-1]

@@ -261,7 +261,7 @@ def test_the_reported_terms_sum_to_the_reward(preset: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(TERMS))
 def test_each_weight_scales_its_own_term(name: str) -> None:
-    """And the transition is read without being changed."""
+    """The transition is not changed."""
     config = EnvConfig()
     step = random_transition(20, np.arange(20) % 3 == 0)
     kept = copy.deepcopy(step)
