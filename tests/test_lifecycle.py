@@ -312,6 +312,18 @@ def test_a_slot_stays_closed_for_exactly_embargo_steps_decisions(
 # ------------------------------------------------------------------ gates
 
 
+def test_a_seed_may_use_the_parameter_budget_up_to_its_last_parameter() -> None:
+    """Budget 2 * 100. The seeds of slots 0 and 1 take 30 + 120, so 50 fit and 51 do not."""
+    state = SlotState.empty(1, 3)
+    state.stage[0] = [Stage.FOSSILIZED, Stage.TRAINING, Stage.DORMANT]
+    state.blueprint[0] = [1, 0, -1]
+    table = np.array([[7, 30, 8], [120, 9, 9], [50, 51, 1]])
+    config = EnvConfig(parameter_budget=2.0)
+    assert lifecycle.used_parameters(state, table).tolist() == [150]
+    gate = lifecycle.can_germinate(state, table, HOST_PARAMETERS, config)
+    assert gate[0].tolist() == [[False] * 3, [False] * 3, [True, False, True]]
+
+
 def test_germination_records_what_was_asked_and_forgets_what_was_measured() -> None:
     state, measured = seed_in(Stage.DORMANT)
     for array in measured:
