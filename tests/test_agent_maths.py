@@ -505,6 +505,23 @@ def test_nothing_before_an_episode_starts_reaches_it() -> None:
     assert (before[4, 1] != after[4, 1]).any()
 
 
+def test_one_step_equals_a_sequence_of_one_with_and_without_a_reset() -> None:
+    """Acting and training share the network; the tolerance 1e-6 is float32 rounding near 1."""
+    agent = small_agent()
+    generator = torch.Generator().manual_seed(2)
+    obs = torch.rand(2, len(OBSERVATION_NAMES), generator=generator)
+    h, c = torch.randn(2, 1, 2, 8, generator=generator)
+    dones = torch.tensor([True, False])
+    with torch.no_grad():
+        hidden, slots, _ = agent.get_next_state(obs, (h, c), dones)
+        sequence, encodings = agent.get_states(obs[None], (h, c), dones[None])
+        fresh, _, _ = agent.get_next_state(obs, agent.get_initial_state(2), dones & False)
+    torch.testing.assert_close(sequence[0], hidden, rtol=0, atol=1e-6)
+    torch.testing.assert_close(encodings[0], slots, rtol=0, atol=1e-6)
+    assert torch.equal(hidden[0], fresh[0])
+    assert (hidden[1] - fresh[1]).abs().max() > 1e-3
+
+
 def test_an_agent_without_memory_acts_on_the_present_observation_alone() -> None:
     """Whatever the state, step by step and in whole sequences; one with memory does not."""
     generator = torch.Generator().manual_seed(0)
