@@ -85,20 +85,14 @@ def poison(envs: EsperVectorEnv, member: int) -> None:
     envs.debug_state().population.storage.parameters[member, 0] = float("nan")
 
 
-def is_legal(envs: EsperVectorEnv, actions: IntArray) -> BoolArray:
-    """Look every option of every joint action up in the conditional masks. (num_envs,) bool."""
-    conditional = envs.conditional_masks()
-    result = np.zeros(envs.num_envs, dtype=bool)
-    for i, (op, slot, *options) in enumerate(actions.tolist()):
-        result[i] = (
-            conditional["op"][i, op]
-            and conditional["slot"][i, op, slot]
-            and all(
-                conditional[name][i, op, slot, option]
-                for name, option in zip(HEAD_NAMES[2:], options, strict=True)
-            )
-        )
-    return result
+def is_legal(masks: dict[str, BoolArray], actions: IntArray) -> BoolArray:
+    """Look up every option of one joint action per row in conditional masks. (num_envs,) bool."""
+    rows, (op, slot, *options) = np.arange(len(actions)), actions.T
+    of_op, of_slot, *rest = masks.values()
+    legal = of_op[rows, op] & of_slot[rows, op, slot]
+    for mask, option in zip(rest, options, strict=True):
+        legal &= mask[rows, op, slot, option]
+    return legal
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -413,13 +407,6 @@ class SmallPopulation:
         for name, tensor in network.state_dict().items():
             if tensor.is_floating_point():
                 torch.testing.assert_close(actual[name], tensor, atol=TOLERANCE, rtol=TOLERANCE)
-
-
-def count_programs(population: Population) -> int:
-    """Return how many programs the compiled engine remembers."""
-    engine = population.compiled
-    assert engine is not None
-    return len(engine.programs)
 
 
 # ------------------------------------------------------------------ agents

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.agent import step_by_step
 from esper_agent.envs import ReturnScale, one_thread, pad_masks
 from esper_agent.ppo_lstm import (
     Agent,
@@ -26,7 +27,7 @@ from esper_agent.ppo_lstm import (
     run_lstm,
     subtract_group_baseline,
 )
-from tests.builders import sharpen
+from tests.builders import is_legal, sharpen
 
 HEADS: dict[str, list[Any]] = {"op": [0, 1, 2], "slot": [0, 1], "x": [0, 1, 2], "y": [0, 1]}
 """A small action space with 36 joint actions."""
@@ -202,17 +203,6 @@ def small_masks(num_envs: int) -> dict[str, np.ndarray]:
     return {"op": slot.any(axis=-1), "slot": slot, "x": rest[0], "y": rest[1]}
 
 
-def is_legal(masks: dict[str, np.ndarray], env: int, action: tuple[int, ...]) -> bool:
-    """Look a joint action up in conditional masks."""
-    op, slot, x, y = action
-    return bool(
-        masks["op"][env, op]
-        and masks["slot"][env, op, slot]
-        and masks["x"][env, op, slot, x]
-        and masks["y"][env, op, slot, y]
-    )
-
-
 def masks_of(op: Tensor, slot: Tensor, rest: Tensor) -> Tensor:
     """Pad masks given op and slot: op (..., 3), slot (..., 2), both others (..., 2, 3)."""
     slot = torch.cat([slot, torch.zeros_like(slot[..., :1])], dim=-1)
@@ -247,12 +237,10 @@ def test_probabilities_of_all_legal_joint_actions_sum_to_one() -> None:
         with torch.no_grad():
             log_probs, _, _ = agent.evaluate_actions(*small_inputs(num_envs), actions, chosen)
         probability = log_probs.sum(-1).exp()
-        for env in range(num_envs):
-            if is_legal(conditional, env, action):
-                total[env] += probability[env]
-            else:
-                num_illegal += 1
-                assert probability[env] == 0.0, (env, action)
+        illegal = torch.from_numpy(~is_legal(conditional, actions.numpy()))
+        assert (probability[illegal] == 0.0).all(), action
+        total += probability
+        num_illegal += int(illegal.sum())
     assert num_illegal > 100
     torch.testing.assert_close(total, torch.ones(num_envs), rtol=0, atol=FLOAT32_SUM)
 
@@ -262,13 +250,12 @@ def test_illegal_actions_are_never_sampled() -> None:
     num_envs = 20
     agent, conditional = small_agent(), small_masks(num_envs)
     masks, generator = pad_masks(conditional, "cpu"), torch.Generator().manual_seed(0)
-    seen = set()
+    seen: set[Any] = set()
     for _ in range(300):
         with torch.no_grad():
             actions, _ = agent.get_action(*small_inputs(num_envs), masks, generator)
-        for env, action in enumerate(actions.tolist()):
-            assert is_legal(conditional, env, tuple(action)), (env, action)
-            seen.add((env, tuple(action)))
+        assert is_legal(conditional, actions.numpy()).all()
+        seen |= {(env, tuple(action)) for env, action in enumerate(actions.tolist())}
     assert len(seen) > 5 * num_envs, "the samples hardly vary, so the test says little"
 
 
@@ -464,6 +451,7 @@ def dones_at(*sequences: tuple[int, ...]) -> Tensor:
 def test_lstm_over_whole_sequences_equals_a_loop_with_resets(dones: Tensor) -> None:
     """Findings TRN-2, SYN-H5: each sequence is reset at its own steps, in outputs and gradients.
 
+    `step_by_step`, with which the benchmark of the agent compares, gives the same.
     Run in float64, where the order of additions changes results by about 1e-15; 1e-12 leaves a
     margin.
     """
@@ -480,7 +468,7 @@ def test_lstm_over_whole_sequences_equals_a_loop_with_resets(dones: Tensor) -> N
     inputs = [draw(7, num_envs, 3), draw(1, num_envs, 4), draw(1, num_envs, 4)]
     weight = draw(7, num_envs, 4)
     results = []
-    for run in (run_lstm, loop_over_steps):
+    for run in (run_lstm, loop_over_steps, step_by_step):
         x, h, c = (tensor.clone().requires_grad_() for tensor in inputs)
         lstm.zero_grad()
         out = run(lstm, x, (h, c), dones)
@@ -491,8 +479,9 @@ def test_lstm_over_whole_sequences_equals_a_loop_with_resets(dones: Tensor) -> N
             for tensor in (x, h, c, *lstm.parameters())
         ]
         results.append([out.detach(), *gradients])
-    for actual, expected in zip(*results, strict=True):
+    for actual, expected, benchmarked in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(benchmarked, expected, rtol=0, atol=1e-12)
 
 
 def test_nothing_before_an_episode_starts_reaches_it() -> None:

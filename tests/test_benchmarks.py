@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from benchmarks import agent, peers, step_profile, throughput
 from benchmarks.states import grow, make_envs, settings_of
 from benchmarks.step_profile import PHASES, Phases, measured_phases, profile
 from benchmarks.work import Work, evaluation_work, training_work
-from esper_agent.ppo_lstm import run_lstm
 from esper_env import EsperVectorEnv
 
 LIMITS = {"matrix_gflops": 100.0, "copy_gigabytes_per_second": 10.0}
@@ -195,22 +193,6 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 # ------------------------------------------------------------------ the agent
-
-
-def test_the_lstm_called_step_by_step_does_the_same_work() -> None:
-    """With a start inside; the tolerance 1e-6 is float32 rounding near 1."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        lstm = nn.LSTM(3, 4)
-    x = torch.randn(5, 2, 3, generator=generator)
-    state = (torch.randn(1, 2, 4, generator=generator), torch.randn(1, 2, 4, generator=generator))
-    starts = torch.zeros(5, 2, dtype=torch.bool)
-    starts[3, 1] = True
-    with torch.no_grad():
-        expected = run_lstm(lstm, x, state, starts)
-        actual = agent.step_by_step(lstm, x, state, starts)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
 def test_the_quick_benchmark_of_the_agent_measures_every_figure() -> None:

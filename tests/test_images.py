@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
-import pytest
 import torch
 
-from esper_env.config import EnvConfig
-from esper_env.growth.simulation import Simulation
-from esper_env.population.blueprints import CNN_BLUEPRINTS
 from esper_env.population.images import PADDING, Draw, ImageSet, shifted
-from tests.builders import train_calls
 
 
 def make_set(count: int = 30, size: int = 6, channels: int = 3) -> ImageSet:
@@ -73,22 +66,3 @@ def test_batches_hold_the_drawn_images_shifted_then_mirrored_then_normalised() -
     some, some_labels = images.batches(part)
     torch.testing.assert_close(some, pixels[..., 3:])
     torch.testing.assert_close(some_labels, labels[:, 1:])
-
-
-@pytest.mark.parametrize("augments", [False, True])
-def test_images_are_augmented_where_the_task_says_so(augments: bool) -> None:
-    """Alike for alike seeds, new in every step; `test_batches` has the numbers."""
-    sim = Simulation(3, "cpu", EnvConfig(), CNN_BLUEPRINTS)
-    sim.task = dataclasses.replace(sim.task, augments=augments)
-    for member, seed in enumerate((4, 5, 4)):
-        sim.seed(member, seed)
-    sim.begin_episodes(np.arange(3))
-    first, second = (draw for _, _, _, draw, *_ in train_calls(sim, 2))
-    assert first.indices.shape == (4, 32, 3)
-    assert (first.indices != second.indices).any()
-    for one, other in ((first.shifts, second.shifts), (first.flips, second.flips)):
-        assert (one is not None) == (other is not None) == augments
-        if one is not None and other is not None:
-            assert (one[:, :, 0] == one[:, :, 2]).all()
-            assert (one[:, :, 0] != one[:, :, 1]).any()
-            assert (one != other).any()

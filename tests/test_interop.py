@@ -258,8 +258,9 @@ def test_observations_contain_the_mask_for_a_whole_episode(is_joint: bool) -> No
 
 
 @pytest.mark.parametrize("is_joint", [False, True], ids=["factored", "joint"])
-def test_both_checkers_pass_on_observations_with_masks(is_joint: bool) -> None:
-    env = MaskInObservation(make_single(is_joint))
+@pytest.mark.parametrize("wrap", [MaskInObservation, lambda env: env], ids=["masks", "plain"])
+def test_both_checkers_pass_with_and_without_masks(is_joint: bool, wrap: Any) -> None:
+    env = wrap(make_single(is_joint))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*different from the unwrapped version.*")

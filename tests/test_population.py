@@ -7,12 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.plain import PlainNetwork
 from esper_env.config import Blend
 from esper_env.population.storage import _begin, _begin_elsewhere
 from esper_env.rng import make_key
 from esper_env.tasks import TASKS
-from tests.builders import NAMES, STAGES, TINY, TOLERANCE, SmallPopulation, train_plain
+from tests.builders import NAMES, STAGES, TOLERANCE, SmallPopulation, train_plain
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -207,30 +206,6 @@ def test_initial_loss_is_that_of_guessing(task: str) -> None:
         small.images = TASKS[task].load(None).validation
     loss = small.evaluate(np.zeros((16, host.num_slots))).loss.mean()
     assert loss == pytest.approx(np.log(host.num_classes), rel=0.05)
-
-
-def test_parameter_and_multiply_add_counts_equal_those_of_the_real_modules() -> None:
-    """Counts from the registry against those of torch.nn modules."""
-    small = SmallPopulation()
-    population = small.population
-    for slot, channels in enumerate(TINY.channels):
-        pixels = TINY.slot_size(slot) ** 2
-        for index, name in enumerate(NAMES):
-            small.plant(0, slot, index)
-            branch = small.plain(0).seeds[str(slot)]
-            count = sum(p.numel() for p in branch.parameters())
-            assert population.seed_parameters[0, slot, index] == count, name
-            macs = channels * pixels if name == "attention" else 0
-            for m in branch.modules():
-                if isinstance(m, torch.nn.Conv2d):
-                    macs += m.weight.numel() * pixels
-                elif isinstance(m, torch.nn.BatchNorm2d):
-                    macs += m.num_features * pixels
-                elif isinstance(m, torch.nn.Linear):
-                    macs += m.weight.numel()
-            assert population.seed_multiply_adds[0, slot, index] == macs, name
-    assert sum(p.numel() for p in PlainNetwork(TINY).parameters()) == TINY.num_parameters
-    assert TASKS["digits"].host.num_parameters == 438
 
 
 def test_gradient_norms_are_those_before_clipping() -> None:

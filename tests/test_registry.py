@@ -26,8 +26,13 @@ def pre_norm(c: int) -> Sequence[Layer]:
 
 
 def test_a_registered_blueprint_can_be_grown() -> None:
-    before = make(1)
+    """Environments made before keep their options, and global random state stays as it was."""
+    before, state = make(1), torch.get_rng_state()
     register_blueprint("pre_norm", pre_norm)
+    assert torch.equal(torch.get_rng_state(), state)
+    before.reset(seed=0)
+    assert "pre_norm" not in before.heads[2].options
+    assert before.conditional_masks()["blueprint"].shape[-1] == len(before.heads[2].options)
     envs = make(1, episode_steps=60)
     assert envs.heads[2].options == (*before.heads[2].options, "pre_norm")
     assert len(envs.observation_names) == len(before.observation_names) + 2
@@ -35,20 +40,6 @@ def test_a_registered_blueprint_can_be_grown() -> None:
     infos = grow(envs, 1, envs.heads[2].options.index("pre_norm"))
     assert infos[0]["parameters"] == 2 * 8 + 8 * 8 * 9 + 8
     assert np.isfinite(infos[-1]["accuracy"])
-
-
-def test_environments_made_before_a_registration_keep_their_options() -> None:
-    envs = make(2)
-    register_blueprint("pre_norm", pre_norm)
-    envs.reset(seed=0)
-    assert "pre_norm" not in envs.heads[2].options
-    assert envs.conditional_masks()["blueprint"].shape[-1] == len(envs.heads[2].options)
-
-
-def test_registering_leaves_global_random_state_alone() -> None:
-    before = torch.get_rng_state()
-    register_blueprint("pre_norm", pre_norm)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_could_not_grow_is_refused_with_the_reason() -> None:

@@ -107,24 +107,12 @@ def test_gain_and_commit_sum_to_the_rise_of_the_committed_score(is_terminated: b
     num_steps, n = 40, 5
     live, committed = rng.normal(size=(2, num_steps + 1, n))
     total = np.zeros(n)
-    for t in range(num_steps):
-        step = transition(
-            standing(live[t], committed[t]),
-            standing(live[t + 1], committed[t + 1]),
-            t == num_steps - 1,
-            is_terminated and t == num_steps - 1,
-        )
+    standings = [standing(*scores) for scores in zip(live, committed, strict=True)]
+    for t, pair in enumerate(itertools.pairwise(standings)):
+        is_last = t == num_steps - 1
+        step = transition(*pair, is_last, is_terminated and is_last)
         total += compute_reward(step, weights, config)[0]
     np.testing.assert_allclose(total, committed[-1] - live[0], rtol=0, atol=EXACT)
-
-
-def test_commit_is_paid_only_where_the_episode_ends() -> None:
-    before = standing(np.array([0.5, 0.5]), np.array([0.5, 0.5]))
-    after = standing(np.array([0.8, 0.8]), np.array([0.6, 0.6]))
-    step = transition(before, after, is_last=[False, True])
-    terms = compute_reward(step, PRESETS["gain"], EnvConfig())[1]
-    np.testing.assert_allclose(terms["gain"], [0.3, 0.3], rtol=0, atol=EXACT)
-    np.testing.assert_allclose(terms["commit"], [0.0, -0.2], rtol=0, atol=EXACT)
 
 
 # ------------------------------------------------------------------ potential
@@ -231,15 +219,19 @@ def test_shaping_telescopes_whatever_the_actions(end: str, gamma: float) -> None
     np.testing.assert_allclose(total, kept - phi_0, rtol=0, atol=TELESCOPE)
 
 
-def test_the_potential_is_0_at_a_terminal_and_kept_at_a_truncation() -> None:
-    """With gamma 0.5 and Phi 0.4 -> 0.6: 0.3 - 0.4 at a truncation, 0 - 0.4 at a terminal."""
+def test_terms_by_hand_where_an_episode_goes_on_is_truncated_or_terminates() -> None:
+    """Commit is paid at the end; the potential is 0 at a terminal and kept at a truncation.
+
+    With gamma 0.5 and Phi 0.4 -> 0.6, pbrs is 0.3 - 0.4 or, at a terminal, 0 - 0.4.
+    """
     config = EnvConfig(gamma=0.5, reward_weights={"pbrs": 1.0})
-    zeros = np.zeros(2)
-    before = standing(zeros, phi=np.full(2, 0.4))
-    after = standing(zeros, phi=np.full(2, 0.6))
-    step = transition(before, after, is_last=True, is_terminated=[False, True])
+    before = standing(np.full(3, 0.5), np.full(3, 0.5), np.full(3, 0.4))
+    after = standing(np.full(3, 0.8), np.full(3, 0.6), np.full(3, 0.6))
+    step = transition(before, after, [False, True, True], [False, False, True])
     terms = compute_reward(step, resolve_weights(config), config)[1]
-    np.testing.assert_allclose(terms["pbrs"], [-0.1, -0.4], rtol=0, atol=EXACT)
+    expected = {"gain": [0.3] * 3, "commit": [0.0, -0.2, -0.2], "pbrs": [-0.1, -0.1, -0.4]}
+    for name, values in expected.items():
+        np.testing.assert_allclose(terms[name], values, rtol=0, atol=EXACT)
 
 
 # ------------------------------------------------------------------ weights
@@ -269,20 +261,16 @@ def test_the_reported_terms_sum_to_the_reward(preset: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(TERMS))
 def test_each_weight_scales_its_own_term(name: str) -> None:
+    """The transition is not changed."""
     config = EnvConfig()
     step = random_transition(20, np.arange(20) % 3 == 0)
+    kept = copy.deepcopy(step)
     alone = TERMS[name](step, config)
     assert (alone != 0).any()
     weights = {**dict.fromkeys(TERMS, 0.0), name: 2.5}
     reward, terms = compute_reward(step, weights, config)
     np.testing.assert_allclose(reward, 2.5 * alone, rtol=0, atol=EXACT)
     assert all((terms[other] == 0).all() for other in TERMS if other != name)
-
-
-def test_terms_read_a_transition_without_changing_it() -> None:
-    step = random_transition(20, np.arange(20) % 3 == 0)
-    kept = copy.deepcopy(step)
-    compute_reward(step, dict.fromkeys(TERMS, 1.0), EnvConfig())
     np.testing.assert_equal(step, kept)
 
 
