@@ -19,7 +19,7 @@ from esper_env.config import BoolArray, Curve, EnvConfig, Op, Stage
 from esper_env.growth import lifecycle
 from esper_env.growth.action_space import HEAD_NAMES, RELEVANT_HEADS, ActionSpace
 from esper_env.growth.state import HOLD, Measurements, Request, SlotState
-from tests.builders import BLUEPRINTS, HOST_PARAMETERS, SEED_PARAMETERS, walk
+from tests.builders import BLUEPRINTS, HOST_PARAMETERS, SEED_PARAMETERS, action, waits, walk
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "op": ("WAIT", "GERMINATE", "ADVANCE", "SET_ALPHA", "PRUNE", "FOSSILIZE"),
@@ -511,6 +511,19 @@ def test_options_decode_to_what_they_stand_for() -> None:
         "speed": [3, 8],
         "curve": [Curve.COSINE, Curve.SIGMOID_24],
     }
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_one_illegal_action_raises_and_names_its_row(row: int) -> None:
+    """An illegal action of an inactive member, here the last one, does not raise."""
+    space = ActionSpace(1, BLUEPRINTS, EnvConfig())
+    state, measured = SlotState.empty(3, 1), Measurements.empty(3, 1)
+    masks = space.conditional_masks(state, measured, SEED_PARAMETERS[:1], HOST_PARAMETERS)
+    actions = waits(3)
+    actions[[row, 2]] = action(Op.FOSSILIZE)
+    active = np.array([True, True, False])
+    with pytest.raises(ValueError, match=rf"actions\[{row}\] is illegal .*FOSSILIZE"):
+        space.parse(actions, masks, active, raises_on_illegal=True)
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,24 @@ def conclude(
     record_evaluation(progress, measured, members, plan, accuracy, np.zeros(len(accuracy)))
 
 
+def test_histories_and_plateau_follow_the_live_network() -> None:
+    """0.5015 is within the margin of 0.003 of 0.5, and 0.505 is beyond it."""
+    state, progress = slots([[D]], [[0]]), Progress.empty(1)
+    plan = plan_coalitions(everyone(state), state, leave_one_out=True)
+    accuracies, plateaus = [0.25, 0.5, 0.5015, 0.505, 0.4], []
+    losses = np.array([2.0, 1.5, 1.75, 1.0, 0.5])
+    for accuracy, loss in zip(accuracies, losses, strict=True):
+        measured = Measurements.empty(1, 1)
+        results = np.array([accuracy]), np.array([loss])
+        record_evaluation(progress, measured, everyone(state), plan, *results)
+        plateaus.append(int(progress.plateau_steps[0]))
+    assert plateaus == [0, 0, 1, 0, 1]
+    assert progress.best_accuracy[0] == 0.505
+    latest = slice(None, -len(progress.loss_history[0]) - 1, -1)
+    np.testing.assert_array_equal(progress.accuracy_history[0], np.diff(accuracies)[latest])
+    np.testing.assert_array_equal(progress.loss_history[0], np.diff(losses)[latest])
+
+
 def of(measured: Measurements, name: str) -> FloatArray:
     """Return a measurement of member 0, (slots,)."""
     return np.asarray(getattr(measured, name)[0])

@@ -6,16 +6,18 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import gymnasium as gym
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from typing_extensions import TypeAliasType
 
 from esper_env import EsperEnv
 from esper_env.growth.lifecycle import is_trial
-from esper_env.growth.state import HOLD
+from esper_env.growth.state import HOLD, blank
 from tests.builders import ID, SMALL, assert_same, make, make_single, play, poison
 
 STEPS = 20
@@ -81,3 +83,20 @@ def test_bad_states_and_indices_are_refused() -> None:
     for source, target in (([0], [2]), ([-1], [0]), ([0, 0], [1, 1]), ([0, 1], [0]), ([0.5], [1])):
         with pytest.raises(ValueError, match=r"source_indices|target_indices|fork"):
             envs.fork(source, target)
+
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+Aliased = TypeAliasType("Aliased", npt.NDArray[Scalar], type_params=(Scalar,))
+
+
+class Annotated(NamedTuple):
+    old: npt.NDArray[np.float32]
+    new: Aliased[np.bool_]
+    """NumPy's own `NDArray` is such an alias since version 2.5."""
+
+
+def test_new_arrays_have_the_annotated_dtypes() -> None:
+    arrays = blank(Annotated, 2, (3,), old=0.5)
+    assert [a.dtype for a in arrays] == [np.float32, np.bool_]
+    assert [a.shape for a in arrays] == [(2, 3)] * 2
+    assert (arrays.old == 0.5).all()

@@ -17,7 +17,7 @@ from benchmarks.plain import PlainNetwork
 from esper_env.config import Blend
 from esper_env.population.blueprints import CNN_BLUEPRINTS, Blueprint
 from esper_env.population.layers import Conv, Layer, Relu
-from tests.builders import SmallPopulation, make, train_plain
+from tests.builders import SMALL, SmallPopulation, make, train_plain
 
 # A bfloat16 has 8 bits, a relative rounding of 0.004 per operation; the whole change of the weights
 # over three batches was within 0.13 of that of float32.
@@ -170,3 +170,17 @@ def test_episodes_in_bfloat16_take_the_same_course() -> None:
         losses.append((actual["loss"], expected["loss"]))
     assert (np.array(losses)[:, 0] != np.array(losses)[:, 1]).all()
     assert expected["blueprint"].max() >= 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_gpu_trains_as_a_cpu_does() -> None:
+    """Tensors of several seeds lie one behind the other, whatever alignment a library requires."""
+    on_cpu, on_gpu = (make(4, instances="train", device=device) for device in ("cpu", "cuda"))
+    for envs in (on_cpu, on_gpu):
+        envs.reset(seed=3)
+    rng = np.random.default_rng(0)
+    for _ in range(SMALL["episode_steps"]):
+        actions = on_cpu.sample_valid_actions(rng)
+        expected, actual = on_cpu.step(actions), on_gpu.step(actions)
+        np.testing.assert_allclose(actual[4]["loss"], expected[4]["loss"], rtol=0.01)
