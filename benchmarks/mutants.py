@@ -111,9 +111,9 @@ CALLS = {"min": "max", "max": "min", "any": "all", "all": "any", "minimum": "max
 
 REASONS: dict[str, str] = {
     "0463d69b02d8": "equivalent: `ease` rescales the function, so its numerator cancels",
-    "0f30de6a9031": "equivalent: it avoids a division by 0 where the result is not used, and no ramp "
-    "has length 1",
-    "0980b35d494a": "equivalent: row 0 of the coalitions is a live network, never one with a would-be",
+    "0f30de6a9031": "equivalent: a guard against division by 0 where the result is not used; no "
+    "ramp has length 1",
+    "0980b35d494a": "equivalent: row 0 of the coalitions is always a live network",
     "003121b30ef8": "equivalent: the mask of the slot head is the same for every slot",
 }
 """Why no test fails, by name of the mutant."""
