@@ -441,6 +441,7 @@ def dones_at(*sequences: tuple[int, ...]) -> Tensor:
         pytest.param(dones_at((), (), ()), id="none"),
         pytest.param(dones_at((0,), (0,), (0,)), id="all-at-0"),
         pytest.param(dones_at((0,), (), (0,)), id="some-at-0"),
+        pytest.param(dones_at((1,), (), ()), id="at-1-only"),
         pytest.param(dones_at((3,), (3,), (3,)), id="together"),
         pytest.param(dones_at((2,), (5,), ()), id="staggered"),
         pytest.param(dones_at((0, 2, 3), (6,), (1, 4, 5, 6)), id="several"),
