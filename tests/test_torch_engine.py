@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.plain import PlainNetwork
 from esper_env.config import Blend
 from esper_env.population.blueprints import CNN_BLUEPRINTS, Blueprint
-from esper_env.population.layers import Conv, Layer, Relu
+from esper_env.population.layers import Conv, Layer, Norm, Relu
 from tests.builders import SMALL, SmallPopulation, make, train_plain
 
 # A bfloat16 has 8 bits, a relative rounding of 0.004 per operation; the whole change of the weights
@@ -152,6 +152,30 @@ def test_a_branch_that_puts_out_float32_can_be_mixed_in(blend: Blend) -> None:
     small.awaken()
     assert np.isfinite(small.train(small.draw(3)).loss).all()
     assert np.isfinite(small.evaluate(small.seeds.alpha).loss).all()
+
+
+class Doubled(Conv):
+    """A convolution whose output is doubled."""
+
+    def forward(self, x, parameters, buffers, training):  # type: ignore[no-untyped-def]
+        return 2 * super().forward(x, parameters, buffers, training)
+
+
+class Double(Relu):
+    """The doubling alone."""
+
+    def forward(self, x, parameters, buffers, training):  # type: ignore[no-untyped-def]
+        return 2 * x
+
+
+def test_a_norm_after_a_subclass_of_a_convolution_is_not_folded_into_it() -> None:
+    losses = []
+    for first in ([Doubled(3, 3, 3)], [Conv(3, 3, 3), Double()]):
+        layers = [*first, Norm(3)]
+        small = SmallPopulation(blueprints=[Blueprint("double", lambda c, own=layers: own)])
+        small.plant(0, 0, 0, "half", Blend.ADD)
+        losses.append(small.evaluate(small.seeds.alpha).loss)
+    np.testing.assert_array_equal(*losses)
 
 
 def test_episodes_in_bfloat16_take_the_same_course() -> None:

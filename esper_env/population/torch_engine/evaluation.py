@@ -92,7 +92,7 @@ class EvaluationGraph:
         x = images
         parameters, buffers = iter(self._parameters), iter(self._buffers)
         first = self._levels[0].host[0]
-        if not isinstance(first, Conv) or first.groups > 1:
+        if type(first) is not Conv or first.groups > 1:
             # Only a convolution without groups can read images that all members share. Other layers
             # get one copy per member: (batch, channels, h, w) -> (batch, m * channels, h, w).
             x = as_images(as_members(x, 1).expand(-1, -1, -1, self._levels[0].num_nodes, -1))
@@ -123,7 +123,8 @@ class EvaluationGraph:
     def _fold(self, placed: Sequence[PlacedLayer], members: IntArray) -> list[Layer]:
         """Copy the tensors of some layers, and fold each norm into the convolution before it.
 
-        A norm is folded only if that convolution has no bias.
+        A norm is folded only if that convolution has no bias. Subclasses may override `forward`, so
+        they are not folded.
 
         Args:
             placed: Layers in their order.
@@ -137,7 +138,7 @@ class EvaluationGraph:
             own = self._take(self._storage.parameters, layer.parameters, members)
             running = self._take(self._storage.buffers, layer.buffers, members)
             before = layers[-1] if layers else None
-            if isinstance(layer.layer, Norm) and isinstance(before, Conv) and not before.bias:
+            if type(layer.layer) is Norm and type(before) is Conv and not before.bias:
                 # norm(K * x) = (s K) * x + (shift - s mean), with s = scale / sqrt(var + 1e-5)
                 (scale, shift), (mean, var) = own, running
                 scale = scale * torch.rsqrt(var + 1e-5)
