@@ -39,6 +39,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "Shapley values": {"attribution": "full", "reward_weights": {"pbrs": 0.1}},
     "no attribution": {"attribution": "none", "horizon": "terminal", "reward": "sparse"},
     "rollbacks": {**UNSTABLE, "max_rollbacks": 4, "host_learning_rate": 0.4},
+    "next-step autoreset": {"autoreset_mode": "NextStep", "illegal_actions": "wait"},
     "every option": {
         "automatic_training": False,
         "automatic_holding": False,

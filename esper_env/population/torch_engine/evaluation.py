@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from esper_env.population.layers import (
 from esper_env.population.layout import Column, PlacedLayer
 from esper_env.population.storage import Storage
 from esper_env.population.torch_engine.mixing import Group, gates, group_members, residual, spread
+
+Kind = TypeVar("Kind", Conv, Norm)
 
 
 class EvaluationGraph:
@@ -92,7 +94,7 @@ class EvaluationGraph:
         x = images
         parameters, buffers = iter(self._parameters), iter(self._buffers)
         first = self._levels[0].host[0]
-        if type(first) is not Conv or first.groups > 1:
+        if not _computes_as(first, Conv) or first.groups > 1:
             # Only a convolution without groups can read images that all members share. Other layers
             # get one copy per member: (batch, channels, h, w) -> (batch, m * channels, h, w).
             x = as_images(as_members(x, 1).expand(-1, -1, -1, self._levels[0].num_nodes, -1))
@@ -123,8 +125,8 @@ class EvaluationGraph:
     def _fold(self, placed: Sequence[PlacedLayer], members: IntArray) -> list[Layer]:
         """Copy the tensors of some layers, and fold each norm into the convolution before it.
 
-        A norm is folded only if that convolution has no bias. Subclasses may override `forward`, so
-        they are not folded.
+        A norm is folded only if that convolution has no bias, and if neither is of a subclass with
+        a forward pass of its own.
 
         Args:
             placed: Layers in their order.
@@ -138,7 +140,7 @@ class EvaluationGraph:
             own = self._take(self._storage.parameters, layer.parameters, members)
             running = self._take(self._storage.buffers, layer.buffers, members)
             before = layers[-1] if layers else None
-            if type(layer.layer) is Norm and type(before) is Conv and not before.bias:
+            if _computes_as(layer.layer, Norm) and _computes_as(before, Conv) and not before.bias:
                 # norm(K * x) = (s K) * x + (shift - s mean), with s = scale / sqrt(var + 1e-5)
                 (scale, shift), (mean, var) = own, running
                 scale = scale * torch.rsqrt(var + 1e-5)
@@ -184,3 +186,8 @@ class _Branch(NamedTuple):
     """Position of each target's node within the group. (targets,) int64."""
     weight: Tensor | None
     """Alpha of each target, for each channel, None if all are 1. (targets * channels,) float32."""
+
+
+def _computes_as(layer: Layer | None, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Return whether a layer has the forward pass of `kind`."""
+    return isinstance(layer, kind) and type(layer).forward is kind.forward
