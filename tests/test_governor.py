@@ -61,8 +61,10 @@ def test_divergence_needs_both_its_bounds() -> None:
 
 
 def test_a_panic_clears_the_past_so_that_it_cannot_repeat() -> None:
-    """Finding PRE-6: after a rollback the window has to fill again."""
-    assert feed([1.0, 1.0, 1.0, 1.0, 2.2, 2.2, 2.2, 2.2, 2.2]) == [False] * 5 + [True] + [False] * 3
+    """Finding PRE-6: after a rollback the window has to fill again, with all four losses."""
+    until_panic, panics = [1.0, 1.0, 1.0, 1.0, 2.2, 2.2], [False] * 5 + [True]
+    assert feed([*until_panic, 2.2, 2.2, 2.2]) == panics + [False] * 3
+    assert feed([*until_panic, 1.0, 1.0, 1.0, 2.2, 2.2]) == panics + [False] * 5
 
 
 def test_only_the_poisoned_member_rolls_back_in_that_step_with_its_penalty() -> None:

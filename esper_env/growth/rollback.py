@@ -94,8 +94,6 @@ def _judge(
         state.streak[i] = 0 if panics[n] else streak
         if panics[n]:
             # The restored network gets a new window of recent losses.
-            for k in range(window):
-                past[k] = 0.0
             state.num_losses[i] = 0
             state.since_snapshot[i] = 0
             state.rollbacks[i] += 1
