@@ -244,13 +244,13 @@ def _replace(tree: ast.AST, old: ast.AST, new: ast.AST) -> None:
 
 def sample(area: Area, root: Path, *, is_agent: bool) -> list[Mutant]:
     """Return the area's fixed sample."""
-    found = []
+    found: dict[str, Mutant] = {}
     for file in area.files:
         if (root / file).exists():
-            found += list(mutants_of(root / file, root))
-    if is_agent:
-        found = [mutant for mutant in found if mutant.function in AGENT_MATHS]
-    return sorted(found, key=lambda mutant: mutant.name)[: area.count]
+            for mutant in mutants_of(root / file, root):
+                if not is_agent or mutant.function in AGENT_MATHS:
+                    found.setdefault(mutant.name, mutant)
+    return sorted(found.values(), key=lambda mutant: mutant.name)[: area.count]
 
 
 def is_noticed(mutant: Mutant, area: Area, copy: Path, timeout: float) -> tuple[bool, str]:

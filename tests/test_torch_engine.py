@@ -16,7 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.plain import PlainNetwork
 from esper_env.config import Blend
 from esper_env.population.blueprints import CNN_BLUEPRINTS, Blueprint
-from esper_env.population.layers import Conv, Layer, Norm, Relu
+from esper_env.population.interface import SGDSettings
+from esper_env.population.layers import Conv, Layer, Norm, Relu, TensorSpec
+from esper_env.population.layout import Column
+from esper_env.population.torch_engine.sgd import ModuleSGD, Piece
 from tests.builders import SMALL, SmallPopulation, make, train_plain
 
 # A bfloat16 has 8 bits, a relative rounding of 0.004 per operation; the whole change of the weights
@@ -93,6 +96,16 @@ def test_every_kind_of_wait_is_counted(wait: Any, monkeypatch: pytest.MonkeyPatc
     with counted_waits(monkeypatch) as counts:
         wait(torch.arange(4.0))
     assert sum(counts.values()) == 1
+
+
+def test_a_tiny_gradient_is_not_clipped() -> None:
+    """The norm 1e-7 is below the constant 1e-6 that `clip_grad_norm_` adds to it."""
+    piece = Piece(np.array([0]), Column(TensorSpec("weight", (1,)), 0))
+    sgd = ModuleSGD([piece], np.zeros((1, 1), dtype=bool), SGDSettings(), torch.device("cpu"))
+    weight, gradient, momentum = torch.zeros(1), torch.full((1,), 1e-7), torch.zeros(1)
+    squares = sgd.step(weight, gradient, momentum, sgd.spread_rates(np.array([[0.5]])))
+    assert weight.item() == pytest.approx(-0.5e-7)
+    assert squares.item() == pytest.approx(1e-14)
 
 
 # ------------------------------------------------------------------ bfloat16
