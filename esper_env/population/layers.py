@@ -150,8 +150,8 @@ class Norm(Layer):
         """Run one batch norm over m * channels."""
         weight, bias = parameters
         mean, var = buffers
-        # Not `F.batch_norm`: on a GPU it calls cuDNN, which requires tensors that start at a multiple
-        # of 16 bytes. These are views of larger ones.
+        # Not `F.batch_norm`: on a GPU it calls cuDNN, which requires tensors whose addresses are
+        # multiples of 16 bytes. These are views of larger ones.
         out: Tensor = torch.native_batch_norm(
             x, weight.flatten(), bias.flatten(), mean.view(-1), var.view(-1), training, 0.1, 1e-5
         )[0]
