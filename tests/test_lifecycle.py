@@ -146,8 +146,8 @@ def test_easing_follows_its_formula(curve: Curve, at_quarter: float, at_third: f
 
     Sigmoid: s(x) = (1 + tanh(x/2)) / 2 turns the design's quotient into
     (1 + tanh(k(2t - 1)/4) / tanh(k/4)) / 2. At t = 1/4 and k = 6 that is
-    (1 - tanh(0.75) / tanh(1.5)) / 2 = (1 - 0.635149 / 0.905148) / 2 = 0.149146; the others
-    likewise. All curves are point-symmetric about (1/2, 1/2).
+    (1 - tanh(0.75) / tanh(1.5)) / 2 = (1 - 0.635149 / 0.905148) / 2 = 0.149146. The
+    other values follow in the same way. All curves are point-symmetric about (1/2, 1/2).
     """
     t = np.array([0.0, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 1.0])
     expected = [0.0, at_quarter, at_third, 0.5, 1 - at_third, 1 - at_quarter, 1.0]
@@ -352,7 +352,7 @@ def test_only_seeds_on_trial_may_be_pruned(stage: Stage) -> None:
 def test_max_seeds_counts_live_and_fossilized_seeds_but_no_embargoed_slot(
     max_seeds: int | None,
 ) -> None:
-    """One fossil, one closed slot, one seed in training, one empty slot: 2 seeds are there."""
+    """One fossilized seed, one closed slot, one seed in training, one empty slot: 2 seeds exist."""
     state = SlotState.empty(1, 4)
     state.stage[0] = [Stage.FOSSILIZED, Stage.EMBARGOED, Stage.TRAINING, Stage.DORMANT]
     state.blueprint[0] = [0, -1, 0, -1]
@@ -624,7 +624,7 @@ def check_step(step: Step, config: EnvConfig) -> set[tuple[int, int]]:
     assert (step.after.stage[step.before.stage == Stage.FOSSILIZED] == Stage.FOSSILIZED).all()
     assert ((step.before.stage != step.acted.stage).sum(axis=1) <= 1).all()
     assert_equal_fields(step.acted, step.after, ~step.active)
-    # Time passes by one for who stays, and the controller moves alpha only towards its target.
+    # Time passes by one for who stays, and the controller moves alpha only toward its target.
     stays = step.active[:, None] & (step.acted.stage == step.after.stage)
     lives = stays & lifecycle.is_live(step.acted.stage)
     assert (step.after.age[lives] == step.acted.age[lives] + 1).all()

@@ -351,7 +351,7 @@ def load(
     shifts: IntArray,
     flips: BoolArray,
 ) -> None:
-    """Write a batch of sampled, augmented and normalised images into the first region."""
+    """Write a batch of sampled, augmented and normalized images into the first region."""
     # a[0]: (channels, side + 2, side + 2, batch)
     # images: (n, side, side, channels); indices: (batch,)
     # shifts: (batch, 2) or (0, 2); flips: (batch,) or (0,)

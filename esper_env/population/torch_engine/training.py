@@ -39,7 +39,7 @@ from esper_env.population.torch_engine.sgd import ModuleSGD, Piece, WorkingSet
 
 
 class TrainingGraph:
-    """Tensors, forward pass and optimiser of one chunk of members with one composition of seeds.
+    """Tensors, forward pass and optimizer of one chunk of members with one composition of seeds.
 
     Args:
         storage: Tensors of all members.
