@@ -138,7 +138,7 @@ class Args:
 
 
 def layer_init(layer: nn.Linear, std: float = 2**0.5) -> nn.Linear:
-    """Initialise a layer with orthogonal weights and zero biases, and return it."""
+    """Initialize a layer with orthogonal weights and zero biases, and return it."""
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
     return layer

@@ -302,7 +302,7 @@ def test_shapley_values_equal_the_mean_over_all_orders() -> None:
 
 
 def test_full_attribution_records_shapley_values_of_trial_seeds_only() -> None:
-    """Slot 0 fossilized, 1 and 2 on trial: v = .9 live, .7 without 1, .8 without 2, .5 without both.
+    """Slot 0 fossilized, 1 and 2 on trial: v = .9 live, .7 without 1, .8 without 2, .5 without.
 
     phi_1 = ((.9 - .7) + (.8 - .5)) / 2 = .25, phi_2 = ((.9 - .8) + (.7 - .5)) / 2 = .15.
     """

@@ -110,7 +110,7 @@ class Pictures(NamedTuple):
     flips: BoolArray = _NO_INDICES.astype(bool)
     """Whether images are mirrored. (m, batches, batch), or (m, batches, 0) without mirroring."""
     chunks: Float32Array = _NO_NUMBERS
-    """Normalised images of all members, in an evaluation. (batches, region)."""
+    """Normalized images of all members, in an evaluation. (batches, region)."""
 
     @classmethod
     def for_training(cls, images: ImageSet, draw: Draw) -> Pictures:

@@ -45,7 +45,7 @@ class TrainingGraph:
         storage: Tensors of all members.
         members: Members of the chunk. (m,).
         seeds: Seeds of the whole population, for the composition.
-        settings: Optimiser settings.
+        settings: Optimizer settings.
         precision: "float32" or "bfloat16", for convolutions and linear maps.
     """
 
