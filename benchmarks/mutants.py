@@ -121,14 +121,14 @@ REASONS: dict[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Measure the share of mutants that the tests notice."""
+    """Measure the share of mutants that the tests detect."""
 
     checkout: Path = Path(__file__).resolve().parent.parent
     """Root of the code to mutate."""
     areas: tuple[str, ...] = tuple(AREAS)
     """Areas to measure."""
     timeout: float = 600.0
-    """Time limit of a mutant's tests; beyond it a mutant counts as noticed [seconds]."""
+    """Time limit of a mutant's tests; beyond it a mutant counts as detected [seconds]."""
     out: Path
     """Result file; mutants in it are not run again."""
 
@@ -310,7 +310,7 @@ def main(args: Args) -> None:
                         "function": mutant.function, "line": mutant.line, "change": mutant.change,
                         "noticed": noticed, "by": by, "seconds": time.perf_counter() - began,
                     }  # fmt: skip
-                    print("noticed" if noticed else "SURVIVES", name, mutant.function,
+                    print("detected" if noticed else "SURVIVES", name, mutant.function,
                           mutant.change[:100], f"{row['seconds']:.0f} s", flush=True)  # fmt: skip
                 if not row["noticed"]:
                     row["reason"] = REASONS.get(mutant.name, "not known")
@@ -319,7 +319,7 @@ def main(args: Args) -> None:
                 summary = {"mutants": len(rows), "noticed": noticed_count}
                 content = {"machine": describe_machine(), "summary": summary, "mutants": rows}
                 args.out.write_text(json.dumps(content, indent=1))
-    print(f"{noticed_count} of {len(rows)} mutants noticed ({noticed_count / len(rows):.1%})")
+    print(f"{noticed_count} of {len(rows)} mutants detected ({noticed_count / len(rows):.1%})")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ Traffic is counted as if no data stayed in the cache between operations:
 
 - A feature map is written and read in the forward pass. In the backward pass it is read, and its
   gradient is written and read.
-- A parameter is read in both passes, and its gradient is written and read. The optimiser reads and
+- A parameter is read in both passes, and its gradient is written and read. The optimizer reads and
   writes the parameter and its momentum.
-- A rectifier works in place.
+- A relu works in place.
 
 The intensity (FLOP per byte) therefore tells which rate limits the work without a cache. A network
 that stays in the cache may be faster.

@@ -29,7 +29,13 @@ from esper_env.envs.registration import ENVIRONMENTS
 from esper_env.growth.action_space import HEAD_NAMES, RELEVANT_HEADS
 from esper_env.growth.lifecycle import TRANSITIONS
 from esper_env.growth.observation import episode_features, slot_features
-from esper_env.growth.reward import PRESETS, TERMS
+from esper_env.growth.reward import (
+    PRESETS,
+    PROGRESS_HALF_LIFE_STEPS,
+    STAGE_POTENTIAL,
+    STAGE_PROGRESS,
+    TERMS,
+)
 from esper_env.population.blueprints import CNN_BLUEPRINTS, Blueprint
 from esper_env.population.layers import Conv, Layer, Norm, Relu, SqueezeExcite
 from esper_env.population.layout import gate_specs
@@ -188,7 +194,12 @@ def section_tables(arguments: str) -> dict[str, list[str]]:
             "`slot_1.`. Each registered blueprint adds one feature to every block.",
             features_table(slot),
         ],
-        "Rewards": ["### Presets and terms", rewards_table()],
+        "Rewards": [
+            "### Presets and terms",
+            rewards_table(),
+            "### Potential of the term `pbrs`",
+            *potential(),
+        ],
         "Starting State": ["### Instances", *instances()],
         "Episode End": [],
         "Information": [info_table()],
@@ -241,7 +252,7 @@ def lifecycle() -> list[str]:
         for (source, target), rule in TRANSITION_RULES.items()
     ]
     return [
-        "No other transition exists. *Tick* is stage 2 of an env step and needs no action. "
+        "The table lists all transitions. *Tick* is phase 2 of an env step and needs no action. "
         "*Rollback* is described under [Episode End](#episode-end). G0 to G3 and G5 are gates: "
         "conditions that the masks and the transitions test by the same functions.",
         table(("from → to", "by", "needs"), rows),
@@ -374,6 +385,19 @@ def rewards_table() -> str:
         for name, term in TERMS.items()
     ]
     return table(head, rows)
+
+
+def potential() -> list[str]:
+    """Return the definition of the potential Phi and its constants of each stage."""
+    rows = [
+        (stage.name, f"{STAGE_POTENTIAL[stage]:g}", f"{STAGE_PROGRESS[stage]:g}") for stage in Stage
+    ]
+    return [
+        "Phi of a state is the sum of the potentials of its slots. A slot that has been in its "
+        "stage for n env steps has the potential "
+        f"a + b * (1 - 0.5^(n / {PROGRESS_HALF_LIFE_STEPS:g})), where a and b depend on the stage:",
+        table(("stage", "a", "b"), rows),
+    ]
 
 
 def instances() -> list[str]:

@@ -110,7 +110,7 @@ class ReturnScale:
 def one_thread() -> Iterator[None]:
     """Restrict torch to one thread, as a context manager or decorator.
 
-    The agent's matrices of 16 x 128 gain little from a second thread, and synchronising two threads
+    The agent's matrices of 16 x 128 gain little from a second thread, and synchronizing two threads
     at every LSTM step is slow while another process keeps a core busy (docs/speed.md). Results do
     not depend on the number of threads.
     """

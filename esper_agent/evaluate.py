@@ -1,7 +1,7 @@
 """Compare agents on the same episodes.
 
 Every agent gets the same reset seeds, so in episode k all of them start from the same host, data
-order and seed initialisation, and differences are paired. Run `python -m esper_agent.evaluate
+order and seed initialization, and differences are paired. Run `python -m esper_agent.evaluate
 --help`.
 """
 
@@ -115,7 +115,7 @@ def run_episodes(
 
     Returns:
         "seed", "instance", the figures, and "growth" of every episode, in order of its seed. Growth
-        is the plan of its fossils, such as "conv_heavy@0:3": blueprint@slot:step of germination.
+        lists its fossilized seeds, such as "conv_heavy@0:3": blueprint@slot:step of germination.
     """
     prefix = "slot_0.blueprint_"
     names = [n.removeprefix(prefix) for n in envs.observation_names if n.startswith(prefix)]
@@ -126,7 +126,7 @@ def run_episodes(
         policy.begin(envs, first)
         final: dict[str, npt.NDArray[np.float64]] = {}
         growth = [""] * envs.num_envs
-        born, step = np.zeros_like(info["blueprint"]), 0
+        germinated_at, step = np.zeros_like(info["blueprint"]), 0
         is_running = np.ones(envs.num_envs, dtype=bool)
         while is_running.any():
             is_empty = info["blueprint"] < 0
@@ -139,9 +139,9 @@ def run_episodes(
                 for i in np.nonzero(ends)[0].tolist():
                     slots = np.nonzero(last["stage"][i] == Stage.FOSSILIZED)[0].tolist()
                     growth[i] = "+".join(
-                        f"{names[last['blueprint'][i, s]]}@{s}:{born[i, s]}" for s in slots
+                        f"{names[last['blueprint'][i, s]]}@{s}:{germinated_at[i, s]}" for s in slots
                     )
-            born[is_empty & (info["blueprint"] >= 0)] = step
+            germinated_at[is_empty & (info["blueprint"] >= 0)] = step
             step += 1
             is_running &= ~ends
         count = min(envs.num_envs, seed + num_episodes - first)

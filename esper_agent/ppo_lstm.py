@@ -75,7 +75,7 @@ class Args:
     num_envs: int = 16
     """Sub-environments that run in parallel."""
     num_steps: int = 60
-    """Env steps per sub-environment and rollout; by default one episode."""
+    """Env steps per sub-environment and rollout; the default is one episode of Esper-Digits-v0."""
     learning_rate: float = 2e-3
     """Initial learning rate of Adam."""
     anneal_lr: bool = True
@@ -83,7 +83,7 @@ class Args:
     gamma: float = 1.0
     """Discount factor; must equal that of the environment (`--env.gamma`)."""
     gae_lambda: float = 0.97
-    """Lambda of generalised advantage estimation."""
+    """Lambda of generalized advantage estimation."""
     group_size: int = 4
     """Sub-environments per group. A group shares reset seeds, hence hosts, images and instances,
     and the common part of its advantages is subtracted; 1 disables this."""
@@ -138,7 +138,7 @@ class Args:
 
 
 def layer_init(layer: nn.Linear, std: float = 2**0.5) -> nn.Linear:
-    """Initialise a layer with orthogonal weights and zero biases, and return it."""
+    """Initialize a layer with orthogonal weights and zero biases, and return it."""
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
     return layer
@@ -380,7 +380,7 @@ def compute_gae(
     gamma: float,
     gae_lambda: float,
 ) -> Tensor:
-    """Return advantages by generalised advantage estimation. All tensors are (num_steps, num_envs).
+    """Return advantages by generalized advantage estimation. All tensors are (num_steps, num_envs).
 
     delta_t = r_t + gamma * V(s') - V(s_t) and A_t = delta_t + gamma * lambda * A_{t+1}, where V(s')
     is 0 at a termination and A_{t+1} counts as 0 at both kinds of end. `next_values` are V of the

@@ -85,7 +85,8 @@ class EnvConfig:
     """Settings of the environment; each field is a keyword of `gym.make` and `gym.make_vec`.
 
     Raises:
-        ValueError: If a value is out of range or two fields contradict each other.
+        ValueError: If a value is out of range or two fields contradict each other. Names of tasks,
+            hosts, rewards, heads and their options are checked when the environment is made.
     """
 
     task: str = "digits"
@@ -106,7 +107,7 @@ class EnvConfig:
     horizon: Literal["truncate", "terminal"] = "truncate"
     """Flag of the last step of an episode: `truncated` or `terminated`."""
     gamma: float = 0.995
-    """Discount factor of potential-based shaping; the agent must use the same value."""
+    """Discount factor of shaping; with the reward term `pbrs` the agent must use the same value."""
     reward: str = "gain"
     """Reward preset; a name in `esper_env.growth.reward.PRESETS`."""
     reward_weights: Mapping[str, float] = field(default_factory=dict)
@@ -151,10 +152,10 @@ class EnvConfig:
     """Minimum contribution with `strict_fossilize` [accuracy, 0 to 1]."""
 
     snapshot_interval: int = 5
-    """Env steps between two snapshots, without collapsed and diverged ones. Each fossilization also
-    takes a snapshot, before the training of that env step."""
+    """Healthy env steps between two snapshots; collapsed and diverged env steps are not counted.
+    Each fossilization also takes a snapshot, before the training of that env step."""
     panic_window: int = 8
-    """Recent losses to compare with a new one, without collapsed and diverged ones [env steps]."""
+    """Number of recent healthy losses that a new loss is compared with."""
     panic_patience: int = 2
     """Consecutive collapsed or diverged env steps before a rollback."""
     collapse_fraction: float = 0.6
@@ -175,7 +176,8 @@ class EnvConfig:
     seed_learning_rate: float = 0.05
     """Initial learning rate of the seeds; other instances scale both by the same factor."""
     learning_rate_decay: Literal["none", "linear"] = "linear"
-    """Schedule of both learning rates: constant, or linear decay to 0 over an episode."""
+    """Schedule of both learning rates: constant, or linear decay from the initial value in the
+    first env step to 1/`episode_steps` of it in the last."""
     momentum: float = 0.9
     """Momentum of the SGD of host and seeds."""
     host_weight_decay: float = 5e-4
@@ -212,7 +214,7 @@ class EnvConfig:
             _require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("rent_weight", "host_weight_decay", "vanishing_gradient_norm"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
-        _require(self, "batch_size", self.batch_size >= 2, "at least 2 (batch normalisation)")
+        _require(self, "batch_size", self.batch_size >= 2, "at least 2 (batch normalization)")
         _require(self, "gamma", 0 < self.gamma <= 1, "in (0, 1]")
         _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
         _require(self, "min_gradient_health", 0 <= self.min_gradient_health <= 1, "in [0, 1]")

@@ -100,7 +100,7 @@ def number_at(key: Any, index: Any) -> Any:
 
 @shared
 def mix(z: Any) -> Any:
-    """Apply the finaliser of SplitMix64. Source: Steele et al. (2014), figure 16, variant 13."""
+    """Apply the finalizer of SplitMix64. Source: Steele et al. (2014), figure 16, variant 13."""
     z = (z ^ (z >> _SHIFT_30)) * _MIX_1
     z = (z ^ (z >> _SHIFT_27)) * _MIX_2
     return z ^ (z >> _SHIFT_31)

@@ -141,7 +141,7 @@ TRANSITIONS = {
     (Stage.HOLDING, Stage.EMBARGOED),
     (Stage.EMBARGOED, Stage.DORMANT),
 }
-"""The legal changes of stage, written again so that a change of the code alone is noticed."""
+"""The legal changes of stage, written again so that a change of the code alone is detected."""
 LIVE = (Stage.GERMINATED, Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED)
 BLUEPRINTS = ("small", "middle", "large")
 SEED_PARAMETERS = np.array([[10, 60, 150], [20, 90, 300], [30, 120, 400]])
@@ -184,7 +184,7 @@ def walk(
         num_steps: Decisions.
         num_slots: Slots, up to 3.
         active_share: Probability with which a member takes part in a step.
-        restart_share: Probability with which a member starts anew before a step.
+        restart_share: Probability with which a member starts a new episode before a step.
     """
     space = ActionSpace(num_slots, BLUEPRINTS, config)
     state = SlotState.empty(num_envs, num_slots)
@@ -265,7 +265,7 @@ TINY = Host(in_channels=2, image_size=8, channels=(3, 6), num_classes=5)
 RATE = 0.05
 BATCHES, BATCH_SIZE = 3, 16
 # float32 results of a grouped and of a single convolution differ by rounding, a few 1e-7 after
-# some optimiser steps; 2e-5 leaves room for other BLAS builds.
+# some optimizer steps; 2e-5 leaves room for other BLAS builds.
 TOLERANCE = 2e-5
 STAGES = {
     "training": {"alpha": 0.0, "beta": 1.0, "is_isolated": True},

@@ -214,7 +214,7 @@ STATES = 200
 
 @pytest.fixture(scope="module", params=CASES)
 def truth(request: pytest.FixtureRequest) -> Truth:
-    """Live at random under the rules of a case, and judge every joint action in some states."""
+    """Live at random under the rules of a case, and test every joint action in some states."""
     case = CASES[request.param]
     rules = EnvConfig(**case.rules, heads=case.heads)
     rng = np.random.default_rng(0)

@@ -145,7 +145,7 @@ def record_second_rollout() -> Iterator[Recorded]:
 
 
 def update_once(recorded: Recorded, **changes: Any) -> tuple[dict[str, float], int]:
-    """Update a copy of the agent; return metrics and the number of optimiser steps."""
+    """Update a copy of the agent; return metrics and the number of optimizer steps."""
     state = copy.deepcopy(recorded.state)
     calls: list[Any] = []
     state.optimizer.register_step_pre_hook(lambda *arguments: calls.append(arguments))

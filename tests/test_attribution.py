@@ -66,7 +66,7 @@ def network(plan: Coalitions, row: Any) -> tuple[int, tuple[float, ...]]:
 def test_each_distinct_network_is_listed_once(
     stages: list[Stage], alpha: list[float], expected: set[tuple[float, ...]]
 ) -> None:
-    """Live, only fossils, and live without each blended trial seed; equal ones share a row.
+    """Live, only fossilized seeds, live without each blended trial seed; equal ones share a row.
 
     A seed that trains behind the host has no weight, so leaving it out changes nothing, and it is
     tried at alpha 1 instead. The predecessor evaluated 12 networks where 8 differ. Findings PRE-16
@@ -179,7 +179,7 @@ def test_contribution_is_what_the_network_loses_without_the_seed() -> None:
 
 
 def test_interaction_of_two_seeds_beside_a_fossil_keeps_the_fossil_in() -> None:
-    """0.9 - 0.6 - 0.7 + 0.5 = 0.1, where 0.5 is the accuracy of host and fossil."""
+    """0.9 - 0.6 - 0.7 + 0.5 = 0.1, where 0.5 is the accuracy of the committed network."""
     state = slots([[B, F, H]], [[0.5, 1, 1]])
     measured = Measurements.empty(1, 3)
     accuracy = {(0.5, 1, 1): 0.9, (0, 1, 1): 0.6, (0.5, 1, 0): 0.7, (0, 1, 0): 0.5}
@@ -219,7 +219,7 @@ def test_an_interaction_is_forgotten_when_the_pair_is_gone() -> None:
 
 
 def test_velocity_and_freshness_follow_the_measurements() -> None:
-    """Contributions 0.25, 0.375, 0.3125, then the seed becomes a fossil and is not measured again.
+    """Contributions 0.25, 0.375, 0.3125, then the seed is fossilized and not measured again.
 
     The velocity of the first is 0, then 0.125 and -0.0625, then 0 because nothing was measured.
     The last contribution stays, and its age counts on.
@@ -309,7 +309,7 @@ def test_shapley_values_equal_the_mean_over_all_orders() -> None:
 
 
 def test_full_attribution_records_shapley_values_of_trial_seeds_only() -> None:
-    """Slot 0 a fossil, slots 1 and 2 on trial: v = .9 live, .7 without 1, .8 without 2, .5 without.
+    """Slot 0 fossilized, 1 and 2 on trial: v = .9 live, .7 without 1, .8 without 2, .5 without.
 
     phi_1 = ((.9 - .7) + (.8 - .5)) / 2 = .25, phi_2 = ((.9 - .8) + (.7 - .5)) / 2 = .15.
     """

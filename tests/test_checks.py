@@ -690,4 +690,4 @@ def test_an_environment_is_refused_if_episodes_begin_where_the_last_ended(
     env = CountingEnv(mode)
     env.begin = begin  # type: ignore[method-assign]
     with pytest.raises(AssertionError, match="expected the first observations of new episodes"):
-        check_vector_env(env, num_steps=4)  # before all members end at once, which begins anew
+        check_vector_env(env, num_steps=4)  # stops before all members end at once

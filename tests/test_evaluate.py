@@ -323,7 +323,7 @@ def test_random_takes_only_legal_actions_of_every_op() -> None:
 def test_the_heuristic_germinates_blends_fully_and_fossilizes() -> None:
     """An illegal action would raise. Everything counts as stalled, every contribution as good.
 
-    It takes its blueprint and full alpha, so each fossil has alpha 1.
+    It takes its blueprint and full alpha, so each fossilized seed has alpha 1.
     """
     steps = play(PlateauHeuristic(**ALWAYS, min_contribution=-1.0))
     assert ops_of(steps) == {Op.WAIT, Op.GERMINATE, Op.ADVANCE, Op.FOSSILIZE}

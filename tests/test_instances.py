@@ -45,9 +45,9 @@ def test_hosts_are_scaled_to_at_least_one_feature() -> None:
 @pytest.mark.parametrize("blend", list(Blend))
 @pytest.mark.parametrize("index", range(len(NAMES)), ids=NAMES)
 def test_narrow_members_equal_narrow_networks(index: int, blend: Blend, stage: str) -> None:
-    """Three widths in one batch, a seed in each slot, several optimiser steps from birth on.
+    """Three widths in one batch, a seed in each slot, several optimizer steps from germination on.
 
-    What lies outside a narrow member's corner is born at zero and stays exactly there.
+    What lies outside a narrow member's corner starts at zero and stays exactly there.
     Evaluation uses no running statistics of features that do not exist.
     """
     small = SmallPopulation(3, hosts=HOSTS)
@@ -59,7 +59,7 @@ def test_narrow_members_equal_narrow_networks(index: int, blend: Blend, stage: s
     for indices in both:
         report = small.train(indices)
     result = small.evaluate(small.seeds.alpha)
-    # The momentum of the plain optimiser lives for one call, so train it on both draws at once.
+    # The momentum of the plain optimizer lives for one call, so train it on both draws at once.
     for i, network in enumerate(networks):
         train_plain(network, small.images, np.concatenate(both)[:, :, i])
         assert np.isfinite(report.loss[i])

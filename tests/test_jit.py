@@ -91,7 +91,7 @@ def first_of(pair):
 
 
 class Modules:
-    """Modules in a folder or an archive, which are imported anew at each run.
+    """Modules in a folder or an archive, which are imported again at each run.
 
     Args:
         folder: Where they are written to.
@@ -110,7 +110,7 @@ class Modules:
         file.write_text(text.replace(old, new))
 
     def load(self) -> ModuleType:
-        """Import all anew, and return the module with the entry points."""
+        """Import all again, and return the module with the entry points."""
         for name in SOURCES:
             sys.modules.pop(name, None)
         importlib.invalidate_caches()

@@ -82,8 +82,8 @@ def test_equal_arms_improve_in_half_of_the_cases() -> None:
 def test_schedules_are_judged_on_episodes_that_did_not_choose_them() -> None:
     """Schedule 1 is better by 1 on instance 0 only, and schedule 2 on instance 1 only.
 
-    In one repeat each, schedule 0 has a lucky 9: it is chosen in that half, and is judged in the
-    other, where it gets 0. So luck costs, and never pays.
+    In one repeat each, schedule 0 has a lucky 9: it is chosen in that half, and is evaluated in
+    the other, where it gets 0. So luck costs, and never pays.
     """
     scores = np.zeros((3, 2, 4))
     scores[1, 0], scores[2, 1] = 1.0, 1.0

@@ -178,8 +178,8 @@ def test_easing_follows_the_formula_of_the_curve_of_each_element() -> None:
 
     Sigmoid: s(x) = (1 + tanh(x/2)) / 2 turns the design's quotient into
     (1 + tanh(k(2t - 1)/4) / tanh(k/4)) / 2. At t = 1/4 and k = 6 that is
-    (1 - tanh(0.75) / tanh(1.5)) / 2 = (1 - 0.635149 / 0.905148) / 2 = 0.149146; the others are
-    computed in the same way. All curves are point-symmetric about (1/2, 1/2).
+    (1 - tanh(0.75) / tanh(1.5)) / 2 = (1 - 0.635149 / 0.905148) / 2 = 0.149146. The
+    other values follow in the same way. All curves are point-symmetric about (1/2, 1/2).
     """
     assert list(EASED) == list(Curve)
     t = np.array([0.0, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 1.0])
@@ -558,7 +558,7 @@ def check_step(step: Step, config: EnvConfig) -> set[tuple[int, int]]:
     assert (step.after.stage[step.before.stage == Stage.FOSSILIZED] == Stage.FOSSILIZED).all()
     assert ((step.before.stage != step.acted.stage).sum(axis=1) <= 1).all()
     assert_equal_fields(step.acted, step.after, ~step.active)
-    # Time passes by one for who stays, and the controller moves alpha only towards its target.
+    # Time passes by one for who stays, and the controller moves alpha only toward its target.
     stays = step.active[:, None] & (step.acted.stage == step.after.stage)
     lives = stays & lifecycle.is_live(step.acted.stage)
     assert (step.after.age[lives] == step.acted.age[lives] + 1).all()

@@ -400,7 +400,7 @@ class Machine(RuleBasedStateMachine):
             self.poison_once(member % self.envs.num_envs, matrix, value, play.seed)
 
     def poison_once(self, member: int, matrix: str, value: float, seed: int) -> None:
-        """It rolls back in the next step with the penalty; the others do not notice, bitwise."""
+        """It rolls back in the next step with the penalty; the others are bitwise unchanged."""
         envs, twin = self.envs, self.twin
         if self.is_over[member]:
             return
@@ -447,7 +447,7 @@ class Machine(RuleBasedStateMachine):
         seed=st.none() | st.integers(0, 2**16),
     )
     def reset_some(self, play: Play, bits: int, instance: int | None, seed: int | None) -> None:
-        """Those reset start anew, with the instance asked for; the others keep every bit."""
+        """Those reset start a new episode of the given instance; the others keep every bit."""
         self.play_legally(play)
         envs = self.envs
         mask = (bits >> np.arange(envs.num_envs)) & 1 == 1
@@ -523,7 +523,7 @@ class Machine(RuleBasedStateMachine):
     # -------------------------------------------------------------- one step, and its invariants
 
     def revive(self) -> None:
-        """Without autoreset, start the finished members anew."""
+        """Without autoreset, start new episodes of the finished members."""
         if self.mode == "Disabled" and self.is_over.any():
             mask = self.is_over.copy()
             observation, info = self.envs.reset(options={"reset_mask": mask})
@@ -667,7 +667,7 @@ class Machine(RuleBasedStateMachine):
         assert (alpha[is_unblended] == 0).all()
 
     def count_parameters(self, shown: dict[str, Any], width: IntArray) -> tuple[IntArray, IntArray]:
-        """Count columns of all seeds and of the fossils of each member; two times (num_envs,)."""
+        """Count columns of all seeds and of fossilized ones, by member; two times (num_envs,)."""
         layout = self.envs.debug_state().population.layout
         counts = np.zeros((2, self.envs.num_envs), dtype=np.int64)
         for i, s in np.argwhere((shown["stage"] > 0) & (shown["stage"] < Stage.EMBARGOED)).tolist():
@@ -682,7 +682,7 @@ class Machine(RuleBasedStateMachine):
 def test_whatever_is_done_to_a_mixed_batch_its_invariants_hold(
     few_images: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Derandomised: every run is the same until the rules change, so the counts have slack."""
+    """Derandomized: every run is the same until the rules change, so the counts have slack."""
     Machine.tally = tally = Tally()
     Machine.recorder = Recorder(monkeypatch)
     count = tally.count
@@ -773,7 +773,7 @@ def test_would_be_effect_is_that_of_the_network_at_alpha_one() -> None:
         result = sim.population.evaluate(
             np.zeros(2, dtype=np.int64), alphas, sim.networks.seeds, sim.splits.validation
         )
-        # At most one image may be judged otherwise when other networks run beside it.
+        # The prediction of at most one image may differ when other networks run beside it.
         assert result.accuracy[0] == pytest.approx(info["accuracy"][0], abs=1.01 * one_image)
         effect = result.accuracy[1] - result.accuracy[0]
         shown = observation[value] / CHANGE_SCALE

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("blend", list(Blend))
 @pytest.mark.parametrize("index", range(len(NAMES)), ids=NAMES)
 def test_population_equals_plain_networks(index: int, blend: Blend, stage: str) -> None:
-    """Two members with the seed in either slot, one without, over several optimiser steps."""
+    """Two members with the seed in either slot, one without, over several optimizer steps."""
     small = SmallPopulation(3)
     for member, slot in ((0, 0), (1, 1)):
         small.plant(member, slot, index, stage, blend)
@@ -85,7 +85,7 @@ def test_evaluation_of_coalitions_equals_plain_networks() -> None:
 @pytest.mark.parametrize("blend", list(Blend))
 @pytest.mark.parametrize("index", range(len(NAMES)), ids=NAMES)
 def test_every_seed_has_a_live_gradient_by_the_third_batch(index: int, blend: Blend) -> None:
-    """Findings PRE-1 and PRE-2: every parameter tensor, the gate's too, learns from birth."""
+    """Findings PRE-1 and PRE-2: every parameter tensor learns from the start, the gate's too."""
     small = SmallPopulation()
     small.plant(0, 0, index, "training", blend)
     indices = small.draw(4)

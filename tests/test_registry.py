@@ -47,7 +47,7 @@ def test_what_could_not_grow_is_refused_with_the_reason() -> None:
         register_blueprint("norm", pre_norm)
     with pytest.raises(ValueError, match=r"wrong shape .* expected .* output 4 channels"):
         register_blueprint("wide", lambda c: [Conv(c, 2 * c, 1, zero=True)])
-    with pytest.raises(ValueError, match="at birth: expected a residual branch of 0, got"):
+    with pytest.raises(ValueError, match="expected a new seed to output 0, got up to"):
         register_blueprint("loud", lambda c: [Conv(c, c, 3)])
     with pytest.raises(ValueError, match="expected a gradient in parameter 'weight' by the third"):
         register_blueprint("dead", lambda c: [Conv(c, c, 3), Norm(c, zero=True), Relu()])

@@ -34,7 +34,7 @@ from tests.builders import (
 SHAPE = (HEIGHT, WIDTH, 3)
 ORANGE_RED = (0xD5, 0x5E, 0x00)
 GREEN = (0x00, 0x9E, 0x73)
-"""Colours of a rollback and of FOSSILIZED."""
+"""Colors of a rollback and of FOSSILIZED."""
 NAMES = ("norm", "conv")
 
 
@@ -82,7 +82,7 @@ def lanes(envs: EsperVectorEnv, member: int = 0) -> list[str]:
 
 
 def has_color(picture: npt.NDArray[np.uint8], color: tuple[int, int, int]) -> bool:
-    """Whether a colour occurs below the legend."""
+    """Whether a color occurs below the legend."""
     return bool((picture[92:] == np.array(color)).all(axis=2).any())
 
 

@@ -1,4 +1,4 @@
-"""Scores and rewards: values by hand, telescoping sums, and refusals of wrong settings."""
+"""Scores and rewards: values by hand, telescoping sums, and errors for wrong settings."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_score_pays_rent_for_every_doubling(
 ) -> None:
     """Host 100 parameters. 300 more make 4 times as many: 2 doublings, 0.8 - 2 * 0.01 = 0.78.
 
-    Likewise 100, 700 and 1500 more are 1, 3 and 4 doublings.
+    100, 700 and 1500 more parameters are 1, 3 and 4 doublings.
     """
     got = score(np.array([accuracy]), np.array([float(parameters)]), 100, rent_weight)
     assert abs(got[0] - expected) < EXACT

@@ -38,7 +38,7 @@ STAGE_COLORS = {
     Stage.FOSSILIZED: "#009e73",
     Stage.EMBARGOED: "#a6a6a6",
 }
-"""Colours that colour-blind readers can distinguish, with greys for slots without a seed.
+"""Colors that color-blind readers can distinguish, with grays for slots without a seed.
 
 Source: Okabe and Ito (2008).
 """
@@ -46,7 +46,7 @@ STAGE_LETTERS = ".gtbhFx"
 """One character per stage, in the order of `Stage`."""
 ROLLBACK_LETTER = "!"
 OP_MARKERS = {Op.GERMINATE: ("^", 5.0), Op.PRUNE: ("X", 5.2), Op.FOSSILIZE: ("D", 4.0)}
-"""Shape and size [points] of the marker of an op. Other ops are visible in colours and alpha."""
+"""Shape and size [points] of the marker of an op. Other ops are visible in colors and alpha."""
 
 _LIVE_COLOR, _COMMITTED_COLOR, _ROLLBACK_COLOR = "#000000", "#0072b2", "#d55e00"
 _SIZE_COLOR, _FONT = "#707070", "DejaVu Sans"
@@ -60,7 +60,7 @@ _NAME_ROWS = 17
 _LANE_CHARACTERS = 108
 """Number of characters that fit into the width of a lane."""
 _TINT = 0.38
-"""Strength of a stage's colour above the level of alpha, 0 to 1."""
+"""Strength of a stage's color above the level of alpha, 0 to 1."""
 
 
 class Frame(NamedTuple):
@@ -199,11 +199,11 @@ def describe(
 def _draw_lanes(axes: Axes, course: Course, blueprints: Sequence[str], frame: Frame) -> None:
     """Draw a lane for each slot: a strip for blueprint names and a bar.
 
-    The bar shows the stages as colours. It is pale above the level of alpha.
+    The bar shows the stages as colors. It is pale above the level of alpha.
     """
     end, bar_rows = len(course.stage), frame.bar_rows
     colors = np.array([_rgb(color) for color in STAGE_COLORS.values()])
-    # A slot without a seed has alpha 0. Its bar is not pale, but has its colour in full height.
+    # A slot without a seed has alpha 0. Its bar is not pale, but has its color in full height.
     is_tinted = ~np.isin(list(STAGE_COLORS), (Stage.DORMANT, Stage.EMBARGOED))
     tints = np.where(is_tinted[:, None], _tint(colors), colors)
     level = (np.arange(bar_rows, 0, -1) - 0.5) / bar_rows
@@ -287,7 +287,7 @@ def _draw_legend(figure: Figure) -> None:
     from matplotlib.patches import Patch
 
     def patch(color: Any) -> Patch:
-        """Return a legend entry for a colour."""
+        """Return a legend entry for a color."""
         return Patch(facecolor=color, edgecolor="#777777", linewidth=0.4)
 
     marks: list[Any] = [
@@ -338,7 +338,7 @@ def _rasterize(figure: Figure) -> npt.NDArray[np.uint8]:
 
 
 def _style_ticks(axes: Axes, color: str) -> None:
-    """Set fonts, sizes and colours of the ticks and the frame of axes."""
+    """Set fonts, sizes and colors of the ticks and the frame of axes."""
     axes.tick_params(labelsize=6.5, labelfontfamily=_FONT, length=2, pad=2, width=0.6, colors=color)
     for spine in axes.spines.values():
         spine.set(linewidth=0.6, color=color)
@@ -362,10 +362,10 @@ def _op_text(course: Course) -> str:
 
 
 def _rgb(color: str) -> npt.NDArray[np.float64]:
-    """Return the components of a colour "#rrggbb", 0 to 1. (3,) float64."""
+    """Return the components of a color "#rrggbb", 0 to 1. (3,) float64."""
     return np.frombuffer(bytes.fromhex(color[1:]), dtype=np.uint8) / 255
 
 
 def _tint(color: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return pale versions of colours. (..., 3) float64, 0 to 1."""
+    """Return pale versions of colors. (..., 3) float64, 0 to 1."""
     return 1 - _TINT * (1 - color)

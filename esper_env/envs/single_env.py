@@ -29,13 +29,14 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     *prune* the seed, which removes it. Each slot has a *stage*, for example TRAINING or BLENDING.
     Every seed parameter lowers the score, so the task is to decide what to grow, where and when.
 
-    An env step is one decision followed by training. `step` runs these stages in order:
+    An env step is one decision followed by training. `step` runs these phases in order:
 
     1. It applies the action. An illegal action counts as WAIT.
     2. It ticks every slot: cooldowns and alpha ramps advance by one env step, and automatic stage
        transitions take place.
     3. It trains host and seeds by SGD on `batches_per_step` batches of `batch_size` images. The
-       learning rates decay to 0 over the episode (`learning_rate_decay`).
+       learning rates decay linearly, from the initial value in the first env step to
+       1/`episode_steps` of it in the last (`learning_rate_decay`).
     4. It restores the last good snapshot if training diverged or collapsed (see Episode End).
     5. It evaluates networks on the validation split: the *live* network with all seeds at their
        current alpha, the *committed* network with only the fossilized seeds, and the networks that
@@ -67,7 +68,10 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     ## Action Space
 
     `MultiDiscrete` with eight heads in the order of the table. `heads` lists the options of each.
-    Every op uses some of the heads. An unused head has one legal option, 0.
+    An action contains the index of one option per head. Every op uses some of the heads. In an
+    unused head only index 0 is legal: GERMINATE with index 1 of alpha_speed, for example, is
+    illegal. Without masks almost every random action is illegal and counts as WAIT;
+    `info["action_valid"]` shows this.
 
     - WAIT does nothing.
     - GERMINATE creates a seed of the chosen blueprint in an empty slot. The style sets its blend
@@ -117,10 +121,11 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
 
     `reset(seed=s)` makes this and all later episodes a function of s and the actions. Results are
     bitwise reproducible on the same device. On a CPU they are also bitwise independent of the
-    number of sub-environments and threads. Third-party layers and bfloat16 are the exception: they
-    have no compiled kernel, so both numbers must be the same. `reset()` without a seed starts
-    the next episode of the same random stream, with new weights and batches. The global random
-    state is neither read nor written.
+    number of sub-environments and threads. Third-party layers and bfloat16 are the exception,
+    because they have no compiled kernel. With them, results are reproducible only with the same
+    number of sub-environments and threads. `reset()` without a seed starts the next episode of the
+    same random stream, with new weights and batches. The global random state is neither read nor
+    written.
 
     With `instances="train"` or `"test"` each episode has one *instance*. An instance fixes the
     learning rate, the share of the training images in use, the share of wrong labels, and the width
@@ -134,10 +139,11 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
 
     A *rollback* follows if training diverged or collapsed for `panic_patience` consecutive env
     steps. Training has collapsed if the loss returns to that of random guessing. It has diverged if
-    the loss is far above its recent mean. A loss or weight that is not finite causes a rollback at
-    once. The rollback restores weights, batch norm statistics and momentum from the last snapshot.
-    It removes all seeds that are not fossilized. `info["rolled_back"]` is True. The step counter of
-    the episode continues.
+    the loss is far above its recent mean. Both rules need the losses of `panic_window` healthy env
+    steps; a rollback discards these losses. A loss or weight that is not finite causes a rollback
+    at once. The rollback restores weights, batch norm statistics and momentum from the last
+    snapshot. It removes all seeds that are not fossilized. `info["rolled_back"]` is True. The step
+    counter of the episode continues.
 
     `gym.make` also wraps the environment in a `TimeLimit` of `max_episode_steps`. To lengthen
     episodes, set both: `gym.make(id, episode_steps=90, max_episode_steps=90)`. Do not shorten them
@@ -205,7 +211,7 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
 
     @property
     def gamma(self) -> float:
-        """Discount factor of the shaping reward; the agent must use the same value."""
+        """Discount factor of shaping; with the term `pbrs` the agent must use the same value."""
         return self._env.gamma
 
     @property

@@ -92,7 +92,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         }
         self.render_mode = render_mode
         self.gamma = self.config.gamma
-        """Discount factor of the shaping reward; the agent must use the same value."""
+        """Discount factor of shaping; with the term `pbrs` the agent must use the same value."""
 
         self._blueprints = registered_blueprints()
         names = [blueprint.name for blueprint in self._blueprints]
@@ -272,8 +272,8 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
 
         Returns:
             Dictionary of NumPy arrays and JSON-able settings. `set_state` accepts it in this or in
-            another process. Steps after it are bitwise the same on the same device with the same
-            number of threads.
+            another process. Later steps are bitwise the same on the same device; third-party layers
+            and bfloat16 also need the same number of threads.
         """
         tensors = self.debug_state().population.member_tensors()
         return {

@@ -1,6 +1,7 @@
 """Observation: a flat vector of features with fixed scales, each clipped to [-1, 1].
 
-A missing value is 0, and its validity bit is 0. Every quantity that enters the reward is observed.
+A missing value is 0, and its validity bit is 0. Accuracy, growth and rent are observed;
+rollbacks are only in info.
 """
 
 from __future__ import annotations

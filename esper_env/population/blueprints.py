@@ -1,7 +1,7 @@
-"""Registry of seed modules, each of which is the identity at birth with a non-zero gradient.
+"""Registry of seed modules, each of which outputs zero at first, with a non-zero gradient.
 
-The last affine map (or the scale of the final norm) starts at zero, and no rectifier follows it.
-The residual branch therefore outputs zero at birth, while the gradient of that map is not zero.
+The last layer (or the scale of the last norm) is initialized to zero, and no relu follows it. A new
+seed therefore outputs zero, while the gradient of that layer is not zero.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def register_blueprint(name: str, build: Callable[[int], Sequence[Layer]]) -> No
     """Register a blueprint for all environments that are made afterwards.
 
     Example:
-        A pre-norm 3x3 convolution, initialised to zero::
+        A pre-norm 3x3 convolution, initialized to zero::
 
             from esper_env import register_blueprint
             from esper_env.population.layers import Conv, Norm, Relu
@@ -111,10 +111,10 @@ def register_blueprint(name: str, build: Callable[[int], Sequence[Layer]]) -> No
 
     Raises:
         TypeError: If `build` does not return layers.
-        ValueError: If the name is taken. Also if the branch changes the shape of its input, is not
-            zero at birth, has a parameter without a gradient in the third batch, or computes
-            something else when it is embedded in a wider branch. A norm over channels would (see
-            `layout`).
+        ValueError: If the name is taken. Also if the branch changes the shape of its input, does
+            not output zero at first, has a parameter without a gradient in the third batch, or
+            computes something else when it is embedded in a wider branch. A norm over channels
+            would (see `layout`).
     """
     if name in [blueprint.name for blueprint in _registry]:
         raise ValueError(f"blueprint {name!r} is already registered; choose another name")

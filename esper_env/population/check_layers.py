@@ -1,8 +1,8 @@
 """Validation of registered layers, with errors that explain the violation and the remedy.
 
 Registration runs the layers on a few batches of plain gradient descent. It checks output shapes,
-the zero output at birth, that every parameter receives a gradient, and that a narrow network can be
-embedded in the corner of a wide one (see `layout`).
+that a new seed outputs zero, that every parameter receives a gradient, and that a narrow network
+can be embedded in the corner of a wide one (see `layout`).
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def check_layers(label: str, narrow: Candidate, wide: Candidate, *, is_zero_at_b
         label: Name of the registered object, for error messages.
         narrow: Layers for few channels.
         wide: Layers of the same object for more channels.
-        is_zero_at_birth: Whether the output must be exactly zero at birth.
+        is_zero_at_birth: Whether the initial output must be exactly zero.
 
     Raises:
         TypeError: If an element is not a `Layer`.
-        ValueError: If the output has a wrong shape, the output is not zero at birth although it
+        ValueError: If the output has a wrong shape, the initial output is not zero although it
             must be, a parameter has no gradient in the third batch, or the narrow layers compute
             something else when they are embedded in the corner of the wide ones.
     """
@@ -56,7 +56,7 @@ def check_layers(label: str, narrow: Candidate, wide: Candidate, *, is_zero_at_b
 
 
 def _check_growth(label: str, candidate: Candidate, is_zero_at_birth: bool) -> None:
-    """Check output shapes, the zero output at birth, and gradients."""
+    """Check output shapes, the initial output, and gradients."""
     generator = torch.Generator().manual_seed(0)
     layers, before, after = candidate.layers, candidate.before, candidate.after
     parameters = _draw([s for layer in layers for s in layer.parameters], generator)
@@ -64,10 +64,10 @@ def _check_growth(label: str, candidate: Candidate, is_zero_at_birth: bool) -> N
     if not parameters:
         raise ValueError(f"{label} has no parameters, so it cannot learn")
     expected = (_IMAGES, after, _SIZE, _SIZE)
-    # No gradient passes through a map that is still zero, so layers before it receive their first
+    # No gradient passes through a layer that is still zero, so layers before it receive their first
     # gradient in the second batch.
     for batch in range(_BATCHES):
-        # Rectified noise, because slots follow a rectifier.
+        # Noise after a relu, because slots follow a relu.
         x = torch.randn(_IMAGES, before, _SIZE, _SIZE, generator=generator).relu()
         out = _run(layers, x, parameters, buffers)
         if out.shape != expected:
@@ -78,9 +78,9 @@ def _check_growth(label: str, candidate: Candidate, is_zero_at_birth: bool) -> N
             )
         if batch == 0 and is_zero_at_birth and out.detach().abs().max() != 0:
             raise ValueError(
-                f"{label} is not the identity at birth: expected a residual branch of 0, got up to "
-                f"{float(out.detach().abs().max()):.3g}; initialise the last affine map, or the "
-                "scale of the last norm, to zero"
+                f"{label}: expected a new seed to output 0, got up to "
+                f"{float(out.detach().abs().max()):.3g}; initialize the last layer, or the scale "
+                "of the last norm, to zero"
             )
         # A random target, so that no gradient vanishes by symmetry.
         gradients = _descend(out, torch.randn(expected, generator=generator), parameters)
@@ -89,7 +89,7 @@ def _check_growth(label: str, candidate: Candidate, is_zero_at_birth: bool) -> N
         if gradient is None or not (gradient != 0).any():
             raise ValueError(
                 f"{label}: expected a gradient in parameter {name!r} by the third batch, got none; "
-                "the usual cause is a rectifier that follows a map initialised to zero"
+                "the usual cause is a relu after the layer that is initialized to zero"
             )
 
 

@@ -1,6 +1,6 @@
 """Host networks: a sequence of blocks, global average pooling and a linear head.
 
-A block is a convolution, a norm and a rectifier. A slot and a 2x2 max-pool follow each block.
+A block is a convolution, a norm and a relu. A slot and a 2x2 max-pool follow each block.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def register_host(
         name: Name of the host, which `EnvConfig.host` takes.
         channels: Output channels of each block. A slot and a 2x2 max-pool follow each block.
         build_block: Maps the channels before and after a block to its layers, which keep height and
-            width; None for a 3x3 convolution, batch norm and rectifier. The first layer of the
-            first block must be a `Conv` without groups: in evaluation all members share its input.
+            width; None for a 3x3 convolution, batch norm and relu. The first layer of the first
+            block must be a `Conv` without groups: in evaluation all members share its input.
 
     Raises:
         TypeError: If `build_block` does not return layers.

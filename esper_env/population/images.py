@@ -1,4 +1,4 @@
-"""Labelled images on the device, and batches gathered by index. There is no data loader."""
+"""Labeled images on the device, and batches gathered by index. There is no data loader."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ImageSet:
         return ImageSet(*(t.to(device) for t in (self.images, self.labels, self.mean, self.std)))
 
     def normalised(self, start: int, stop: int) -> Tensor:
-        """Return the normalised images from `start` to `stop`.
+        """Return the normalized images from `start` to `stop`.
 
         Returns:
             (stop - start, channels, height, width) float32, channels-last in memory.
@@ -67,7 +67,7 @@ class ImageSet:
         return pixels.permute(0, 3, 1, 2)
 
     def batches(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Gather and normalise training batches of m members.
+        """Gather and normalize training batches of m members.
 
         Returns:
             Images (batches, batch_size, height, width, m * channels) float32, contiguous, and

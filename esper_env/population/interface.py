@@ -31,7 +31,7 @@ class Seeds:
 
 @dataclass(frozen=True, kw_only=True)
 class SGDSettings:
-    """Optimiser settings. Each call of `Population.train` passes the learning rates."""
+    """Optimizer settings. Each call of `Population.train` passes the learning rates."""
 
     momentum: float = 0.9
     """Momentum coefficient."""

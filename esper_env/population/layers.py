@@ -117,7 +117,7 @@ class Conv(Layer):
 
 @dataclass(frozen=True)
 class Norm(Layer):
-    """Batch normalisation. Run over m * channels, it normalises each member separately."""
+    """Batch normalization. Run over m * channels, it normalizes each member separately."""
 
     channels: int
     zero: bool = False
@@ -172,10 +172,10 @@ class Relu(Layer):
 
 @dataclass(frozen=True)
 class SqueezeExcite(Layer):
-    """Squeeze-and-excitation: x * tanh(W2 silu(W1 pool(x) + b1) + b2), W2 and b2 zero at birth.
+    """Squeeze-and-excitation: x * tanh(W2 silu(W1 pool(x) + b1) + b2), W2 and b2 initially zero.
 
-    Source: Hu et al. (2018), equations 3 and 4. tanh replaces the sigmoid so that the branch is
-    zero at birth. silu replaces ReLU so that no hidden unit is dead at birth.
+    Source: Hu et al. (2018), equations 3 and 4. tanh replaces the sigmoid so that the initial
+    output is zero. silu replaces ReLU so that no hidden unit is initially dead.
     """
 
     channels: int
@@ -183,7 +183,7 @@ class SqueezeExcite(Layer):
 
     @functools.cached_property
     def parameters(self) -> tuple[TensorSpec, ...]:
-        """Weights and biases of the two affine maps on pooled features."""
+        """Weights and biases of the two linear layers on pooled features."""
         bound = 1 / sqrt(self.channels)
         return (
             TensorSpec("squeeze_weight", (self.hidden, self.channels), bound=bound),
@@ -193,7 +193,7 @@ class SqueezeExcite(Layer):
         )
 
     def multiply_adds(self, height: int, width: int) -> int:
-        """Return the multiply-adds of both affine maps, and one per channel and pixel."""
+        """Return the multiply-adds of both linear layers, and one per channel and pixel."""
         return 2 * self.channels * self.hidden + self.channels * height * width
 
     def forward(

@@ -5,9 +5,9 @@ for each slot enough columns for the largest blueprint and a gate, because a slo
 seed at a time. Resetting, copying or saving a member is a row operation.
 
 Members may differ in width. A narrow member uses the leading corner of each tensor of the widest
-host. The rest of its row is initialised to zero and stays zero. A channel whose norm or last map is
-zero outputs zero, so the weights that read it receive no gradient. Those weights are zero too, so
-no gradient flows back through them. The forward pass therefore needs no mask.
+host. The rest of its row is initialized to zero and stays zero. A channel whose norm or last layer
+is zero outputs zero, so the weights that read it receive no gradient. Those weights are zero too,
+so no gradient flows back through them. The forward pass therefore needs no mask.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Start:
     """Initial values of some columns: `value` + U(-bound, bound) at `index`, zero elsewhere."""
 
     columns: IntArray
-    """Columns that are initialised, for the widest host. (n,) int64."""
+    """Columns that are initialized, for the widest host. (n,) int64."""
     index: IntArray
     """Columns that a member of this width uses. (k,) int64."""
     value: FloatArray

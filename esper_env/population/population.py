@@ -34,7 +34,7 @@ class Population:
         hosts: Host of each width that a member may have; the last is the widest.
         blueprints: The registry, in the order of the blueprint head.
         num_members: Number of members.
-        settings: Optimiser settings.
+        settings: Optimizer settings.
         device: Device of all tensors.
         batch_size: Images per training batch, which the default chunk size depends on.
         chunk_size: Members per grouped tensor operation of the torch engine; None for as many as
@@ -94,7 +94,7 @@ class Population:
         return self.storage.matrices | saved
 
     def reset(self, members: IntArray, widths: IntArray, key: KeyArray) -> None:
-        """Initialise the hosts of some members, and empty their slots.
+        """Initialize the hosts of some members, and empty their slots.
 
         Args:
             members: Members to reset. (m,).
@@ -115,7 +115,7 @@ class Population:
         blueprints: IntArray,
         key: KeyArray,
     ) -> None:
-        """Initialise the weights and gates of new seeds, with zero momentum.
+        """Initialize the weights and gates of new seeds, with zero momentum.
 
         Args:
             members: Member of each seed. (m,).

@@ -83,7 +83,7 @@ class Storage:
         """Write initial values, and set the momentum of the same parameters to zero.
 
         Args:
-            members: Rows to initialise. (m,).
+            members: Rows to initialize. (m,).
             key: Random stream of each row. (m,) uint64.
             parameters: Columns and initial values in the parameter matrix.
             buffers: Columns and initial values in the buffer matrix.
@@ -102,7 +102,7 @@ def _begin(matrix: torch.Tensor, members: IntArray, key: KeyArray, start: Start)
 
 
 def _begin_elsewhere(matrix: torch.Tensor, members: IntArray, key: KeyArray, start: Start) -> None:
-    """Write initial values into rows of a matrix on any device, without synchronising with it."""
+    """Write initial values into rows of a matrix on any device, without synchronizing with it."""
     # Sample on the CPU, so that initial weights are the same on every device.
     fresh = torch.zeros(len(members), matrix.shape[1])
     _begin(fresh, np.arange(len(members)), key, start)
@@ -125,7 +125,7 @@ def _write_start(
 
     Args:
         matrix: Matrix to write into. (num_members, num_columns) float32.
-        members: Rows to initialise. (m,).
+        members: Rows to initialize. (m,).
         key: Random stream of each row. (m,) uint64.
         columns: Columns set to zero. (n,).
         index: Columns with an initial value. (k,).

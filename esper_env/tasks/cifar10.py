@@ -62,7 +62,7 @@ def load_splits(data_dir: str | None = None) -> Splits:
     order = torch.from_numpy(np.random.default_rng(SPLIT_SEED).permutation(len(images)))
     num_train = len(images) - len(images) // IMAGES_PER_VALIDATION_IMAGE
     train, validation = order[:num_train], order[num_train:]
-    # All splits are normalised with the statistics of the training images alone.
+    # All splits are normalized with the statistics of the training images alone.
     mean, std = _mean_and_std(images[train])
     return Splits(
         train=ImageSet(images[train], labels[train], mean, std),
@@ -117,6 +117,6 @@ def _task(*channels: int, kernel_size: int = 3) -> Task:
 
 
 STANDARD = _task(8, 16, 32)
-# 77 parameters, and no convolution reads neighbouring pixels until a seed adds one that does.
+# 77 parameters, and no convolution reads neighboring pixels until a seed adds one that does.
 IMPAIRED = _task(1, 2, 4, kernel_size=1)
 DEEP = _task(8, 16, 32, 64, 128)

@@ -26,11 +26,11 @@ class InstanceRanges:
     learning_rate: tuple[float, float] = (0.01, 0.1)
     """Learning rate of the host at the start of an episode, log-uniform."""
     train_fraction: tuple[float, float] = (0.1, 1.0)
-    """Share of the training split that members train on, log-uniform."""
+    """Share of the training split in use, log-uniform."""
     label_noise: tuple[float, float] = (0.0, 0.3)
     """Share of the training labels that are wrong, uniform."""
     widths: tuple[float, ...] = (0.5, 0.75, 1.0)
-    """Factors on the channels in every block of the host, in rising order; equally likely."""
+    """Factors on the channels of every block of the host; each is equally likely."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Instances:
     learning_rate: FloatArray
     """Learning rate of the host at the start of an episode."""
     train_fraction: FloatArray
-    """Share of the training split that members train on, 0 to 1."""
+    """Share of the training split in use, 0 to 1."""
     train_start: FloatArray
     """Start of that share in the shuffled split, 0 to 1; it wraps around at the end."""
     label_noise: FloatArray
@@ -48,7 +48,7 @@ class Instances:
     width: IntArray
     """Index into `widths`."""
     widths: tuple[float, ...]
-    """Factors on the channels in every block of the host, in rising order."""
+    """Factors on the channels of every block of the host, in ascending order."""
 
     def __len__(self) -> int:
         """Return the number of instances."""

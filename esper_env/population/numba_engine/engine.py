@@ -38,7 +38,7 @@ class CompiledEngine:
 
     Args:
         storage: Tensors of all members, on the CPU.
-        settings: Optimiser rules.
+        settings: Optimizer rules.
     """
 
     def __init__(self, storage: Storage, settings: SGDSettings) -> None:

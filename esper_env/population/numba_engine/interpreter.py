@@ -110,7 +110,7 @@ class Pictures(NamedTuple):
     flips: BoolArray = _NO_INDICES.astype(bool)
     """Whether images are mirrored. (m, batches, batch), or (m, batches, 0) without mirroring."""
     chunks: Float32Array = _NO_NUMBERS
-    """Normalised images of all members, in an evaluation. (batches, region)."""
+    """Normalized images of all members, in an evaluation. (batches, region)."""
 
     @classmethod
     def for_training(cls, images: ImageSet, draw: Draw) -> Pictures:
@@ -351,7 +351,7 @@ def load(
     shifts: IntArray,
     flips: BoolArray,
 ) -> None:
-    """Write a batch of sampled, augmented and normalised images into the first region."""
+    """Write a batch of sampled, augmented and normalized images into the first region."""
     # a[0]: (channels, side + 2, side + 2, batch)
     # images: (n, side, side, channels); indices: (batch,)
     # shifts: (batch, 2) or (0, 2); flips: (batch,) or (0,)

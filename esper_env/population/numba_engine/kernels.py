@@ -73,7 +73,7 @@ OPERATION = record_dtype(
     *("kernel_size", "groups"),  # CONV.
     *("running_mean", "running_var"),  # NORM: offsets into the buffers.
     "rectify",  # NORM: whether a ReLU follows.
-    *("hidden", "weight_2", "stride_2", "bias_2"),  # EXCITE: hidden channels, second map.
+    *("hidden", "weight_2", "stride_2", "bias_2"),  # EXCITE: hidden channels, second layer.
     *("slot", "branch", "blend"),  # MIX: slot, region of the branch's output, a value of `Blend`.
     "is_isolated",  # MIX and the first layer of a branch: whether the seed's input is detached.
 )
@@ -140,7 +140,7 @@ def total_of(x: Float32Array) -> np.float32:
 
 @kernel
 def neighbours(a: Float32Array, at: int, row: int, batch: int, n: int) -> tuple[Float32Array, ...]:
-    """Return the runs under the nine taps of a 3x3 kernel whose centre is at `at`."""
+    """Return the runs under the nine taps of a 3x3 kernel whose center is at `at`."""
     above, below = at - row, at + row
     return (
         run(a, above - batch, n), run(a, above, n), run(a, above + batch, n),
@@ -162,7 +162,7 @@ def add_taps(
     out: Float32Array, a: Float32Array, at: int, row: int, batch: int, w: Float32Array, flip: bool
 ) -> None:
     """Add the 3x3 correlation of one row of features to `out`."""
-    # out: (side * batch,); w: (9,); a[at]: the row, between its neighbours above and below
+    # out: (side * batch,); w: (9,); a[at]: the row, between its neighbors above and below
     n = len(out)
     x0, x1, x2, x3, x4, x5, x6, x7, x8 = neighbours(a, at, row, batch, n)
     w0, w1, w2, w3, w4, w5, w6, w7, w8 = nine_of(w, flip)
@@ -577,7 +577,7 @@ def affine_forward(
     a: Float32Array, p: Float32Array, src: int, dst: int, cin: int, cout: int, batch: int,
     weight: int, stride: int, bias: int,
 ) -> None:  # fmt: skip
-    """Affine map of pooled features."""
+    """Linear layer on pooled features."""
     # x = a[src]: (cin, batch); y = a[dst]: (cout, batch)
     # w = p[weight]: (cout, cin), outputs `stride` apart; b = p[bias]: (cout,)
     # Outputs, then inputs.
@@ -627,7 +627,7 @@ def excite_forward(op: np.record, a: Float32Array, p: Float32Array, batch: int) 
     # x = a[src], y = a[dst]: (channels, side + 2, side + 2, batch)
     # pooled = a[aux]: (channels, batch); z1, h = silu(z1): (hidden, batch)
     # z2, e = tanh(z2): (channels, batch)
-    # first map = p[weight], p[bias]; second map = p[weight_2], p[bias_2]
+    # first layer = p[weight], p[bias]; second layer = p[weight_2], p[bias_2]
     channels, hidden, side = op.in_channels, op.hidden, op.side
     z1, h, z2, e = _excite_regions(op, batch)
     average(a, op.src, op.aux, channels, side, batch)
@@ -657,7 +657,7 @@ def excite_forward(op: np.record, a: Float32Array, p: Float32Array, batch: int) 
 def excite_backward(
     op: np.record, a: Float32Array, d: Float32Array, p: Float32Array, g: Float32Array, batch: int
 ) -> None:
-    """Write the gradients of both maps, and of the input unless the mode is NONE."""
+    """Write the gradients of both layers, and of the input unless the mode is NONE."""
     # The forward was y = x * e with e = tanh(W2 silu(W1 pooled(x) + b1) + b2), so
     # de = sum over pixels of dy * x, dx = dy * e + the gradient that comes back through e.
     # x, dx = a[src], d[src]; dy = d[dst]: (channels, side + 2, side + 2, batch)
@@ -699,7 +699,7 @@ def excite_backward(
 
 @kernel
 def tanh_of(out: Float32Array, x: Float32Array) -> None:
-    """Write tanh(x) as a rational function, which the compiler can vectorise.
+    """Write tanh(x) as a rational function, which the compiler can vectorize.
 
     Within 5e-7 of the true value. Source: the coefficients of Eigen's `ptanh_float`.
     """
@@ -786,7 +786,7 @@ def mix_backward(
 ) -> None:  # fmt: skip
     """Assign the gradients of features, branch and gate.
 
-    Towards the seed the weight is beta instead of alpha, so a seed can learn while alpha is 0.
+    Toward the seed the weight is beta instead of alpha, so a seed can learn while alpha is 0.
     """
     # The forward was y = h + alpha * r (ADD), h + alpha * h * tanh(r) (MULTIPLY) or
     # h + alpha * gate * r (GATE), so

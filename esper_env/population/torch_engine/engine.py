@@ -31,7 +31,7 @@ class TorchEngine:
 
     Args:
         storage: Tensors of all members.
-        settings: Optimiser settings.
+        settings: Optimizer settings.
         batch_size: Images per training batch, which the default chunk size depends on.
         chunk_size: Members per grouped tensor operation; None for as many as fit `CHUNK_BYTES`.
         precision: "float32" or "bfloat16", for convolutions and linear maps.

@@ -39,13 +39,13 @@ from esper_env.population.torch_engine.sgd import ModuleSGD, Piece, WorkingSet
 
 
 class TrainingGraph:
-    """Tensors, forward pass and optimiser of one chunk of members with one composition of seeds.
+    """Tensors, forward pass and optimizer of one chunk of members with one composition of seeds.
 
     Args:
         storage: Tensors of all members.
         members: Members of the chunk. (m,).
         seeds: Seeds of the whole population, for the composition.
-        settings: Optimiser settings.
+        settings: Optimizer settings.
         precision: "float32" or "bfloat16", for convolutions and linear maps.
     """
 
