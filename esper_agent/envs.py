@@ -40,8 +40,6 @@ def make_envs(env_id: str, num_envs: int, device: str, config: EnvConfig) -> Esp
     default = EnvConfig()
     names = [f.name for f in dataclasses.fields(config)]
     changed = {n: getattr(config, n) for n in names if getattr(config, n) != getattr(default, n)}
-    if "episode_steps" in changed:
-        changed["max_episode_steps"] = config.episode_steps
     envs = gym.make_vec(
         env_id, num_envs=num_envs, device=device, autoreset_mode="SameStep", **changed
     ).unwrapped
