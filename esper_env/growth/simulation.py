@@ -205,6 +205,7 @@ class Simulation:
         progress.begin(rows, self._initial_loss)
         rollback.begin(rows)
         episode.has_test[rows] = episode.is_rolled_back[rows] = False
+        episode.test_accuracy[rows] = episode.committed_test_accuracy[rows] = 0.0
         if instance is None:
             key = make_key(episode.key[rows], Stream.INSTANCE)
             instance = (uniform(key, 1)[:, 0] * len(self.instances)).astype(np.int64)
