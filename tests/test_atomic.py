@@ -20,6 +20,7 @@ from gymnasium.vector import AsyncVectorEnv
 from benchmarks.interrupts import Interrupter, use_in_two_threads
 from esper_env import EsperVectorEnv, Op, Stage, register_blueprint
 from esper_env.population import blueprints
+from esper_env.population.check_layers import Candidate, check_layers
 from esper_env.population.layers import Conv, Layer, Relu
 from tests.builders import (
     FULL_ALPHA,
@@ -241,8 +242,8 @@ def test_a_layer_that_is_not_finite_in_evaluation_is_not_registered(
 def test_all_tensors_are_float32_whatever_the_default_dtype_is() -> None:
     def run() -> list[Any]:
         envs = make(2, instances="train")
-        register_blueprint("checked", lambda c: [Conv(c, c, 3, zero=True)])
-        blueprints._registry.pop()
+        sizes = (Candidate([Conv(c, c, 3, zero=True)], c, c) for c in (4, 8))
+        check_layers("a layer", *sizes, is_zero_at_birth=True)
         results = [envs.reset(seed=0), *play(envs, 6), envs.get_state()]
         tensors = envs.debug_state().population.member_tensors().values()
         assert {tensor.dtype for tensor in tensors} == {torch.float32}

@@ -20,8 +20,9 @@ def register_environments() -> None:
                 entry_point="esper_env.envs.single_env:EsperEnv",
                 vector_entry_point="esper_env.envs.vector_env:EsperVectorEnv",
                 # The environment has its own time limit and its own check that it was reset.
-                # Gymnasium's wrappers would count again from a reset that `set_state` replaces.
+                # Gymnasium's wrappers expect a reset, which `set_state` replaces.
                 max_episode_steps=None,
                 order_enforce=False,
+                disable_env_checker=True,
                 kwargs={"task": task, "episode_steps": episode_steps},
             )
