@@ -142,10 +142,10 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     A *rollback* follows if training diverged or collapsed for `panic_patience` consecutive env
     steps. Training has collapsed if the loss returns to that of random guessing. It has diverged if
     the loss is far above its recent mean. Both rules need the losses of `panic_window` healthy env
-    steps; a rollback discards these losses. A loss or weight that is not finite causes a rollback
-    at once. The rollback restores weights, batch norm statistics and momentum from the last
-    snapshot. It removes all seeds that are not fossilized. `info["rolled_back"]` is True. The step
-    counter of the episode continues.
+    steps; a rollback discards these losses. A training loss, validation loss or weight that is not
+    finite causes a rollback at once. The rollback restores weights, batch norm statistics and
+    momentum from the last snapshot. It removes all seeds that are not fossilized.
+    `info["rolled_back"]` is True. The step counter of the episode continues.
 
     The time limit is part of the environment: `gym.make(id, episode_steps=90)`. Gymnasium's own
     argument `max_episode_steps` raises a TypeError, because its wrapper `TimeLimit` would end an

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import os
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import gymnasium as gym
 import numpy as np
@@ -35,6 +35,42 @@ from esper_env.tasks.instances import SET_SIZES
 
 _IMPORTING_PROCESS = os.getpid()
 _NOT_RESET = "the environment has not been reset"
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _exclusive(method: Method) -> Method:
+    """Let a method of `EsperVectorEnv` reject other threads, and record why it did not end.
+
+    A method that changes the decision process first sets `_simulation` to None and `_missing` to
+    "<method>() was interrupted", and then sets `_simulation` again with its last statement. What an
+    interrupted call leaves behind may be half written, also in caches and by threads that still
+    train. The next `reset` or `set_state` therefore builds a new decision process.
+    """
+    name = method.__name__
+
+    @functools.wraps(method)
+    def call_alone(self: EsperVectorEnv, *args: Any, **kwargs: Any) -> Any:
+        own = os.getpid(), threading.get_ident()
+        holder = self._holder.setdefault("call", own)  # One operation, also between threads.
+        # A fork may copy the entry of a thread that does not exist in the new process.
+        if holder != own and holder[0] == own[0]:
+            raise RuntimeError(
+                f"{name}: another thread is using this environment; use an environment in one "
+                "thread at a time, or make one for each thread"
+            )
+        try:
+            return method(self, *args, **kwargs)
+        except BaseException as error:
+            if self._simulation is None and self._missing == f"{name}() was interrupted":
+                # Only the text, because the exception would keep the old tensors alive.
+                text = "".join(traceback.format_exception_only(error)).strip()
+                self._missing += f" by {text}"
+            raise
+        finally:
+            self._holder.pop("call", None)
+
+    return cast(Method, call_alone)
 
 
 class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[Any]]):
@@ -124,7 +160,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._simulation: Simulation | None = None
-        """None before the first reset, and while a call changes it (see `_changing`)."""
+        """None before the first reset, and while a call changes it (see `_exclusive`)."""
         self._missing = _NOT_RESET
         """Why `_simulation` is None, as a sentence without a full stop."""
         self._holder: dict[str, tuple[int, int]] = {}
@@ -137,6 +173,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
 
     # ------------------------------------------------------------------ Gymnasium
 
+    @_exclusive
     # A caller may be inside inference_mode, whose tensors could not be trained later.
     @torch.inference_mode(False)
     def reset(
@@ -162,27 +199,30 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
                 interrupted, does not reset all sub-environments.
             ValueError: If a seed or an option is invalid. The state is unchanged in this case.
         """
-        with self._alone():
-            is_first = self._simulation is None
-            request = check_reset(
-                seed,
-                options,
-                num_envs=self.num_envs,
-                num_instances=self.num_instances,
-                must_reset_all=self._missing if is_first else None,
-            )
-            with self._changing("reset", self._simulation or self._build()) as sim:
-                if isinstance(seed, (int, np.integer)):
-                    self._np_random, self._np_random_seed = gym.utils.seeding.np_random(int(seed))
-                for i in request.members.tolist():
-                    value = request.seeds[i]
-                    if value is None and is_first:
-                        value = int(self.np_random.integers(2**62))
-                    if value is not None:
-                        sim.seed(i, value)
-                self._begin(sim, request.members, request.instance)
-                return self._present(sim, recorded=request.members)
+        is_first = self._simulation is None
+        request = check_reset(
+            seed,
+            options,
+            num_envs=self.num_envs,
+            num_instances=self.num_instances,
+            must_reset_all=self._missing if is_first else None,
+        )
+        sim = self._simulation or self._build()
+        self._missing, self._simulation = "reset() was interrupted", None
+        if isinstance(seed, (int, np.integer)):
+            self._np_random, self._np_random_seed = gym.utils.seeding.np_random(int(seed))
+        for i in request.members.tolist():
+            value = request.seeds[i]
+            if value is None and is_first:
+                value = int(self.np_random.integers(2**62))
+            if value is not None:
+                sim.seed(i, value)
+        self._begin(sim, request.members, request.instance)
+        result = self._present(sim, recorded=request.members)
+        self._simulation = sim
+        return result
 
+    @_exclusive
     @torch.inference_mode(False)
     def step(
         self, actions: npt.NDArray[np.int64]
@@ -208,36 +248,35 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             ValueError: If the shape or an index is out of range, or if an action is illegal and
                 `illegal_actions="raise"`.
         """
-        with self._using() as sim:
-            resetting, active = np.nonzero(self._is_done)[0], ~self._is_done
-            if len(resetting) and self.autoreset_mode == AutoresetMode.DISABLED:
-                raise gym.error.ResetNeeded(
-                    f"sub-environments {resetting.tolist()} have finished; call "
-                    "reset(options={'reset_mask': mask}) before step, or choose another "
-                    "autoreset_mode"
-                )
-            request, is_legal = self._actions.parse(
-                actions,
-                self._conditional,
-                active,
-                raises_on_illegal=self.config.illegal_actions == "raise",
+        sim = self._ready()
+        resetting, active = np.nonzero(self._is_done)[0], ~self._is_done
+        if len(resetting) and self.autoreset_mode == AutoresetMode.DISABLED:
+            raise gym.error.ResetNeeded(
+                f"sub-environments {resetting.tolist()} have finished; call "
+                "reset(options={'reset_mask': mask}) before step, or choose another "
+                "autoreset_mode"
             )
-            with self._changing("step", sim):
-                if len(resetting):
-                    self._begin(sim, resetting)
-                result = sim.step(request, is_legal, active)
-                observations, info = self._present(
-                    sim,
-                    result.reward_terms,
-                    recorded=np.arange(self.num_envs),
-                    op_slot=request.slot,
-                )
-                self._final_conditional = self._conditional
-                self._is_done = result.terminated | result.truncated
-                if self.autoreset_mode == AutoresetMode.SAME_STEP and self._is_done.any():
-                    observations, info = self._reset_ended(sim, result, observations, info)
+        request, is_legal = self._actions.parse(
+            actions,
+            self._conditional,
+            active,
+            raises_on_illegal=self.config.illegal_actions == "raise",
+        )
+        self._missing, self._simulation = "step() was interrupted", None
+        if len(resetting):
+            self._begin(sim, resetting)
+        result = sim.step(request, is_legal, active)
+        observations, info = self._present(
+            sim, result.reward_terms, recorded=np.arange(self.num_envs), op_slot=request.slot
+        )
+        self._final_conditional = self._conditional
+        self._is_done = result.terminated | result.truncated
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and self._is_done.any():
+            observations, info = self._reset_ended(sim, result, observations, info)
+        self._simulation = sim
         return observations, result.reward, result.terminated, result.truncated, info
 
+    @_exclusive
     def render(self) -> tuple[npt.NDArray[np.uint8] | str, ...] | None:
         """Render the current episode of each sub-environment according to `render_mode`.
 
@@ -256,29 +295,30 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             return None
         show = draw if self.render_mode == "rgb_array" else describe
         names = [blueprint.name for blueprint in self._blueprints]
-        with self._using() as sim:
-            has_instances = len(sim.instances) > 1
-            return tuple(
-                show(
-                    self._history,
-                    i,
-                    blueprints=names,
-                    host_parameters=int(sim.networks.sizes.host[i]),
-                    instance=f"{self.config.instances} {sim.state.episode.instance[i]}"
-                    if has_instances
-                    else None,
-                )
-                for i in range(self.num_envs)
+        sim = self._ready()
+        has_instances = len(sim.instances) > 1
+        return tuple(
+            show(
+                self._history,
+                i,
+                blueprints=names,
+                host_parameters=int(sim.networks.sizes.host[i]),
+                instance=f"{self.config.instances} {sim.state.episode.instance[i]}"
+                if has_instances
+                else None,
             )
+            for i in range(self.num_envs)
+        )
 
+    @_exclusive
     def close_extras(self, **kwargs: Any) -> None:
         """Release the tensors."""
         del kwargs
-        with self._alone():
-            self._missing, self._simulation = _NOT_RESET, None
+        self._missing, self._simulation = _NOT_RESET, None
 
     # ------------------------------------------------------------------ state
 
+    @_exclusive
     def get_state(self) -> dict[str, Any]:
         """Return the full state, sufficient to resume exactly.
 
@@ -287,17 +327,18 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             another process. Later steps are bitwise the same on the same device; third-party layers
             and bfloat16 also need the same number of threads.
         """
-        with self._using() as sim:
-            tensors = sim.population.member_tensors()
-            arrays = self._member_arrays(sim)
-            return {
-                "made_with": self._made_with(),
-                "arrays": {name: array.copy() for name, array in arrays.items()},
-                "tensors": {name: t.cpu().numpy().copy() for name, t in tensors.items()},
-                "is_done": self._is_done.copy(),
-                "np_random": copy.deepcopy(self.np_random.bit_generator.state),
-            }
+        sim = self._ready()
+        tensors = sim.population.member_tensors()
+        arrays = self._member_arrays(sim)
+        return {
+            "made_with": self._made_with(),
+            "arrays": {name: array.copy() for name, array in arrays.items()},
+            "tensors": {name: t.cpu().numpy().copy() for name, t in tensors.items()},
+            "is_done": self._is_done.copy(),
+            "np_random": copy.deepcopy(self.np_random.bit_generator.state),
+        }
 
+    @_exclusive
     @torch.inference_mode(False)
     def set_state(self, state: dict[str, Any]) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
         """Restore a state returned by `get_state`; no `reset` is needed before it.
@@ -313,26 +354,28 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
                 registered blueprints or another `num_envs`. Also if a part of it is missing, not
                 known, or has a wrong shape, dtype or value. Nothing has changed in this case.
         """
-        with self._alone():
-            sim = self._simulation or self._build()
-            arrays, tensors = self._member_arrays(sim), sim.population.member_tensors()
-            check_state(
-                state,
-                made_with=self._made_with(),
-                arrays=arrays,
-                tensors=tensors,
-                generator=self.np_random.bit_generator,
-                num_instances=self.num_instances,
-            )
-            with self._changing("set_state", sim):
-                for name, array in arrays.items():
-                    array[...] = state["arrays"][name]
-                for name, tensor in tensors.items():
-                    tensor.copy_(torch.from_numpy(writable(state["tensors"][name])))
-                self._is_done = state["is_done"].copy()
-                self.np_random.bit_generator.state = copy.deepcopy(state["np_random"])
-                return self._present(sim)
+        sim = self._simulation or self._build()
+        arrays, tensors = self._member_arrays(sim), sim.population.member_tensors()
+        check_state(
+            state,
+            made_with=self._made_with(),
+            arrays=arrays,
+            tensors=tensors,
+            generator=self.np_random.bit_generator,
+            num_instances=self.num_instances,
+        )
+        self._missing, self._simulation = "set_state() was interrupted", None
+        for name, array in arrays.items():
+            array[...] = state["arrays"][name]
+        for name, tensor in tensors.items():
+            tensor.copy_(torch.from_numpy(writable(state["tensors"][name])))
+        self._is_done = state["is_done"].copy()
+        self.np_random.bit_generator.state = copy.deepcopy(state["np_random"])
+        result = self._present(sim)
+        self._simulation = sim
+        return result
 
+    @_exclusive
     @torch.inference_mode(False)
     def fork(
         self, source_indices: npt.ArrayLike, target_indices: npt.ArrayLike
@@ -350,20 +393,22 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             ValueError: If an index is out of range, a target is repeated, or the numbers of
                 sources and targets differ.
         """
-        with self._using() as sim:
-            source = self._check_indices("source_indices", source_indices)
-            target = self._check_indices("target_indices", target_indices)
-            if len(source) != len(target) or len(set(target.tolist())) != len(target):
-                raise ValueError(
-                    f"fork: expected one distinct target per source, got sources "
-                    f"{source.tolist()} and targets {target.tolist()}"
-                )
-            with self._changing("fork", sim):
-                for array in (*self._member_arrays(sim).values(), self._is_done):
-                    array[target] = array[source]
-                for tensor in sim.population.member_tensors().values():
-                    tensor[torch.from_numpy(target)] = tensor[torch.from_numpy(source)]
-                return self._present(sim)
+        sim = self._ready()
+        source = self._check_indices("source_indices", source_indices)
+        target = self._check_indices("target_indices", target_indices)
+        if len(source) != len(target) or len(set(target.tolist())) != len(target):
+            raise ValueError(
+                f"fork: expected one distinct target per source, got sources "
+                f"{source.tolist()} and targets {target.tolist()}"
+            )
+        self._missing, self._simulation = "fork() was interrupted", None
+        for array in (*self._member_arrays(sim).values(), self._is_done):
+            array[target] = array[source]
+        for tensor in sim.population.member_tensors().values():
+            tensor[torch.from_numpy(target)] = tensor[torch.from_numpy(source)]
+        result = self._present(sim)
+        self._simulation = sim
+        return result
 
     # ------------------------------------------------------------------ masks and samples
 
@@ -372,15 +417,17 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         """Number of instances in the configured set."""
         return SET_SIZES[self.config.instances]
 
+    @_exclusive
     def action_masks(self) -> BoolArray:
         """Return the marginal mask of the next action; True is legal.
 
         Returns:
             (num_envs, sum(nvec)) bool; also in `info["action_mask"]`.
         """
-        with self._using():
-            return self._marginal.copy()
+        self._ready()
+        return self._marginal.copy()
 
+    @_exclusive
     def conditional_masks(self) -> dict[str, BoolArray]:
         """Return the exact mask for a policy that samples op, then slot, then the other heads.
 
@@ -389,27 +436,30 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             (num_envs, ops, slots, options). All bool; True is legal. Rows of an illegal op, or of
             an illegal slot for the op, are all False.
         """
-        with self._using():
-            return {name: mask.copy() for name, mask in self._conditional.items()}
+        self._ready()
+        return {name: mask.copy() for name, mask in self._conditional.items()}
 
+    @_exclusive
     def final_conditional_masks(self) -> dict[str, BoolArray]:
         """Return the `conditional_masks` of the states after the last step, before any autoreset.
 
         With SAME_STEP the rows of sub-environments that are done belong to `final_obs`. All other
         rows equal those of `conditional_masks`. Call it after `step`, not after `reset`.
         """
-        with self._using():
-            return {name: mask.copy() for name, mask in self._final_conditional.items()}
+        self._ready()
+        return {name: mask.copy() for name, mask in self._final_conditional.items()}
 
+    @_exclusive
     def sample_valid_actions(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
         """Sample legal actions: uniform over ops, slots, then options. (num_envs, 8) int64."""
         if not isinstance(rng, np.random.Generator):
             raise TypeError(f"rng: expected a numpy.random.Generator, got {rng!r}")
-        with self._using():
-            return self._actions.sample(self._conditional, rng)
+        self._ready()
+        return self._actions.sample(self._conditional, rng)
 
     # ------------------------------------------------------------------ inside
 
+    @_exclusive
     def debug_state(self) -> Simulation:
         """Return the decision process: state, networks and population, for tests and debugging.
 
@@ -419,59 +469,15 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         Raises:
             gymnasium.error.ResetNeeded: Before the first `reset`, or after a call was interrupted.
         """
-        with self._using() as sim:
-            return sim
+        return self._ready()
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Reject other threads until the end of a call; each public method begins with it.
-
-        Raises:
-            RuntimeError: If another thread is in a call.
-        """
-        own = os.getpid(), threading.get_ident()
-        holder = self._holder.setdefault("call", own)  # One operation, also between threads.
-        # A fork may copy the entry of a thread that does not exist in the new process.
-        if holder != own and holder[0] == own[0]:
-            raise RuntimeError(
-                "another thread is using this environment; use an environment in one thread at a "
-                "time, or make one for each thread"
+    def _ready(self) -> Simulation:
+        """Return the decision process; raise ResetNeeded with the reason if there is none."""
+        if self._simulation is None:
+            raise gym.error.ResetNeeded(
+                f"{self._missing}; call reset() for all sub-environments, or set_state()"
             )
-        try:
-            yield
-        finally:
-            self._holder.pop("call", None)
-
-    @contextmanager
-    def _using(self) -> Iterator[Simulation]:
-        """Reject other threads until the end of a call, and return the decision process."""
-        with self._alone():
-            if self._simulation is None:
-                raise gym.error.ResetNeeded(
-                    f"{self._missing}; call reset() for all sub-environments, or set_state()"
-                )
-            yield self._simulation
-
-    @contextmanager
-    def _changing(self, call: str, sim: Simulation) -> Iterator[Simulation]:
-        """Keep the decision process only if the block ends without an exception.
-
-        What an interrupted call leaves behind may be half written, also in caches and by threads
-        that still train, so the next `reset` or `set_state` builds a new decision process.
-
-        Args:
-            call: Name of the method.
-            sim: Decision process that the block changes.
-        """
-        self._missing, self._simulation = f"{call}() was interrupted", None
-        try:
-            yield sim
-        except BaseException as error:
-            # Only the text, because the exception would keep the old tensors alive.
-            text = "".join(traceback.format_exception_only(error)).strip()
-            self._missing = f"{call}() was interrupted by {text}"
-            raise
-        self._simulation = sim
+        return self._simulation
 
     def _build(self) -> Simulation:
         if os.getpid() != _IMPORTING_PROCESS:
