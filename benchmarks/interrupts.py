@@ -14,8 +14,9 @@ import collections
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -46,7 +47,7 @@ class Args:
     """Interrupt calls at random moments, and use one environment in two threads."""
 
     interrupts: int = 1000
-    """Calls to interrupt."""
+    """Steps to interrupt; half as many other calls are interrupted besides."""
     threads: int = 100
     """Attempts with two threads."""
     seed: int = 0
@@ -64,16 +65,15 @@ def make_envs() -> EsperVectorEnv:
 
 
 @contextmanager
-def before_line(number: int) -> Iterator[None]:
-    """Raise KeyboardInterrupt before the line of the package that is executed as this one."""
-    lines = 0
+def before_line(number: float) -> Iterator[list[int]]:
+    """Count the executed lines of the package, and raise KeyboardInterrupt before one of them."""
+    lines = [0]
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal lines
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
-        lines += event == "line"
-        if lines >= number:
+        lines[0] += event == "line"
+        if lines[0] >= number:
             sys.settrace(None)
             raise KeyboardInterrupt
         return trace
@@ -81,7 +81,7 @@ def before_line(number: int) -> Iterator[None]:
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        yield
+        yield lines
     finally:
         sys.settrace(before)
 
@@ -128,6 +128,8 @@ class Interrupter:
             envs.reset(seed=SEED)
         self.counts: collections.Counter[str] = collections.Counter()
         """Outcomes of all attempts."""
+        self.interrupted = 0
+        """Steps that were interrupted."""
 
     def attempt(self) -> list[str]:
         """Interrupt one call; return what went wrong."""
@@ -143,15 +145,17 @@ class Interrupter:
             "fork": lambda e: e.fork(pair[:1], pair[1:]),
         }
         twin.set_state(before)
-        calls[name](twin)
+        interrupt: AbstractContextManager[Any]
+        if rng.integers(2):
+            with before_line(np.inf) as lines:
+                calls[name](twin)
+            interrupt = before_line(rng.integers(1, lines[0] + 1))
+        else:
+            begin = time.perf_counter()
+            calls[name](twin)
+            # A timer of 0 seconds never ends.
+            interrupt = after_seconds(1e-6 + rng.random() * (time.perf_counter() - begin))
         after = twin.get_state()
-        # The mean number of lines and the mean time of a step; both may end after the call.
-        by_line = bool(rng.integers(2))
-        interrupt = (
-            before_line(int(rng.integers(1, 450)))
-            if by_line
-            else after_seconds(float(rng.uniform(1e-5, 8e-3)))
-        )
         problems, is_interrupted = [], False
         try:
             with interrupt:
@@ -174,6 +178,7 @@ class Interrupter:
         elif not problems and not is_equal(envs.get_state(), after):
             problems.append(f"{name}: another result")
         self.counts[f"{name}, {outcome}"] += 1
+        self.interrupted += is_interrupted and name == "step"
         problems += self._recovers(name, before, after, actions)
         return problems
 
@@ -267,7 +272,7 @@ def use_in_two_threads(seed: int) -> tuple[int, list[str]]:
 def main(args: Args) -> None:
     """Make all attempts, print the counts and write them."""
     interrupter, problems = Interrupter(args.seed), list[str]()
-    for _ in range(args.interrupts):
+    while interrupter.interrupted < args.interrupts:
         problems += interrupter.attempt()
     for name, count in sorted(interrupter.counts.items()):
         print(f"{name}: {count}")
