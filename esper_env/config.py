@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -296,10 +296,10 @@ def normalized(name: str, hint: Any, value: Any) -> Any:
         TypeError: If the value has another type; no float is a count, and no string is a bool or a
             sequence of strings.
     """
-    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if _is_union(hint) else [hint]
-    kind = kinds[0]
-    if value is None and len(kinds) < len(get_args(hint)):
+    is_union = get_origin(hint) in (Union, UnionType)  # All unions are of a type and None.
+    if is_union and value is None:
         return None
+    kind = get_args(hint)[0] if is_union else hint
     is_bool = isinstance(value, (bool, np.bool_))
     origin = get_origin(kind)
     if kind is bool and is_bool:
@@ -331,15 +331,19 @@ def normalized(name: str, hint: Any, value: Any) -> Any:
     )
 
 
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, UnionType)
-
-
 def plain(value: Any) -> Any:
     """Return NumPy scalars and arrays, also inside a list or tuple, as Python's own types."""
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def as_array(value: Any) -> npt.NDArray[Any]:
+    """Return an argument as an array, so that its dtype and shape can be checked."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError):  # For example lists of different lengths.
+        return np.array(None)
 
 
 def near(name: Any, known: Iterable[str]) -> str:

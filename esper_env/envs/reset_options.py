@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import numpy.typing as npt
 
-from esper_env.config import IntArray
+from esper_env.config import IntArray, as_array
 
 
 @dataclass(frozen=True)
@@ -65,25 +64,23 @@ def _check_seeds(seed: Any, num_envs: int) -> list[int | None]:
     """Return a random seed or None for each sub-environment."""
     if seed is None:
         return [None] * num_envs
-    if isinstance(seed, (int, np.integer)):
+    if _is_integer(seed):
         seeds: list[Any] = [int(seed) + i for i in range(num_envs)]
-    elif isinstance(seed, (Sequence, np.ndarray)) and np.ndim(seed) == 1:
+    elif isinstance(seed, (list, tuple)) or (isinstance(seed, np.ndarray) and seed.ndim == 1):
         seeds = list(seed)
     else:
         raise ValueError(f"seed: expected None, an integer or {num_envs} of them, got {seed!r}")
     if len(seeds) != num_envs:
         raise ValueError(f"seed: expected one integer or {num_envs} entries, got {len(seeds)}")
     for value in seeds:
-        is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        is_seed = value is None or (is_integer and value >= 0)
-        if not is_seed:
+        if value is not None and (not _is_integer(value) or value < 0):
             raise ValueError(f"seed: expected non-negative integers, got {value!r}")
     return [None if value is None else int(value) for value in seeds]
 
 
 def _check_instance(instance: Any, num_envs: int, num_instances: int) -> IntArray:
     """Return the index of an instance for each sub-environment. (num_envs,) int64."""
-    array = _array(instance)
+    array = as_array(instance)
     is_integer = np.issubdtype(array.dtype, np.integer) and array.shape in ((), (num_envs,))
     if not is_integer or ((array < 0) | (array >= num_instances)).any():
         raise ValueError(
@@ -95,7 +92,7 @@ def _check_instance(instance: Any, num_envs: int, num_instances: int) -> IntArra
 
 def _members_of(mask: Any, num_envs: int, must_reset_all: str | None) -> IntArray:
     """Return the indices of the sub-environments that a reset mask selects. (m,) int64."""
-    array = _array(mask)
+    array = as_array(mask)
     if array.dtype != np.bool_ or array.shape != (num_envs,) or not array.any():
         raise ValueError(
             f"reset_mask: expected bool of shape ({num_envs},) with at least one True, "
@@ -109,9 +106,5 @@ def _members_of(mask: Any, num_envs: int, must_reset_all: str | None) -> IntArra
     return np.nonzero(array)[0]
 
 
-def _array(value: Any) -> npt.NDArray[Any]:
-    """Return an argument as an array; one that is no array is an array of objects."""
-    try:
-        return np.asarray(value)
-    except ValueError:  # Lists of different lengths.
-        return np.array(None)
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

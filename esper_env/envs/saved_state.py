@@ -67,14 +67,7 @@ def check_state(
             raise ValueError(
                 f"state['arrays']: expected that {expected}, but sub-environment {row} differs"
             )
-    probe = copy.deepcopy(generator)
-    try:
-        probe.state = copy.deepcopy(state["np_random"])
-    except (KeyError, OverflowError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"state['np_random']: expected the state of a {type(generator).__name__}, got "
-            f"{state['np_random']!r}"
-        ) from error
+    _check_generator(state["np_random"], copy.deepcopy(generator))
 
 
 def writable(array: Array) -> Array:
@@ -151,6 +144,20 @@ def _check_ranges(
                 f"state['arrays'][{name!r}]: expected values from {low} to {high}, got "
                 f"{array[is_outside][0]}"
             )
+
+
+def _check_generator(value: Any, probe: np.random.BitGenerator) -> None:
+    """Raise ValueError unless a value is the state of a random generator, which is changed."""
+    problem: Exception | None = None
+    try:
+        probe.state = copy.deepcopy(value)
+        is_same = bool(probe.state == value)  # NumPy truncates some wrong numbers.
+    except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        problem, is_same = error, False
+    if not is_same:
+        raise ValueError(
+            f"state['np_random']: expected the state of a {type(probe).__name__}, got {value!r}"
+        ) from problem
 
 
 def _relations(

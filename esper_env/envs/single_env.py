@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import AutoresetMode
 
-from esper_env.config import BoolArray, EnvConfig
+from esper_env.config import BoolArray, EnvConfig, as_array
 from esper_env.envs.info import member_info
 from esper_env.envs.render import RENDER_FPS, RENDER_MODES
 from esper_env.envs.vector_env import EsperVectorEnv
@@ -244,7 +244,7 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
         if isinstance(options, Mapping) and set(options) - {"instance"}:
             unknown = [name for name in options if name != "instance"]
             raise ValueError(f"options: expected only 'instance', got also {unknown}")
-        if seed is not None and not isinstance(seed, (int, np.integer)):
+        if isinstance(seed, (bool, list, tuple, np.ndarray)):
             raise ValueError(f"seed: expected None or an integer, got {seed!r}")
         observation, info = self._env.reset(seed=seed, options=options)
         super().reset(seed=None if seed is None else int(seed))
@@ -270,7 +270,7 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
         """
         if self._env.debug_state().state.episode.has_test[0]:
             raise gym.error.ResetNeeded("the episode has ended; call reset() before step()")
-        array = np.asarray(action)
+        array = as_array(action)
         if array.ndim != 1:
             raise ValueError(f"action: expected shape (8,), got {array.shape}")
         observation, reward, terminated, truncated, info = self._env.step(array[None])

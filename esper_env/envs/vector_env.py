@@ -19,7 +19,7 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray
+from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray, as_array
 from esper_env.envs.history import History
 from esper_env.envs.info import build_info, masked_info
 from esper_env.envs.render import RENDER_FPS, RENDER_MODES, describe, draw
@@ -108,15 +108,25 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         render_mode: str | None = None,
         **config: Any,
     ) -> None:
+        # First, because a constructor that raises leaves an object that is closed later.
+        self._simulation: Simulation | None = None
+        """None before the first reset, and while a call changes it (see `_exclusive`)."""
+        self._missing = _NOT_RESET
+        """Why `_simulation` is None, as a sentence without a full stop."""
+        self._holder: dict[str, tuple[int, int]] = {}
+        """Process and thread of the call in progress. Unlike a lock it can be copied and pickled,
+        and one that an interrupt left behind does not block the same thread."""
         is_count = isinstance(num_envs, (int, np.integer)) and not isinstance(num_envs, bool)
-        if not is_count or num_envs < 1:
+        if not is_count or not 1 <= num_envs < 2**31:
             raise ValueError(f"num_envs: expected an integer of at least 1, got {num_envs!r}")
-        if render_mode is not None and render_mode not in list(RENDER_MODES):
+        is_mode = isinstance(render_mode, str) and render_mode in RENDER_MODES
+        if render_mode is not None and not is_mode:
             raise ValueError(
                 f"render_mode: expected None or one of {RENDER_MODES}, got {render_mode!r}"
             )
         modes = [mode.value for mode in AutoresetMode]
-        if not isinstance(autoreset_mode, AutoresetMode) and autoreset_mode not in modes:
+        is_mode = isinstance(autoreset_mode, str) and autoreset_mode in modes
+        if not isinstance(autoreset_mode, AutoresetMode) and not is_mode:
             raise ValueError(
                 f"autoreset_mode: expected an AutoresetMode or one of {modes}, got "
                 f"{autoreset_mode!r}"
@@ -159,13 +169,6 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self.single_action_space = gym.spaces.MultiDiscrete(self._actions.nvec)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self._simulation: Simulation | None = None
-        """None before the first reset, and while a call changes it (see `_exclusive`)."""
-        self._missing = _NOT_RESET
-        """Why `_simulation` is None, as a sentence without a full stop."""
-        self._holder: dict[str, tuple[int, int]] = {}
-        """Process and thread of the call in progress. Unlike a lock it can be copied and pickled,
-        and one that an interrupt left behind does not block the same thread."""
         self._conditional: dict[str, BoolArray] = {}
         self._final_conditional: dict[str, BoolArray] = {}
         self._history = History(self.num_envs, host.num_slots, self.config.episode_steps)
@@ -513,10 +516,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
 
     def _check_indices(self, name: str, indices: npt.ArrayLike) -> IntArray:
         """Return indices of sub-environments as an array. (k,) int64."""
-        try:
-            array = np.atleast_1d(np.asarray(indices))
-        except ValueError:  # Lists of different lengths.
-            array = np.empty((0, 0))
+        array = np.atleast_1d(as_array(indices))
         is_integer = np.issubdtype(array.dtype, np.integer) and array.ndim == 1
         if not is_integer or ((array < 0) | (array >= self.num_envs)).any():
             raise ValueError(
@@ -572,13 +572,13 @@ def _device(device: Any) -> torch.device:
     Raises:
         ValueError: If there is no such device.
     """
+    problem = f"device: expected a device of this machine, e.g. 'cpu' or 'cuda', got {device!r}"
+    if not isinstance(device, (str, torch.device)):
+        raise ValueError(problem)
     try:
         result = torch.device(device)
-        is_there = result.type != "cuda" or (result.index or 0) < torch.cuda.device_count()
-    except (RuntimeError, TypeError):
-        is_there = False
-    if not is_there:
-        raise ValueError(
-            f"device: expected a device of this machine, e.g. 'cpu' or 'cuda', got {device!r}"
-        )
+    except RuntimeError as error:
+        raise ValueError(problem) from error
+    if result.type == "cuda" and (result.index or 0) >= torch.cuda.device_count():
+        raise ValueError(problem)
     return result

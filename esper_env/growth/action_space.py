@@ -208,7 +208,10 @@ class ActionSpace:
             ValueError: If the shape is wrong or an index is out of range; with
                 `raises_on_illegal` also if an action is illegal.
         """
-        array = np.asarray(actions)
+        try:
+            array = np.asarray(actions)
+        except ValueError:  # Lists of different lengths.
+            array = np.array(None)
         shape = (len(active), len(HEAD_NAMES))
         if array.dtype.kind not in "iu":
             raise TypeError(
@@ -427,7 +430,8 @@ def _check_legal(
 def _restrict(name: str, canonical: tuple[Any, ...], wanted: Any) -> tuple[Any, ...]:
     """Return the wanted options of a head in canonical order."""
     values = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
-    unknown = [value for value in values if value not in canonical]
+    # No bool, which equals the number 0 or 1; the types also exclude values without a simple `==`.
+    unknown = [v for v in values if type(v) not in (str, int, float) or v not in canonical]
     if unknown or not values or len(set(values)) != len(values):
         raise ValueError(
             f"heads[{name!r}]: expected one option or a list of distinct options of {canonical}, "
