@@ -56,6 +56,7 @@ def measured() -> dict[Path, dict[str, str]]:
             "growth": results.growth_pays(results.read("headroom-instances")),
             "policy": results.policy_table(learning),
             "ablations": results.ablation_table(results.read("ablations")),
+            "ablations-full": results.ablation_table(results.read("ablations-full")),
             "search": results.search_table(learning),
             "schedules": results.schedule_table(results.read("headroom")),
         },
