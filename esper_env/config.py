@@ -199,7 +199,7 @@ class EnvConfig:
     def __post_init__(self) -> None:
         """Normalize the types of all fields, then check values and relations between them."""
         for name, hint in _hints().items():
-            value = normalized(name, hint, getattr(self, name))
+            value = _normalized(name, hint, getattr(self, name))
             object.__setattr__(self, name, value)  # The class is frozen.
             _require(self, name, not isinstance(value, float) or math.isfinite(value), "finite")
             is_small = not isinstance(value, int) or value < 2**31
@@ -284,7 +284,7 @@ def _hints() -> dict[str, Any]:
     return get_type_hints(EnvConfig)
 
 
-def normalized(name: str, hint: Any, value: Any) -> Any:
+def _normalized(name: str, hint: Any, value: Any) -> Any:
     """Return a value in exactly the type of a field, so that no call compiles a kernel again.
 
     Args:
@@ -316,13 +316,13 @@ def normalized(name: str, hint: Any, value: Any) -> Any:
     if (kind is str or origin is Literal) and isinstance(value, str):
         return str(value)
     if origin is Sequence and isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(normalized(name, str, entry) for entry in value)
+        return tuple(_normalized(name, str, entry) for entry in value)
     if origin is Mapping and isinstance(value, Mapping):
         of_values = get_args(kind)[1]
         return {
-            normalized(f"{name}: a key", str, key): plain(entry)
+            _normalized(f"{name}: a key", str, key): _plain(entry)
             if of_values is Any
-            else normalized(f"{name}[{key!r}]", of_values, entry)
+            else _normalized(f"{name}[{key!r}]", of_values, entry)
             for key, entry in value.items()
         }
     raise TypeError(
@@ -331,11 +331,11 @@ def normalized(name: str, hint: Any, value: Any) -> Any:
     )
 
 
-def plain(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """Return NumPy scalars and arrays, also inside a list or tuple, as Python's own types."""
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
-    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def as_array(value: Any) -> npt.NDArray[Any]:

@@ -129,6 +129,10 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     same random stream, with new weights and batches. The global random state is neither read nor
     written.
 
+    `get_state` and `set_state` save and restore the environment, also in another process. If an
+    exception ends `reset`, `step` or `set_state` halfway, for example a KeyboardInterrupt, all
+    other calls raise ResetNeeded with the reason until the next `reset` or `set_state`.
+
     With `instances="train"` or `"test"` each episode has one *instance*. An instance fixes the
     learning rate, the share of the training images in use, the share of wrong labels, and the width
     of the host. It is sampled, or chosen by `reset(options={"instance": k})`. Everything but the
