@@ -99,7 +99,6 @@ def record(settings: dict[str, Any], num_envs: int, steps: int) -> Iterator[dict
     if settings.get("host") == "subclassed":
         _register(blueprint=False)
     common = {"instances": "train", "autoreset_mode": "SameStep", "episode_steps": 40}
-    common["max_episode_steps"] = 40
     envs = gym.make_vec("Esper-Digits-v0", num_envs=num_envs, **{**common, **settings}).unwrapped
     rng = np.random.default_rng(0)
     observation, info = envs.reset(seed=list(range(num_envs)))

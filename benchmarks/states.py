@@ -25,8 +25,7 @@ def settings_of(mode: str, batch_size: int | None = None) -> dict[str, Any]:
     """Return the keyword arguments of `gym.make` and `gym.make_vec` for a mode."""
     options: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
     attribution = "leave_one_out" if mode.endswith("leave-one-out") else "none"
-    limits = {"max_episode_steps": EPISODE_STEPS, "episode_steps": EPISODE_STEPS}
-    return {"attribution": attribution, **limits, **options}
+    return {"attribution": attribution, "episode_steps": EPISODE_STEPS, **options}
 
 
 def make_envs(env_id: str, num_envs: int, **settings: Any) -> EsperVectorEnv:

@@ -24,6 +24,13 @@ EXAMPLES = (
         'register_blueprint("dead", lambda c: [Conv(c, c, 3), Norm(c, zero=True), Relu()])',
     ),
     (
+        "An output that is not finite in evaluation",
+        "class Broken(Relu):\n"
+        "    def forward(self, x, parameters, buffers, training):\n"
+        "        return x if training else x / 0\n\n\n"
+        'register_blueprint("broken", lambda c: [Broken(), Conv(c, c, 3, bias=True, zero=True)])',
+    ),
+    (
         "A violation of the corner rule: a tensor that shrinks with more channels",
         'register_blueprint("odd", lambda c: '
         "[Conv(c, 32 // c, 1), Conv(32 // c, c, 1, zero=True)])",

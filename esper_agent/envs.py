@@ -46,8 +46,6 @@ def make_envs(env_id: str, num_envs: int, device: str, config: EnvConfig) -> Esp
     default = EnvConfig()
     names = [f.name for f in dataclasses.fields(config)]
     changed = {n: getattr(config, n) for n in names if getattr(config, n) != getattr(default, n)}
-    if "episode_steps" in changed:
-        changed["max_episode_steps"] = config.episode_steps
     entry_point: object = gym.spec(env_id).vector_entry_point
     if isinstance(entry_point, str):
         entry_point = gym.envs.registration.load_env_creator(entry_point)

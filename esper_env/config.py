@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -84,7 +87,10 @@ STYLES = (
 class EnvConfig:
     """Settings of the environment; each field is a keyword of `gym.make` and `gym.make_vec`.
 
+    NumPy scalars are converted to Python's types, and numbers to the type of the field.
+
     Raises:
+        TypeError: If a value has a wrong type, e.g. 8.0 for a count or "yes" for a bool.
         ValueError: If a value is out of range or two fields contradict each other. Names of tasks,
             hosts, rewards, heads and their options are checked when the environment is made.
     """
@@ -191,10 +197,13 @@ class EnvConfig:
     """Sub-environments per grouped tensor operation; None derives it from their activations."""
 
     def __post_init__(self) -> None:
-        """Check every field and the relations between them."""
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            _require(self, f.name, not isinstance(value, float) or math.isfinite(value), "finite")
+        """Normalize the types of all fields, then check values and relations between them."""
+        for name, hint in _hints().items():
+            value = _normalized(name, hint, getattr(self, name))
+            object.__setattr__(self, name, value)  # The class is frozen.
+            _require(self, name, not isinstance(value, float) or math.isfinite(value), "finite")
+            is_small = not isinstance(value, int) or value < 2**31
+            _require(self, name, is_small, "at most 2147483647")
         for name in ("episode_steps", "batches_per_step", "batch_size", "embargo_steps"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("min_training_steps", "min_prune_age"):
@@ -220,7 +229,7 @@ class EnvConfig:
         _require(self, "min_gradient_health", 0 <= self.min_gradient_health <= 1, "in [0, 1]")
         is_above = self.exploding_gradient_norm > self.vanishing_gradient_norm
         _require(self, "exploding_gradient_norm", is_above, "above vanishing_gradient_norm")
-        for name, hint in get_type_hints(EnvConfig).items():
+        for name, hint in _hints().items():
             if get_origin(hint) is Literal:
                 choices = get_args(hint)
                 _require(self, name, getattr(self, name) in choices, f"one of {choices}")
@@ -256,6 +265,91 @@ class EnvConfig:
                 hint = f"did you mean {close[0]!r}?" if close else known
                 raise TypeError(f"unknown configuration field {keyword!r}; {hint}")
         return cls(**keywords)
+
+
+_TYPE_NAMES: dict[Any, str] = {
+    bool: "True or False",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    Literal: "a string",
+    Sequence: "a sequence of strings",
+    Mapping: "a dictionary with strings as keys",
+}
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    """Return the type of each field."""
+    return get_type_hints(EnvConfig)
+
+
+def _normalized(name: str, hint: Any, value: Any) -> Any:
+    """Return a value in exactly the type of a field, so that no call compiles a kernel again.
+
+    Args:
+        name: Name of the field, for the error message.
+        hint: Type of the field.
+        value: Value of a user.
+
+    Raises:
+        TypeError: If the value has another type; no float is a count, and no string is a bool or a
+            sequence of strings.
+    """
+    is_union = get_origin(hint) in (Union, UnionType)  # All unions are of a type and None.
+    if is_union and value is None:
+        return None
+    kind = get_args(hint)[0] if is_union else hint
+    is_bool = isinstance(value, (bool, np.bool_))
+    origin = get_origin(kind)
+    if kind is bool and is_bool:
+        return bool(value)
+    if kind is int and isinstance(value, (int, np.integer)) and not is_bool:
+        return int(value)
+    if kind is float and isinstance(value, (int, float, np.integer, np.floating)) and not is_bool:
+        try:
+            return float(value)
+        except OverflowError:  # An integer of more than 300 digits.
+            return math.inf
+    if kind is str and name == "data_dir" and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if (kind is str or origin is Literal) and isinstance(value, str):
+        return str(value)
+    if origin is Sequence and isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_normalized(name, str, entry) for entry in value)
+    if origin is Mapping and isinstance(value, Mapping):
+        of_values = get_args(kind)[1]
+        return {
+            _normalized(f"{name}: a key", str, key): _plain(entry)
+            if of_values is Any
+            else _normalized(f"{name}[{key!r}]", of_values, entry)
+            for key, entry in value.items()
+        }
+    raise TypeError(
+        f"{name}: expected {_TYPE_NAMES[origin or kind]}, got {value!r} of type "
+        f"{type(value).__name__}"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Return NumPy scalars and arrays, also inside a list or tuple, as Python's own types."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def as_array(value: Any) -> npt.NDArray[Any]:
+    """Return an argument as an array, so that its dtype and shape can be checked."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError):  # For example lists of different lengths.
+        return np.array(None)
+
+
+def near(name: Any, known: Iterable[str]) -> str:
+    """Return a hint with the closest known name for an error message, or an empty string."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _require(config: EnvConfig, name: str, is_met: bool, expected: str) -> None:

@@ -25,7 +25,6 @@ MODES = pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda mode: mo
 ESPER: dict[str, Any] = {
     "num_envs": 3,
     "episode_steps": 5,
-    "max_episode_steps": 5,
     "batches_per_step": 1,
     "batch_size": 4,
 }

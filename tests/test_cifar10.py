@@ -35,7 +35,7 @@ from tests.cifar10_files import (
 
 ROOT = Path(__file__).parent.parent
 IDS = ["Esper-CIFAR10-v0", "Esper-CIFAR10-Impaired-v0", "Esper-CIFAR10-Deep-v0"]
-SMALL = {"batches_per_step": 1, "batch_size": 8, "episode_steps": 5, "max_episode_steps": 5}
+SMALL = {"batches_per_step": 1, "batch_size": 8, "episode_steps": 5}
 OFFLINE = URLError("no network")
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -23,6 +28,7 @@ from tests.builders import (
     grow,
     make,
     make_single,
+    play,
     waits,
 )
 
@@ -244,16 +250,99 @@ def test_horizon_chooses_between_truncated_and_terminated() -> None:
         assert (terminated[0], truncated[0]) == (horizon == "terminal", horizon == "truncate")
 
 
-def test_make_vec_max_episode_steps_shortens_an_episode() -> None:
-    envs = gym.make_vec(ID, num_envs=1, max_episode_steps=2, batches_per_step=1)
-    envs.reset(seed=0)
-    wait = waits(1)
-    assert [bool(envs.step(wait)[3][0]) for _ in range(2)] == [False, True]
+WAYS: dict[str, Callable[..., Any]] = {
+    "make": functools.partial(gym.make, ID),
+    "make_vec": functools.partial(gym.make_vec, ID),
+    "sync": functools.partial(gym.make_vec, ID, vectorization_mode="sync"),
+    "async": functools.partial(gym.make_vec, ID, vectorization_mode="async"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_episode_steps_is_the_length_of_an_episode_with_its_last_payment(way: str) -> None:
+    """Longer than the default of the id; the last step takes back what an unkept seed gained."""
+    env = WAYS[way](episode_steps=63, batches_per_step=1, batch_size=4)
+    try:
+        actions = action(Op.GERMINATE) if way == "make" else action(Op.GERMINATE)[None]
+        _, info = env.reset(seed=0)
+        start, total = np.sum(info["score"]), 0.0
+        for step in range(63):
+            is_last = step == 62
+            _, reward, _, truncated, info = env.step(actions if step == 0 else 0 * actions)
+            total += np.sum(reward)
+            assert np.all(truncated) == is_last
+            assert np.all(info.get("_test_accuracy", "test_accuracy" in info)) == is_last
+        assert total == pytest.approx(np.sum(info["committed_score"]) - start, abs=1e-12)
+    finally:
+        env.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_second_time_limit_is_rejected_everywhere(way: str) -> None:
+    for limit in (20, 60, 90):
+        with pytest.raises(TypeError, match=r"max_episode_steps.* episode_steps|did you mean"):
+            WAYS[way](max_episode_steps=limit)
+    if way == "make":  # Gymnasium's value for no limit.
+        assert "TimeLimit" not in str(WAYS[way](max_episode_steps=-1))
+
+
+def test_gymnasiums_wrapper_turns_all_values_into_tensors() -> None:
+    pytest.importorskip("array_api_compat", reason="gymnasium[array-api] is not installed")
+    from gymnasium.wrappers import NumpyToTorch
+
+    env = NumpyToTorch(gym.make(ID, **SMALL))
+    assert isinstance(env.reset(seed=0)[1]["action_mask"], torch.Tensor)
+    assert isinstance(env.step(torch.zeros(8, dtype=torch.int64))[4]["stage"], torch.Tensor)
+
+
+def test_infos_of_single_environments_have_types_that_other_tools_accept() -> None:
+    env = gym.make(ID, **(SMALL | {"episode_steps": 1}))
+    infos = [env.reset(seed=0)[1], env.step(action(Op.WAIT))[4]]
+    for info in infos:
+        for name, value in (info | info["reward_terms"]).items():
+            assert type(value) in (bool, int, float, np.ndarray, dict), name
+        json.dumps(info, default=np.ndarray.tolist)
+    envs = gym.make_vec(ID, num_envs=2, vectorization_mode="sync", **SMALL)
+    _, info = envs.reset(seed=0)
+    kinds = {name: np.asarray(value).dtype.kind for name, value in info.items()}
+    del kinds["reward_terms"], kinds["_reward_terms"]
+    assert set(kinds.values()) == {"b", "i", "f"}
+    assert info["rolled_back"].dtype == bool
 
 
 ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_envs": 0}, ValueError, "num_envs: expected an integer of at least 1, got 0"),
     ({"gama": 0.9}, TypeError, "unknown configuration field 'gama'; did you mean 'gamma'"),
+    ({"num_envs": True}, ValueError, "num_envs: expected an integer"),
+    ({"task": "digit"}, ValueError, "got 'digit'; did you mean 'digits'?"),
+    ({"task": ["digits"]}, TypeError, "task: expected a string, got .* of type list"),
+    ({"reward": "gains"}, ValueError, "got 'gains'; did you mean 'gain'?"),
+    ({"reward_weights": {"comit": 1.0}}, ValueError, "got 'comit'; did you mean 'commit'?"),
+    ({"reward_weights": {"gain": "1"}}, TypeError, r"reward_weights\['gain'\]: expected a number"),
+    ({"reward_weights": ["gain"]}, TypeError, "reward_weights: expected a dictionary with"),
+    ({"batch_size": 8.0}, TypeError, "batch_size: expected an integer, got 8.0 of type float"),
+    ({"embargo_steps": 1.5}, TypeError, "embargo_steps: expected an integer, got 1.5"),
+    ({"embargo_steps": True}, TypeError, "embargo_steps: expected an integer, got True"),
+    ({"episode_steps": 10**12}, ValueError, "episode_steps: expected at most 2147483647"),
+    ({"max_seeds": "2"}, TypeError, "max_seeds: expected an integer, got '2'"),
+    ({"batch_size": None}, TypeError, "batch_size: expected an integer, got None"),
+    ({"strict_fossilize": "yes"}, TypeError, "strict_fossilize: expected True or False, got 'yes'"),
+    ({"strict_fossilize": 1}, TypeError, "strict_fossilize: expected True or False, got 1"),
+    ({"gamma": "0.9"}, TypeError, "gamma: expected a number, got '0.9' of type str"),
+    ({"gamma": np.array([0.9])}, TypeError, "gamma: expected a number, got array"),
+    ({"rent_weight": float("nan")}, ValueError, "rent_weight: expected finite, got nan"),
+    ({"rent_weight": 10**400}, ValueError, "rent_weight: expected finite, got inf"),
+    ({"isolated_stages": "TRAINING"}, TypeError, "isolated_stages: expected a sequence of strings"),
+    ({"isolated_stages": (2,)}, TypeError, "isolated_stages: expected a string, got 2"),
+    ({"horizon": ["truncate"]}, TypeError, "horizon: expected a string"),
+    ({"heads": "style"}, TypeError, "heads: expected a dictionary"),
+    ({"heads": {0: "ADD"}}, TypeError, "heads: a key: expected a string, got 0"),
+    ({"data_dir": 3}, TypeError, "data_dir: expected a string, got 3"),
+    ({"device": "gpu"}, ValueError, "device: expected a device of this machine.*got 'gpu'"),
+    ({"device": "cuda:99"}, ValueError, "device: expected a device of this machine"),
+    ({"render_mode": ["ansi"]}, ValueError, "render_mode: expected None or one of"),
+    ({"autoreset_mode": None}, ValueError, "autoreset_mode: expected an AutoresetMode or one of"),
+    ({"max_episode_steps": 9}, TypeError, "'max_episode_steps'; did you mean 'episode_steps'?"),
     ({"gamma": 1.5}, ValueError, r"gamma: expected in \(0, 1\], got 1.5"),
     ({"heads": {"blueprint": "conv_huge"}}, ValueError, "conv_heavy.*got 'conv_huge'"),
     ({"reward": "profit"}, ValueError, r"reward: expected one of \['gain', 'sparse'\], got 'prof"),
@@ -277,6 +366,33 @@ def test_bad_configuration_gives_a_clear_error(
 ) -> None:
     with pytest.raises(error, match=text):
         EsperVectorEnv(**({"num_envs": 1} | options))
+
+
+def test_numpy_scalars_and_integers_become_the_types_of_the_fields() -> None:
+    """Exactly these types, because compiled kernels exist for each combination of types."""
+    config = EnvConfig(
+        gamma=np.float32(1),  # type: ignore[arg-type]
+        parameter_budget=16,
+        divergence_sigma=np.int8(6),  # type: ignore[arg-type]
+        batch_size=np.int64(16),  # type: ignore[arg-type]
+        automatic_blending=np.bool_(True),  # type: ignore[arg-type]
+        heads={"tempo": np.array([3, 5]), "alpha_target": [np.float64(1.0)]},
+        isolated_stages=[np.str_("TRAINING")],
+        data_dir=Path("data"),  # type: ignore[arg-type]
+    )
+    for f in dataclasses.fields(config):
+        value, default = getattr(config, f.name), getattr(EnvConfig(), f.name)
+        assert type(value) is type(default) or default is None, f.name
+    assert (config.data_dir, config.batch_size, config.isolated_stages) == (
+        "data",
+        16,
+        ("TRAINING",),
+    )
+    heads = json.loads(json.dumps(dataclasses.asdict(config)))["heads"]
+    assert heads == {"tempo": [3, 5], "alpha_target": [1.0]}
+    envs = EsperVectorEnv(1, gamma=np.float32(0.9))
+    envs.reset(seed=0)
+    assert play(envs, 1)[0][4]["samples"] == 128
 
 
 def test_bad_actions_give_a_clear_error_and_lose_nothing() -> None:
@@ -307,7 +423,10 @@ def test_using_an_environment_before_reset_is_rejected() -> None:
         (r"reset\(\)", envs.action_masks),
         (r"reset\(\)", envs.conditional_masks),
         (r"reset\(\)", lambda: envs.sample_valid_actions(np.random.default_rng(0))),
-        ("must reset all sub", lambda: envs.reset(options={"reset_mask": np.arange(3) > 0})),
+        (
+            "this reset must reset all sub",
+            lambda: envs.reset(options={"reset_mask": np.arange(3) > 0}),
+        ),
         (r"reset\(\)", lambda: envs.step(waits(3))),
         (r"reset\(\)", lambda: make_single().step(np.zeros(8, dtype=np.int64))),
     ):
@@ -374,6 +493,12 @@ def test_gymnasiums_own_vector_environments_take_single_ones(mode: str) -> None:
     [
         ({"seed": -1}, "seed: expected non-negative integers, got -1"),
         ({"seed": [1]}, "seed: expected one integer or 2 entries, got 1"),
+        ({"seed": 1.5}, "seed: expected None, an integer or 2 of them, got 1.5"),
+        ({"seed": "ab"}, "seed: expected None, an integer or 2 of them, got 'ab'"),
+        ({"seed": [True, False]}, "seed: expected non-negative integers, got True"),
+        ({"options": [1]}, r"options: expected a dictionary or None, got \[1\]"),
+        ({"options": {"reset_mask": [[True], [1, 2]]}}, "reset_mask: expected bool of shape"),
+        ({"options": {"instance": [[0], [1, 2]]}}, r"options\['instance'\]: expected integers"),
         ({"seed": [0, 0.5]}, "seed: expected non-negative integers, got 0.5"),
         ({"options": {"mask": None}}, r"expected only 'reset_mask' and 'instance', got also"),
         ({"options": {"instance": 1}}, r"options\['instance'\]: expected integers from 0 to 0"),

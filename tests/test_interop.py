@@ -37,7 +37,6 @@ from esper_env.sb3 import Sb3VecEnv
 ID = "Esper-Digits-v0"
 TINY: dict[str, Any] = {
     "episode_steps": 6,
-    "max_episode_steps": 6,
     "batches_per_step": 1,
     "batch_size": 8,
     "min_training_steps": 1,

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from gymnasium.wrappers import TimeLimit
 
 from esper_env import EsperVectorEnv, Op, Stage
 from esper_env.envs.history import History
@@ -283,7 +284,7 @@ def test_rendering_without_a_mode_warns_and_shows_nothing() -> None:
 
 
 def test_a_time_limit_from_outside_leaves_the_picture_in_the_middle_of_the_episode() -> None:
-    env = gym.make(ID, max_episode_steps=2, render_mode="ansi", **SMALL)
+    env = TimeLimit(gym.make(ID, render_mode="ansi", **SMALL), 2)
     env.reset(seed=0)
     truncations = [env.step(action(Op.WAIT))[3] for _ in range(2)]
     assert truncations == [False, True]

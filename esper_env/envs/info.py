@@ -91,6 +91,9 @@ def masked_info(info: dict[str, Any], mask: BoolArray) -> dict[str, Any]:
 def member_info(info: dict[str, Any], index: int) -> dict[str, Any]:
     """Return the info dictionary of one sub-environment, without masks.
 
+    Single values are Python's own bool, int and float: Gymnasium's `SyncVectorEnv` and
+    `NumpyToTorch` do not accept NumPy's bool.
+
     Args:
         info: Info dictionary of a vector environment.
         index: Index of the sub-environment.
@@ -100,5 +103,10 @@ def member_info(info: dict[str, Any], index: int) -> dict[str, Any]:
         has_it = info.get(f"_{name}")  # Gymnasium's wrappers add nested keys without one.
         if name.startswith("_") or (has_it is not None and not has_it[index]):
             continue
-        result[name] = member_info(value, index) if isinstance(value, dict) else value[index]
+        if isinstance(value, dict):
+            result[name] = member_info(value, index)
+        else:
+            # `final_obs` holds objects, which are not NumPy scalars.
+            own = value[index]
+            result[name] = own.item() if isinstance(own, np.generic) else own
     return result

@@ -19,6 +19,10 @@ def register_environments() -> None:
                 id=name,
                 entry_point="esper_env.envs.single_env:EsperEnv",
                 vector_entry_point="esper_env.envs.vector_env:EsperVectorEnv",
-                max_episode_steps=episode_steps,
-                kwargs={"task": task},
+                # The environment has its own time limit and its own check that it was reset.
+                # Gymnasium's wrappers expect a reset, which `set_state` replaces.
+                max_episode_steps=None,
+                order_enforce=False,
+                disable_env_checker=True,
+                kwargs={"task": task, "episode_steps": episode_steps},
             )

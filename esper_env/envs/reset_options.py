@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
-from esper_env.config import IntArray
+from esper_env.config import IntArray, as_array
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def check_reset(
     *,
     num_envs: int,
     num_instances: int,
-    is_first: bool,
+    must_reset_all: str | None,
 ) -> ResetRequest:
     """Validate the arguments of `EsperVectorEnv.reset`.
 
@@ -38,19 +39,22 @@ def check_reset(
         options: Argument of `reset`, not changed.
         num_envs: Number of sub-environments.
         num_instances: Number of instances in the configured set.
-        is_first: Whether this is the first `reset`.
+        must_reset_all: Why all sub-environments must be reset, None if they need not.
 
     Raises:
-        gymnasium.error.ResetNeeded: If the first reset does not reset all sub-environments.
+        gymnasium.error.ResetNeeded: If all sub-environments must be reset and the mask excludes
+            some.
         ValueError: If a seed or an option is invalid.
     """
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"options: expected a dictionary or None, got {options!r}")
     rest = dict(options or {})
     mask, instance = rest.pop("reset_mask", None), rest.pop("instance", None)
     if rest:
         raise ValueError(
-            f"options: expected only 'reset_mask' and 'instance', got also {sorted(rest)}"
+            f"options: expected only 'reset_mask' and 'instance', got also {list(rest)}"
         )
-    members = np.arange(num_envs) if mask is None else _members_of(mask, num_envs, is_first)
+    members = np.arange(num_envs) if mask is None else _members_of(mask, num_envs, must_reset_all)
     if instance is not None:
         instance = _check_instance(instance, num_envs, num_instances)[members]
     return ResetRequest(members, _check_seeds(seed, num_envs), instance)
@@ -60,22 +64,23 @@ def _check_seeds(seed: Any, num_envs: int) -> list[int | None]:
     """Return a random seed or None for each sub-environment."""
     if seed is None:
         return [None] * num_envs
-    if isinstance(seed, (int, np.integer)):
+    if _is_integer(seed):
         seeds: list[Any] = [int(seed) + i for i in range(num_envs)]
-    else:
+    elif isinstance(seed, (list, tuple)) or (isinstance(seed, np.ndarray) and seed.ndim == 1):
         seeds = list(seed)
+    else:
+        raise ValueError(f"seed: expected None, an integer or {num_envs} of them, got {seed!r}")
     if len(seeds) != num_envs:
         raise ValueError(f"seed: expected one integer or {num_envs} entries, got {len(seeds)}")
     for value in seeds:
-        is_seed = value is None or (isinstance(value, (int, np.integer)) and value >= 0)
-        if not is_seed:
+        if value is not None and (not _is_integer(value) or value < 0):
             raise ValueError(f"seed: expected non-negative integers, got {value!r}")
     return [None if value is None else int(value) for value in seeds]
 
 
 def _check_instance(instance: Any, num_envs: int, num_instances: int) -> IntArray:
     """Return the index of an instance for each sub-environment. (num_envs,) int64."""
-    array = np.asarray(instance)
+    array = as_array(instance)
     is_integer = np.issubdtype(array.dtype, np.integer) and array.shape in ((), (num_envs,))
     if not is_integer or ((array < 0) | (array >= num_instances)).any():
         raise ValueError(
@@ -85,16 +90,21 @@ def _check_instance(instance: Any, num_envs: int, num_instances: int) -> IntArra
     return np.broadcast_to(array, (num_envs,)).astype(np.int64)
 
 
-def _members_of(mask: Any, num_envs: int, is_first: bool) -> IntArray:
+def _members_of(mask: Any, num_envs: int, must_reset_all: str | None) -> IntArray:
     """Return the indices of the sub-environments that a reset mask selects. (m,) int64."""
-    array = np.asarray(mask)
+    array = as_array(mask)
     if array.dtype != np.bool_ or array.shape != (num_envs,) or not array.any():
         raise ValueError(
             f"reset_mask: expected bool of shape ({num_envs},) with at least one True, "
             f"got {array!r}"
         )
-    if is_first and not array.all():
+    if must_reset_all is not None and not array.all():
         raise gym.error.ResetNeeded(
-            "the first reset must reset all sub-environments; call it without reset_mask"
+            f"{must_reset_all}, so this reset must reset all sub-environments; call it without "
+            "reset_mask"
         )
     return np.nonzero(array)[0]
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

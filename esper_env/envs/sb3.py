@@ -109,7 +109,8 @@ class Sb3VecEnv(VecEnv):
             Observations (num_envs, features) float32, rewards (num_envs,) float32, dones
             (num_envs,) bool, and a list of one info dictionary per sub-environment.
         """
-        assert self._actions is not None, "call step_async before step_wait"
+        if self._actions is None:
+            raise RuntimeError("call step_async before step_wait")
         observations, rewards, terminations, truncations, info = self.vector_env.step(self._actions)
         self._actions = None
         final_observations = info.pop("final_obs", None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -9,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import AutoresetMode
 
-from esper_env.config import BoolArray, EnvConfig
+from esper_env.config import BoolArray, EnvConfig, as_array
 from esper_env.envs.info import member_info
 from esper_env.envs.render import RENDER_FPS, RENDER_MODES
 from esper_env.envs.vector_env import EsperVectorEnv
@@ -127,6 +129,10 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     same random stream, with new weights and batches. The global random state is neither read nor
     written.
 
+    `get_state` and `set_state` save and restore the environment, also in another process. If an
+    exception ends `reset`, `step` or `set_state` halfway, for example a KeyboardInterrupt, all
+    other calls raise ResetNeeded with the reason until the next `reset` or `set_state`.
+
     With `instances="train"` or `"test"` each episode has one *instance*. An instance fixes the
     learning rate, the share of the training images in use, the share of wrong labels, and the width
     of the host. It is sampled, or chosen by `reset(options={"instance": k})`. Everything but the
@@ -140,20 +146,20 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     A *rollback* follows if training diverged or collapsed for `panic_patience` consecutive env
     steps. Training has collapsed if the loss returns to that of random guessing. It has diverged if
     the loss is far above its recent mean. Both rules need the losses of `panic_window` healthy env
-    steps; a rollback discards these losses. A loss or weight that is not finite causes a rollback
-    at once. The rollback restores weights, batch norm statistics and momentum from the last
-    snapshot. It removes all seeds that are not fossilized. `info["rolled_back"]` is True. The step
-    counter of the episode continues.
+    steps; a rollback discards these losses. A training loss, validation loss or weight that is not
+    finite causes a rollback at once. The rollback restores weights, batch norm statistics and
+    momentum from the last snapshot. It removes all seeds that are not fossilized.
+    `info["rolled_back"]` is True. The step counter of the episode continues.
 
-    `gym.make` also wraps the environment in a `TimeLimit` of `max_episode_steps`. To lengthen
-    episodes, set both: `gym.make(id, episode_steps=90, max_episode_steps=90)`. Do not shorten them
-    by `max_episode_steps` alone: the episode would stop before the reward of its last step.
+    The time limit is part of the environment: `gym.make(id, episode_steps=90)`. Gymnasium's own
+    argument `max_episode_steps` raises a TypeError, because its wrapper `TimeLimit` would end an
+    episode without the reward of its last step.
 
     ## Information
 
-    All values are NumPy arrays or scalars. The keys are the same after every `reset` and `step`.
-    The last step of an episode adds two. In the vector environment each key k has a mask `_k`, True
-    for the sub-environments that have the value.
+    All values are NumPy arrays or Python's bool, int and float. The keys are the same after every
+    `reset` and `step`. The last step of an episode adds two. In the vector environment each key k
+    has a mask `_k`, True for the sub-environments that have the value.
 
     ## Rendering
 
@@ -193,6 +199,7 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     def __init__(
         self, *, device: str = "cpu", render_mode: str | None = None, **config: Any
     ) -> None:
+        _reject_second_time_limit()
         self._env = EsperVectorEnv(
             1,
             device=device,
@@ -238,11 +245,13 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
         Returns:
             Observation (features,) float32, and info.
         """
-        super().reset(seed=seed)
-        unknown = set(options or ()) - {"instance"}
-        if unknown:
-            raise ValueError(f"options: expected only 'instance', got also {sorted(unknown)}")
+        if isinstance(options, Mapping) and set(options) - {"instance"}:
+            unknown = [name for name in options if name != "instance"]
+            raise ValueError(f"options: expected only 'instance', got also {unknown}")
+        if isinstance(seed, (bool, list, tuple, np.ndarray)):
+            raise ValueError(f"seed: expected None or an integer, got {seed!r}")
         observation, info = self._env.reset(seed=seed, options=options)
+        super().reset(seed=None if seed is None else int(seed))
         return observation[0], member_info(info, 0)
 
     def step(
@@ -257,12 +266,15 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
             Observation (features,) float32, reward, terminated, truncated, info.
 
         Raises:
-            gymnasium.error.ResetNeeded: Before the first `reset` or after the end of an episode.
+            gymnasium.error.ResetNeeded: Before the first `reset`, after the end of an episode, or
+                after a call was interrupted (see `EsperVectorEnv`).
             TypeError: If the action does not consist of integers.
             ValueError: If the shape or an index is out of range, or if the action is illegal and
                 `illegal_actions="raise"`.
         """
-        array = np.asarray(action)
+        if self._env.debug_state().state.episode.has_test[0]:
+            raise gym.error.ResetNeeded("the episode has ended; call reset() before step()")
+        array = as_array(action)
         if array.ndim != 1:
             raise ValueError(f"action: expected shape (8,), got {array.shape}")
         observation, reward, terminated, truncated, info = self._env.step(array[None])
@@ -308,3 +320,19 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     def close(self) -> None:
         """Release the tensors."""
         self._env.close()
+
+
+def _reject_second_time_limit() -> None:
+    """Raise TypeError if `gym.make` is about to wrap the new environment in a `TimeLimit`.
+
+    `gym.make` passes no environment its argument `max_episode_steps`, so this function reads the
+    argument from the frame that called the constructor, two above this one.
+    """
+    frame = sys._getframe(2)
+    name = frame.f_globals.get("__name__"), frame.f_code.co_name
+    limit = frame.f_locals.get("max_episode_steps")
+    if name == ("gymnasium.envs.registration", "make") and limit not in (None, -1):
+        raise TypeError(
+            f"max_episode_steps: expected None, got {limit!r}; a TimeLimit would end an episode "
+            f"without the reward of its last step; pass episode_steps={limit!r} instead"
+        )

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import os
-from typing import Any
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import gymnasium as gym
 import numpy as np
@@ -15,20 +19,58 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray
+from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray, as_array
 from esper_env.envs.history import History
 from esper_env.envs.info import build_info, masked_info
 from esper_env.envs.render import RENDER_FPS, RENDER_MODES, describe, draw
 from esper_env.envs.reset_options import check_reset
+from esper_env.envs.saved_state import check_state, writable
 from esper_env.growth.action_space import ActionHead, ActionSpace
 from esper_env.growth.observation import ObservationBuilder
 from esper_env.growth.reward import resolve_weights
-from esper_env.growth.simulation import Simulation
+from esper_env.growth.simulation import Simulation, StepResult
 from esper_env.population.blueprints import registered_blueprints
 from esper_env.tasks import TASKS, resolve_host
 from esper_env.tasks.instances import SET_SIZES
 
 _IMPORTING_PROCESS = os.getpid()
+_NOT_RESET = "the environment has not been reset"
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _exclusive(method: Method) -> Method:
+    """Let a method of `EsperVectorEnv` reject other threads, and record why it did not end.
+
+    A method that changes the decision process first sets `_simulation` to None and `_missing` to
+    "<method>() was interrupted", and then sets `_simulation` again with its last statement. What an
+    interrupted call leaves behind may be half written, also in caches and by threads that still
+    train. The next `reset` or `set_state` therefore builds a new decision process.
+    """
+    name = method.__name__
+
+    @functools.wraps(method)
+    def call_alone(self: EsperVectorEnv, *args: Any, **kwargs: Any) -> Any:
+        own = os.getpid(), threading.get_ident()
+        holder = self._holder.setdefault("call", own)  # One operation, also between threads.
+        # A fork may copy the entry of a thread that does not exist in the new process.
+        if holder != own and holder[0] == own[0]:
+            raise RuntimeError(
+                f"{name}: another thread is using this environment; use an environment in one "
+                "thread at a time, or make one for each thread"
+            )
+        try:
+            return method(self, *args, **kwargs)
+        except BaseException as error:
+            if self._simulation is None and self._missing == f"{name}() was interrupted":
+                # Only the text, because the exception would keep the old tensors alive.
+                text = "".join(traceback.format_exception_only(error)).strip()
+                self._missing += f" by {text}"
+            raise
+        finally:
+            self._holder.pop("call", None)
+
+    return cast(Method, call_alone)
 
 
 class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], npt.NDArray[Any]]):
@@ -38,18 +80,22 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
     batches. All sub-environments have the same validation images. The work of a step per
     sub-environment does not depend on `num_envs`.
 
+    `step`, `reset`, `set_state` and `fork` happen completely or not at all. If an exception, for
+    example a KeyboardInterrupt or an error of a registered layer, ends one of them halfway, the
+    next calls raise ResetNeeded with the reason, until all sub-environments are reset or a state is
+    restored. Invalid arguments are rejected before anything changes. Threads may use different
+    environments at the same time; a second thread in one environment gets a RuntimeError.
+
     Args:
         num_envs: Number of sub-environments.
         device: Torch device of all tensors, e.g. "cpu" or "cuda".
         autoreset_mode: Gymnasium's `AutoresetMode` or its value; NEXT_STEP by default.
         render_mode: Result of `render` for each sub-environment: "rgb_array" (a chart of the
             current episode), "ansi" (the same as text) or None (no rendering).
-        max_episode_steps: Gymnasium's name for `episode_steps`; `gym.make_vec` passes it. If both
-            are given, it is the upper limit of `episode_steps`.
         **config: Fields of `EnvConfig`.
 
     Raises:
-        TypeError: If a keyword is not a field of `EnvConfig`.
+        TypeError: If a keyword is not a field of `EnvConfig`, or a value has a wrong type.
         ValueError: If a value is out of range.
     """
 
@@ -60,30 +106,38 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         device: str = "cpu",
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         render_mode: str | None = None,
-        max_episode_steps: int | None = None,
         **config: Any,
     ) -> None:
-        if not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
+        # First, because a constructor that raises leaves an object that is closed later.
+        self._simulation: Simulation | None = None
+        """None before the first reset, and while a call changes it (see `_exclusive`)."""
+        self._missing = _NOT_RESET
+        """Why `_simulation` is None, as a sentence without a full stop."""
+        self._holder: dict[str, tuple[int, int]] = {}
+        """Process and thread of the call in progress. Unlike a lock it can be copied and pickled,
+        and one that an interrupt left behind does not block the same thread."""
+        is_count = isinstance(num_envs, (int, np.integer)) and not isinstance(num_envs, bool)
+        if not is_count or not 1 <= num_envs < 2**31:
             raise ValueError(f"num_envs: expected an integer of at least 1, got {num_envs!r}")
-        if render_mode not in (None, *RENDER_MODES):
+        is_mode = isinstance(render_mode, str) and render_mode in RENDER_MODES
+        if render_mode is not None and not is_mode:
             raise ValueError(
                 f"render_mode: expected None or one of {RENDER_MODES}, got {render_mode!r}"
             )
-        if max_episode_steps is not None:
-            own = config.setdefault("episode_steps", max_episode_steps)
-            if own > max_episode_steps:
-                raise ValueError(
-                    f"episode_steps: expected at most max_episode_steps={max_episode_steps}, got "
-                    f"{own}; gym.make_vec passes the limit of the id unless you name another: "
-                    f"max_episode_steps={own}"
-                )
-        task = TASKS.get(config.get("task", EnvConfig.task))
-        if task is not None:
-            config = {**task.defaults, **config}
+        modes = [mode.value for mode in AutoresetMode]
+        is_mode = isinstance(autoreset_mode, str) and autoreset_mode in modes
+        if not isinstance(autoreset_mode, AutoresetMode) and not is_mode:
+            raise ValueError(
+                f"autoreset_mode: expected an AutoresetMode or one of {modes}, got "
+                f"{autoreset_mode!r}"
+            )
+        name = config.get("task", EnvConfig.task)
+        if isinstance(name, str) and name in TASKS:
+            config = {**TASKS[name].defaults, **config}
         self.config = EnvConfig.from_keywords(config)
         host = resolve_host(self.config)
         self.num_envs = int(num_envs)
-        self.device = torch.device(device)
+        self.device = _device(device)
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {
             "render_modes": list(RENDER_MODES),
@@ -115,7 +169,6 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         self.single_action_space = gym.spaces.MultiDiscrete(self._actions.nvec)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self._simulation: Simulation | None = None
         self._conditional: dict[str, BoolArray] = {}
         self._final_conditional: dict[str, BoolArray] = {}
         self._history = History(self.num_envs, host.num_slots, self.config.episode_steps)
@@ -123,6 +176,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
 
     # ------------------------------------------------------------------ Gymnasium
 
+    @_exclusive
     # A caller may be inside inference_mode, whose tensors could not be trained later.
     @torch.inference_mode(False)
     def reset(
@@ -144,7 +198,8 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             Observations (num_envs, features) float32, and info.
 
         Raises:
-            gymnasium.error.ResetNeeded: If the first reset does not reset all sub-environments.
+            gymnasium.error.ResetNeeded: If the first reset, or the first one after a call that was
+                interrupted, does not reset all sub-environments.
             ValueError: If a seed or an option is invalid. The state is unchanged in this case.
         """
         is_first = self._simulation is None
@@ -153,10 +208,10 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             options,
             num_envs=self.num_envs,
             num_instances=self.num_instances,
-            is_first=is_first,
+            must_reset_all=self._missing if is_first else None,
         )
-        if self._simulation is None:
-            self._simulation = self._build()
+        sim = self._simulation or self._build()
+        self._missing, self._simulation = "reset() was interrupted", None
         if isinstance(seed, (int, np.integer)):
             self._np_random, self._np_random_seed = gym.utils.seeding.np_random(int(seed))
         for i in request.members.tolist():
@@ -164,10 +219,13 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             if value is None and is_first:
                 value = int(self.np_random.integers(2**62))
             if value is not None:
-                self._simulation.seed(i, value)
-        self._begin(self._simulation, request.members, request.instance)
-        return self._present(self._simulation, recorded=request.members)
+                sim.seed(i, value)
+        self._begin(sim, request.members, request.instance)
+        result = self._present(sim, recorded=request.members)
+        self._simulation = sim
+        return result
 
+    @_exclusive
     @torch.inference_mode(False)
     def step(
         self, actions: npt.NDArray[np.int64]
@@ -193,12 +251,13 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             ValueError: If the shape or an index is out of range, or if an action is illegal and
                 `illegal_actions="raise"`.
         """
-        sim, num_envs = self.debug_state(), self.num_envs
+        sim = self._ready()
         resetting, active = np.nonzero(self._is_done)[0], ~self._is_done
         if len(resetting) and self.autoreset_mode == AutoresetMode.DISABLED:
             raise gym.error.ResetNeeded(
                 f"sub-environments {resetting.tolist()} have finished; call "
-                "reset(options={'reset_mask': mask}) before step, or choose another autoreset_mode"
+                "reset(options={'reset_mask': mask}) before step, or choose another "
+                "autoreset_mode"
             )
         request, is_legal = self._actions.parse(
             actions,
@@ -206,27 +265,21 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             active,
             raises_on_illegal=self.config.illegal_actions == "raise",
         )
+        self._missing, self._simulation = "step() was interrupted", None
         if len(resetting):
             self._begin(sim, resetting)
         result = sim.step(request, is_legal, active)
         observations, info = self._present(
-            sim, result.reward_terms, recorded=np.arange(num_envs), op_slot=request.slot
+            sim, result.reward_terms, recorded=np.arange(self.num_envs), op_slot=request.slot
         )
         self._final_conditional = self._conditional
         self._is_done = result.terminated | result.truncated
         if self.autoreset_mode == AutoresetMode.SAME_STEP and self._is_done.any():
-            final_observations, final_info = observations, info
-            ended = self._is_done.copy()
-            members = np.nonzero(ended)[0]
-            self._begin(sim, members)
-            observations, info = self._present(sim, result.reward_terms, recorded=members)
-            rows = np.full(num_envs, None, dtype=object)
-            for i in members:
-                rows[i] = final_observations[i]
-            info["final_obs"], info["_final_obs"] = rows, ended.copy()
-            info["final_info"], info["_final_info"] = masked_info(final_info, ended), ended.copy()
+            observations, info = self._reset_ended(sim, result, observations, info)
+        self._simulation = sim
         return observations, result.reward, result.terminated, result.truncated, info
 
+    @_exclusive
     def render(self) -> tuple[npt.NDArray[np.uint8] | str, ...] | None:
         """Render the current episode of each sub-environment according to `render_mode`.
 
@@ -243,9 +296,9 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
                 'gym.make_vec("Esper-Digits-v0", render_mode="rgb_array")'
             )
             return None
-        sim = self.debug_state()
         show = draw if self.render_mode == "rgb_array" else describe
         names = [blueprint.name for blueprint in self._blueprints]
+        sim = self._ready()
         has_instances = len(sim.instances) > 1
         return tuple(
             show(
@@ -260,13 +313,15 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             for i in range(self.num_envs)
         )
 
+    @_exclusive
     def close_extras(self, **kwargs: Any) -> None:
         """Release the tensors."""
         del kwargs
-        self._simulation = None
+        self._missing, self._simulation = _NOT_RESET, None
 
     # ------------------------------------------------------------------ state
 
+    @_exclusive
     def get_state(self) -> dict[str, Any]:
         """Return the full state, sufficient to resume exactly.
 
@@ -275,44 +330,55 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             another process. Later steps are bitwise the same on the same device; third-party layers
             and bfloat16 also need the same number of threads.
         """
-        tensors = self.debug_state().population.member_tensors()
+        sim = self._ready()
+        tensors = sim.population.member_tensors()
+        arrays = self._member_arrays(sim)
         return {
             "made_with": self._made_with(),
-            "arrays": {name: array.copy() for name, array in self._member_arrays().items()},
+            "arrays": {name: array.copy() for name, array in arrays.items()},
             "tensors": {name: t.cpu().numpy().copy() for name, t in tensors.items()},
             "is_done": self._is_done.copy(),
             "np_random": copy.deepcopy(self.np_random.bit_generator.state),
         }
 
+    @_exclusive
     @torch.inference_mode(False)
     def set_state(self, state: dict[str, Any]) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
         """Restore a state returned by `get_state`; no `reset` is needed before it.
+
+        `device`, `data_dir`, `chunk_size`, `autoreset_mode` and `render_mode` may differ from those
+        of the environment that the state comes from.
 
         Returns:
             Observations and info of the restored state.
 
         Raises:
             ValueError: If the state comes from an environment with another configuration, other
-                registered blueprints or another `num_envs`.
+                registered blueprints or another `num_envs`. Also if a part of it is missing, not
+                known, or has a wrong shape, dtype or value. Nothing has changed in this case.
         """
-        own, other = self._made_with(), state["made_with"]
-        differing = [name for name in own if own[name] != other.get(name)]
-        if differing:
-            differences = [f"{n}={own[n]!r}, got {other.get(n)!r}" for n in differing]
-            raise ValueError(
-                f"state: expected a copy made with {'; '.join(differences)}; make the environment "
-                "with the same settings"
-            )
-        if self._simulation is None:
-            self._simulation = self._build()
-        for name, array in self._member_arrays().items():
+        sim = self._simulation or self._build()
+        arrays, tensors = self._member_arrays(sim), sim.population.member_tensors()
+        check_state(
+            state,
+            made_with=self._made_with(),
+            arrays=arrays,
+            tensors=tensors,
+            generator=self.np_random.bit_generator,
+            num_instances=self.num_instances,
+        )
+        self._missing, self._simulation = "set_state() was interrupted", None
+        for name, array in arrays.items():
             array[...] = state["arrays"][name]
-        for name, tensor in self._simulation.population.member_tensors().items():
-            tensor.copy_(torch.from_numpy(state["tensors"][name]))
+        for name, tensor in tensors.items():
+            tensor.copy_(torch.from_numpy(writable(state["tensors"][name])))
         self._is_done = state["is_done"].copy()
         self.np_random.bit_generator.state = copy.deepcopy(state["np_random"])
-        return self._present(self._simulation)
+        result = self._present(sim)
+        self._simulation = sim
+        return result
 
+    @_exclusive
     @torch.inference_mode(False)
     def fork(
         self, source_indices: npt.ArrayLike, target_indices: npt.ArrayLike
@@ -330,24 +396,22 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             ValueError: If an index is out of range, a target is repeated, or the numbers of
                 sources and targets differ.
         """
-        sim = self.debug_state()
-        source, target = (np.atleast_1d(np.asarray(i)) for i in (source_indices, target_indices))
-        for name, indices in (("source_indices", source), ("target_indices", target)):
-            is_integer = np.issubdtype(indices.dtype, np.integer) and indices.ndim == 1
-            if not is_integer or ((indices < 0) | (indices >= self.num_envs)).any():
-                raise ValueError(
-                    f"{name}: expected integers from 0 to {self.num_envs - 1}, got {indices!r}"
-                )
+        sim = self._ready()
+        source = self._check_indices("source_indices", source_indices)
+        target = self._check_indices("target_indices", target_indices)
         if len(source) != len(target) or len(set(target.tolist())) != len(target):
             raise ValueError(
-                f"fork: expected one distinct target per source, got sources {source.tolist()} "
-                f"and targets {target.tolist()}"
+                f"fork: expected one distinct target per source, got sources "
+                f"{source.tolist()} and targets {target.tolist()}"
             )
-        for array in (*self._member_arrays().values(), self._is_done):
+        self._missing, self._simulation = "fork() was interrupted", None
+        for array in (*self._member_arrays(sim).values(), self._is_done):
             array[target] = array[source]
         for tensor in sim.population.member_tensors().values():
             tensor[torch.from_numpy(target)] = tensor[torch.from_numpy(source)]
-        return self._present(sim)
+        result = self._present(sim)
+        self._simulation = sim
+        return result
 
     # ------------------------------------------------------------------ masks and samples
 
@@ -356,15 +420,17 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         """Number of instances in the configured set."""
         return SET_SIZES[self.config.instances]
 
+    @_exclusive
     def action_masks(self) -> BoolArray:
         """Return the marginal mask of the next action; True is legal.
 
         Returns:
             (num_envs, sum(nvec)) bool; also in `info["action_mask"]`.
         """
-        self.debug_state()
+        self._ready()
         return self._marginal.copy()
 
+    @_exclusive
     def conditional_masks(self) -> dict[str, BoolArray]:
         """Return the exact mask for a policy that samples op, then slot, then the other heads.
 
@@ -373,25 +439,30 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
             (num_envs, ops, slots, options). All bool; True is legal. Rows of an illegal op, or of
             an illegal slot for the op, are all False.
         """
-        self.debug_state()
+        self._ready()
         return {name: mask.copy() for name, mask in self._conditional.items()}
 
+    @_exclusive
     def final_conditional_masks(self) -> dict[str, BoolArray]:
         """Return the `conditional_masks` of the states after the last step, before any autoreset.
 
         With SAME_STEP the rows of sub-environments that are done belong to `final_obs`. All other
         rows equal those of `conditional_masks`. Call it after `step`, not after `reset`.
         """
-        self.debug_state()
+        self._ready()
         return {name: mask.copy() for name, mask in self._final_conditional.items()}
 
+    @_exclusive
     def sample_valid_actions(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
         """Sample legal actions: uniform over ops, slots, then options. (num_envs, 8) int64."""
-        self.debug_state()
+        if not isinstance(rng, np.random.Generator):
+            raise TypeError(f"rng: expected a numpy.random.Generator, got {rng!r}")
+        self._ready()
         return self._actions.sample(self._conditional, rng)
 
     # ------------------------------------------------------------------ inside
 
+    @_exclusive
     def debug_state(self) -> Simulation:
         """Return the decision process: state, networks and population, for tests and debugging.
 
@@ -399,10 +470,16 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         follow when it is changed; masks, observations and info follow at the next `step`.
 
         Raises:
-            gymnasium.error.ResetNeeded: Before the first `reset`.
+            gymnasium.error.ResetNeeded: Before the first `reset`, or after a call was interrupted.
         """
+        return self._ready()
+
+    def _ready(self) -> Simulation:
+        """Return the decision process; raise ResetNeeded with the reason if there is none."""
         if self._simulation is None:
-            raise gym.error.ResetNeeded("call reset() before using the environment")
+            raise gym.error.ResetNeeded(
+                f"{self._missing}; call reset() for all sub-environments, or set_state()"
+            )
         return self._simulation
 
     def _build(self) -> Simulation:
@@ -417,6 +494,35 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         sim.begin_episodes(members, instance)
         self._history.begin(members)
         self._is_done[members] = False
+
+    def _reset_ended(
+        self,
+        sim: Simulation,
+        result: StepResult,
+        final_observations: npt.NDArray[np.float32],
+        final_info: dict[str, Any],
+    ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        """Start new episodes for members that are done; return observations and info after it."""
+        ended = self._is_done.copy()
+        members = np.nonzero(ended)[0]
+        self._begin(sim, members)
+        observations, info = self._present(sim, result.reward_terms, recorded=members)
+        rows = np.full(self.num_envs, None, dtype=object)
+        for i in members:
+            rows[i] = final_observations[i]
+        info["final_obs"], info["_final_obs"] = rows, ended.copy()
+        info["final_info"], info["_final_info"] = masked_info(final_info, ended), ended.copy()
+        return observations, info
+
+    def _check_indices(self, name: str, indices: npt.ArrayLike) -> IntArray:
+        """Return indices of sub-environments as an array. (k,) int64."""
+        array = np.atleast_1d(as_array(indices))
+        is_integer = np.issubdtype(array.dtype, np.integer) and array.ndim == 1
+        if not is_integer or ((array < 0) | (array >= self.num_envs)).any():
+            raise ValueError(
+                f"{name}: expected integers from 0 to {self.num_envs - 1}, got {indices!r}"
+            )
+        return array.astype(np.int64)
 
     def _present(
         self,
@@ -447,12 +553,32 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         observations = self._observations.build(sim.state, networks.sizes, networks.conditions)
         return observations, info
 
-    def _member_arrays(self) -> dict[str, npt.NDArray[Any]]:
+    def _member_arrays(self, sim: Simulation) -> dict[str, npt.NDArray[Any]]:
         """Return every NumPy array of the state with one row per member, by a unique name."""
-        return dict(self.debug_state().state.arrays()) | self._history.arrays()
+        return dict(sim.state.arrays()) | self._history.arrays()
 
     def _made_with(self) -> dict[str, Any]:
         """Return the settings that a state must share to be restored, as JSON-able values."""
         settings = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        for name in ("data_dir", "chunk_size"):  # They do not change the results.
+            del settings[name]
         names = [blueprint.name for blueprint in self._blueprints]
         return {"num_envs": self.num_envs, "blueprints": names, **settings}
+
+
+def _device(device: Any) -> torch.device:
+    """Return a torch device.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    problem = f"device: expected a device of this machine, e.g. 'cpu' or 'cuda', got {device!r}"
+    if not isinstance(device, (str, torch.device)):
+        raise ValueError(problem)
+    try:
+        result = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(problem) from error
+    if result.type == "cuda" and (result.index or 0) >= torch.cuda.device_count():
+        raise ValueError(problem)
+    return result

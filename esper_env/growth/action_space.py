@@ -108,8 +108,7 @@ class ActionSpace:
         ops = [Op(i) for i in self._values["op"]]
         self._config = config
         self._rules = _Rules(*[getattr(config, name) for name in _Rules._fields])
-        self._germinate_key = b""
-        self._germinate: BoolArray
+        self._germinate: tuple[bytes, BoolArray] | None = None
         # Head and index of all options but those of op and slot, concatenated.
         columns = [(head.name, o) for head in heads[2:] for o in range(len(head.options))]
         self._options = _Options(
@@ -149,11 +148,9 @@ class ActionSpace:
         # Gate G0 depends only on these arrays. They change in few env steps, so its result is kept.
         parts = slots.stage, slots.blueprint, budget_table, host_parameters
         key = b"".join(map(np.ndarray.tobytes, parts))
-        if key != self._germinate_key:
-            self._germinate_key = key
-            self._germinate = lifecycle.can_germinate(
-                slots, budget_table, host_parameters, self._config
-            )
+        if self._germinate is None or self._germinate[0] != key:
+            can = lifecycle.can_germinate(slots, budget_table, host_parameters, self._config)
+            self._germinate = key, can
         # `rest` is (num_envs, ops, slots, sum of options): all heads but op and slot, concatenated.
         num_ops, num_slots, *_ = self.nvec
         is_op = np.zeros((len(slots.stage), num_ops), dtype=np.bool_)
@@ -161,7 +158,7 @@ class ActionSpace:
         rest = np.zeros((*is_slot.shape, len(self._options.value)), dtype=np.bool_)
         masks = {"op": is_op, "slot": is_slot}
         _fill_masks(
-            is_op, is_slot, rest, slots, measured, self._germinate, self._rules, self._options
+            is_op, is_slot, rest, slots, measured, self._germinate[1], self._rules, self._options
         )
         start = 0
         for head in self.heads[2:]:
@@ -211,7 +208,10 @@ class ActionSpace:
             ValueError: If the shape is wrong or an index is out of range; with
                 `raises_on_illegal` also if an action is illegal.
         """
-        array = np.asarray(actions)
+        try:
+            array = np.asarray(actions)
+        except ValueError:  # Lists of different lengths.
+            array = np.array(None)
         shape = (len(active), len(HEAD_NAMES))
         if array.dtype.kind not in "iu":
             raise TypeError(
@@ -430,7 +430,8 @@ def _check_legal(
 def _restrict(name: str, canonical: tuple[Any, ...], wanted: Any) -> tuple[Any, ...]:
     """Return the wanted options of a head in canonical order."""
     values = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
-    unknown = [value for value in values if value not in canonical]
+    # No bool, which equals the number 0 or 1; the types also exclude values without a simple `==`.
+    unknown = [v for v in values if type(v) not in (str, int, float) or v not in canonical]
     if unknown or not values or len(set(values)) != len(values):
         raise ValueError(
             f"heads[{name!r}]: expected one option or a list of distinct options of {canonical}, "

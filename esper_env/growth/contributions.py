@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from esper_env.config import FloatArray, IntArray, Stage
+from esper_env.config import BoolArray, FloatArray, IntArray, Stage
 from esper_env.growth.state import HISTORY, Measurements, Progress, SlotState
 from esper_env.jit import entry_point, inlined
 
@@ -42,6 +42,10 @@ class Coalitions(NamedTuple):
     subsets: IntArray
     """Row of the live network without a subset of the trial seeds. Entry k leaves out the slots
     that are the set bits of k. (m, 2**num_slots), or (m, 0) if subsets are not evaluated."""
+
+    def of(self, part: BoolArray) -> Coalitions:
+        """Return the coalitions of some of the m sub-environments; the mask is (m,) bool."""
+        return Coalitions(self.member, self.alpha, *(rows[part] for rows in self[2:]))
 
 
 def plan_coalitions(

@@ -228,20 +228,19 @@ def apply(state: SlotState, measured: Measurements, request: Request, config: En
 
     at = chosen(Op.ADVANCE)
     if len(at[0]):
-        # The masks test the same gate, so this fails only if the caller did not check the action.
-        assert can_advance(state, measured, config, at).all()
+        _require_legal(Op.ADVANCE, can_advance(state, measured, config, at))
         _advance(state, at)
 
     at = chosen(Op.SET_ALPHA)
     if len(at[0]):
-        assert can_set_alpha(state, at).all()
+        _require_legal(Op.SET_ALPHA, can_set_alpha(state, at))
         state.style[at] = request.style[at[0]]
         state.curve[at] = request.curve[at[0]]
         _retarget(state, at, request.target[at[0]], request.speed[at[0]])
 
     at = chosen(Op.PRUNE)
     if len(at[0]):
-        assert can_prune(state, config, at).all()
+        _require_legal(Op.PRUNE, can_prune(state, config, at))
         state.curve[at] = request.curve[at[0]]
         # Speed 0 removes the seed now. Otherwise alpha starts a ramp to 0 in BLENDING, and `tick`
         # removes the seed at the end of the ramp.
@@ -253,7 +252,7 @@ def apply(state: SlotState, measured: Measurements, request: Request, config: En
 
     at = chosen(Op.FOSSILIZE)
     if len(at[0]):
-        assert can_fossilize(state, measured, config, at).all()
+        _require_legal(Op.FOSSILIZE, can_fossilize(state, measured, config, at))
         _move(state, at, Stage.FOSSILIZED)
 
 
@@ -327,6 +326,12 @@ def roll_back(
     state.stage_steps[where] = 1
 
 
+def _require_legal(op: Op, is_legal: BoolArray) -> None:
+    """Raise RuntimeError if the caller did not check an action; the masks test the same gate."""
+    if not is_legal.all():
+        raise RuntimeError(f"{op.name} is illegal in the current state of a slot")
+
+
 def _advance(state: SlotState, at: tuple[IntArray, ...]) -> None:
     """Move slots to their next stage; a seed that enters BLENDING starts its first ramp."""
     if not len(at[0]):
@@ -350,7 +355,8 @@ def _retarget(
     """Start ramps of slots in mode HOLD; at length 0 alpha changes at once."""
     if not len(at[0]):
         return
-    assert (state.mode[at] == HOLD).all()
+    if not (state.mode[at] == HOLD).all():
+        raise RuntimeError("a ramp cannot start while another one is running")
     is_immediate = length == 0
     direction = np.where(target > state.alpha[at], UP, DOWN)
     state.mode[at] = np.where(is_immediate, HOLD, direction)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from esper_env.config import EnvConfig, FloatArray, IntArray, Stage
+from esper_env.config import EnvConfig, FloatArray, IntArray, Stage, near
 from esper_env.growth.state import Progress, Scores, Sizes, SlotState, Transition
 from esper_env.jit import entry_point, shared
 
@@ -152,10 +152,16 @@ def resolve_weights(config: EnvConfig) -> dict[str, float]:
         ValueError: If the preset or a term is unknown, or a weight is not finite.
     """
     if config.reward not in PRESETS:
-        raise ValueError(f"reward: expected one of {sorted(PRESETS)}, got {config.reward!r}")
+        raise ValueError(
+            f"reward: expected one of {sorted(PRESETS)}, got {config.reward!r}"
+            f"{near(config.reward, PRESETS)}"
+        )
     for name, weight in config.reward_weights.items():
         if name not in TERMS:
-            raise ValueError(f"reward_weights: expected terms among {sorted(TERMS)}, got {name!r}")
+            raise ValueError(
+                f"reward_weights: expected terms among {sorted(TERMS)}, got {name!r}"
+                f"{near(name, TERMS)}"
+            )
         if not np.isfinite(weight):
             raise ValueError(f"reward_weights[{name!r}]: expected a finite number, got {weight!r}")
     return {**PRESETS[config.reward], **config.reward_weights}

@@ -56,6 +56,12 @@ def judge(
     return panics
 
 
+def record_rollback(state: RollbackState, members: IntArray) -> None:
+    """Record rollbacks that did not follow from `judge`; `members` is (m,) int64."""
+    state.num_losses[members] = state.streak[members] = state.since_snapshot[members] = 0
+    state.rollbacks[members] += 1
+
+
 @entry_point
 def _judge(
     state: RollbackState,

@@ -17,7 +17,7 @@ from esper_env.growth import lifecycle
 from esper_env.growth.contributions import Coalitions, plan_coalitions, record_evaluation
 from esper_env.growth.gradient_health import record_gradients
 from esper_env.growth.reward import compute_reward, compute_scores, resolve_weights
-from esper_env.growth.rollback import judge
+from esper_env.growth.rollback import judge, record_rollback
 from esper_env.growth.state import DOWN, Conditions, Request, Scores, Sizes, State, Transition
 from esper_env.population.blueprints import Blueprint
 from esper_env.population.images import Draw, ImageSet
@@ -205,6 +205,7 @@ class Simulation:
         progress.begin(rows, self._initial_loss)
         rollback.begin(rows)
         episode.has_test[rows] = episode.is_rolled_back[rows] = False
+        episode.test_accuracy[rows] = episode.committed_test_accuracy[rows] = 0.0
         if instance is None:
             key = make_key(episode.key[rows], Stream.INSTANCE)
             instance = (uniform(key, 1)[:, 0] * len(self.instances)).astype(np.int64)
@@ -326,30 +327,52 @@ class Simulation:
             rows: Indices of the sub-environments. (m,) int64.
             is_finite: True where all weights are finite. (m,) bool.
         """
-        slots, measured, progress, rollback, episode = self.state
-        config, storage = self.config, self.population.storage
-        loss = progress.train_loss[rows]
+        config, rollback = self.config, self.state.rollback
+        loss = self.state.progress.train_loss[rows]
         panics = judge(rollback, rows, loss, is_finite, self._initial_loss, config)
         if panics.any():
-            panicked = rows[panics]
-            episode.is_rolled_back[panicked] = True
-            storage.restore(panicked)
-            lifecycle.roll_back(slots, measured, panicked, config)
-            # The measured loss belongs to discarded weights, and it may not be finite.
-            progress.train_loss[panicked] = self._initial_loss
+            self._restore(rows[panics])
         # A rollback restarts the count, so no snapshot of a sub-environment is due after one.
         due = rows[rollback.since_snapshot[rows] >= config.snapshot_interval]
         if len(due):
             self._save(due)
 
+    def _restore(self, rows: IntArray) -> None:
+        """Restore the snapshots of some sub-environments; `rows` is (m,) int64."""
+        slots, measured, progress, _, episode = self.state
+        episode.is_rolled_back[rows] = True
+        self.population.storage.restore(rows)
+        lifecycle.roll_back(slots, measured, rows, self.config)
+        # The measured loss belongs to discarded weights, and it may not be finite.
+        progress.train_loss[rows] = self._initial_loss
+
     def _evaluate(self, rows: IntArray) -> None:
         """Count the env step and evaluate all coalitions on the validation split."""
         _, measured, progress, *_ = self.state
         progress.steps[rows] += 1
-        coalitions, result = self._evaluate_coalitions(
-            rows, self.splits.validation, self.config.attribution
-        )
+        mode = self.config.attribution
+        coalitions, result = self._evaluate_coalitions(rows, self.splits.validation, mode)
+        is_finite = np.isfinite(result.loss[coalitions.live])
+        if not is_finite.all():
+            self._evaluate_restored(rows[~is_finite])
+            rows, coalitions = rows[is_finite], coalitions.of(is_finite)
         record_evaluation(progress, measured, rows, coalitions, result.accuracy, result.loss)
+
+    def _evaluate_restored(self, rows: IntArray) -> None:
+        """Roll back sub-environments whose validation loss is not finite, and evaluate them again.
+
+        Args:
+            rows: Indices of the sub-environments. (m,) int64.
+        """
+        _, measured, progress, rollback, episode = self.state
+        new = rows[~episode.is_rolled_back[rows]]
+        record_rollback(rollback, new)
+        self._restore(new)
+        mode = self.config.attribution
+        coalitions, result = self._evaluate_coalitions(rows, self.splits.validation, mode)
+        # A layer can return NaN for every weight. The observation stays finite all the same.
+        loss = np.where(np.isfinite(result.loss), result.loss, self._initial_loss)
+        record_evaluation(progress, measured, rows, coalitions, result.accuracy, loss)
 
     def _test(self, rows: IntArray) -> None:
         """Evaluate the live and the committed network on the test split."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +41,10 @@ def check_layers(label: str, narrow: Candidate, wide: Candidate, *, is_zero_at_b
 
     Raises:
         TypeError: If an element is not a `Layer`.
-        ValueError: If the output has a wrong shape, the initial output is not zero although it
-            must be, a parameter has no gradient in the third batch, or the narrow layers compute
-            something else when they are embedded in the corner of the wide ones.
+        ValueError: If the output has a wrong shape or is not finite, in training or in evaluation.
+            Also if the initial output is not zero although it must be, a parameter has no gradient
+            in the third batch, or the narrow layers compute something else when they are embedded
+            in the corner of the wide ones.
     """
     for candidate in (narrow, wide):
         for layer in candidate.layers:
@@ -68,7 +70,7 @@ def _check_growth(label: str, candidate: Candidate, is_zero_at_birth: bool) -> N
     # gradient in the second batch.
     for batch in range(_BATCHES):
         # Noise after a relu, because slots follow a relu.
-        x = torch.randn(_IMAGES, before, _SIZE, _SIZE, generator=generator).relu()
+        x = _noise((_IMAGES, before, _SIZE, _SIZE), generator).relu()
         out = _run(layers, x, parameters, buffers)
         if out.shape != expected:
             raise ValueError(
@@ -76,6 +78,7 @@ def _check_growth(label: str, candidate: Candidate, is_zero_at_birth: bool) -> N
                 f"{expected}, got {tuple(out.shape)}; keep height and width, and output {after} "
                 "channels"
             )
+        _check_finite(label, out, "training")
         if batch == 0 and is_zero_at_birth and out.detach().abs().max() != 0:
             raise ValueError(
                 f"{label}: expected a new seed to output 0, got up to "
@@ -83,7 +86,9 @@ def _check_growth(label: str, candidate: Candidate, is_zero_at_birth: bool) -> N
                 "of the last norm, to zero"
             )
         # A random target, so that no gradient vanishes by symmetry.
-        gradients = _descend(out, torch.randn(expected, generator=generator), parameters)
+        gradients = _descend(out, _noise(expected, generator), parameters)
+    with torch.no_grad():
+        _check_finite(label, _run(layers, x, parameters, buffers, False), "evaluation")
     names = [spec.name for layer in layers for spec in layer.parameters]
     for name, gradient in zip(names, gradients, strict=True):
         if gradient is None or not (gradient != 0).any():
@@ -118,13 +123,13 @@ def _check_corner(label: str, narrow: Candidate, wide: Candidate) -> None:
     (few_p, many_p), (few_b, many_b) = both
     # Train both on the same batches: a difference in gradients shows in the next batch's outputs.
     for _ in range(_BATCHES):
-        x = torch.randn(_IMAGES, narrow.before, _SIZE, _SIZE, generator=generator).relu()
-        target = torch.randn(_IMAGES, narrow.after, _SIZE, _SIZE, generator=generator)
+        x = _noise((_IMAGES, narrow.before, _SIZE, _SIZE), generator).relu()
+        target = _noise((_IMAGES, narrow.after, _SIZE, _SIZE), generator)
         out = _run(narrow.layers, x, few_p, few_b)
         wide_x = _pad(x, (_IMAGES, wide.before, _SIZE, _SIZE))
         wide_out = _run(wide.layers, wide_x, many_p, many_b)
         error = float((wide_out - _pad(out, wide_out.shape)).detach().abs().max())
-        if error > 1e-4:
+        if not error <= 1e-4:  # Also if it is NaN.
             raise ValueError(
                 f"{reason}: expected equal outputs, got a difference of {error:.3g}; a layer must "
                 "not depend on the number of channels, and must output zero for a channel of zeros"
@@ -135,16 +140,35 @@ def _check_corner(label: str, narrow: Candidate, wide: Candidate) -> None:
 
 def _draw(specs: Sequence[TensorSpec], generator: torch.Generator) -> list[Tensor]:
     """Sample initial values for one member. (1, *shape) each."""
-    noise = [2 * torch.rand((1, *spec.shape), generator=generator) - 1 for spec in specs]
+    kind: dict[str, Any] = {"generator": generator, "dtype": torch.float32}
+    noise = [2 * torch.rand((1, *spec.shape), **kind) - 1 for spec in specs]
     return [s.value + s.bound * n for s, n in zip(specs, noise, strict=True)]
 
 
 def _run(
-    layers: Sequence[Layer], x: Tensor, parameters: list[Tensor], buffers: list[Tensor]
+    layers: Sequence[Layer],
+    x: Tensor,
+    parameters: list[Tensor],
+    buffers: list[Tensor],
+    training: bool = True,
 ) -> Tensor:
-    """Run layers in training mode, with gradients of the parameters."""
+    """Run layers in training or evaluation mode, with gradients of the parameters."""
     own = iter([tensor.requires_grad_() for tensor in parameters])
-    return run_layers(layers, x, own, iter(buffers), True)
+    return run_layers(layers, x, own, iter(buffers), training)
+
+
+def _check_finite(label: str, out: Tensor, mode: str) -> None:
+    """Raise ValueError if an output contains NaN or infinity."""
+    if not out.isfinite().all():
+        raise ValueError(
+            f"{label}: expected finite outputs in {mode}, got NaN or infinity; check its layers "
+            f"with training={mode == 'training'}"
+        )
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Sample from a standard normal distribution; float32, as all tensors of the population."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
 def _descend(out: Tensor, target: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:

@@ -109,7 +109,11 @@ class Conv(Layer):
         weight = parameters[0]
         bias = parameters[1].flatten() if self.bias else None
         inputs = x.shape[1] // self.in_channels
-        assert inputs == len(weight) or (inputs == 1 and self.groups == 1)
+        if inputs != len(weight) and (inputs != 1 or self.groups != 1):
+            raise ValueError(
+                f"Conv: expected inputs of {self.in_channels} channels for each of {len(weight)} "
+                f"members, got {x.shape[1]} channels"
+            )
         padding = self.kernel_size // 2
         # (m, out, in / groups, k, k) -> (m * out, in / groups, k, k)
         return F.conv2d(x, weight.flatten(0, 1), bias, padding=padding, groups=inputs * self.groups)

@@ -145,7 +145,7 @@ class Population:
             return (self.compiled or self._torch).train(training)
         return _joined(
             (own, engine.train(training.of(own)))
-            for engine, own in self._engines(training.members, training.seeds)
+            for engine, own in self._engines(self.compiled, training.members, training.seeds)
         )
 
     def evaluate(
@@ -169,16 +169,15 @@ class Population:
             return (self.compiled or self._torch).evaluate(members, alpha, seeds, images)
         return _joined(
             (own, engine.evaluate(members[own], alpha[own], seeds, images))
-            for engine, own in self._engines(members, seeds)
+            for engine, own in self._engines(self.compiled, members, seeds)
         )
 
     def _engines(
-        self, members: IntArray, seeds: Seeds
+        self, compiled: CompiledEngine, members: IntArray, seeds: Seeds
     ) -> list[tuple[TorchEngine | CompiledEngine, BoolArray]]:
         """Return each engine in use with a mask of the members that it serves. (m,) bool."""
-        assert self.compiled is not None
-        has_kernels = self.compiled.supports(members, seeds)
-        parts = ((self.compiled, has_kernels), (self._torch, ~has_kernels))
+        has_kernels = compiled.supports(members, seeds)
+        parts = ((compiled, has_kernels), (self._torch, ~has_kernels))
         return [(engine, own) for engine, own in parts if own.any()]
 
 

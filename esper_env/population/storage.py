@@ -26,9 +26,11 @@ class Storage:
     def __init__(self, layout: Layout, num_members: int, device: torch.device) -> None:
         self.layout = layout
         self.device = device
-        self.parameters = torch.zeros(num_members, layout.num_parameters, device=device)
-        self.momentum = torch.zeros(num_members, layout.num_parameters, device=device)
-        self.buffers = torch.zeros(num_members, layout.num_buffers, device=device)
+        # Named, because a caller may have changed torch's default dtype.
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        self.parameters = torch.zeros(num_members, layout.num_parameters, **kind)
+        self.momentum = torch.zeros(num_members, layout.num_parameters, **kind)
+        self.buffers = torch.zeros(num_members, layout.num_buffers, **kind)
         self.snapshots = {name: torch.zeros_like(t) for name, t in self.matrices.items()}
         """Last good rows of each matrix, by name; allocated once."""
 
@@ -104,7 +106,7 @@ def _begin(matrix: torch.Tensor, members: IntArray, key: KeyArray, start: Start)
 def _begin_elsewhere(matrix: torch.Tensor, members: IntArray, key: KeyArray, start: Start) -> None:
     """Write initial values into rows of a matrix on any device, without synchronizing with it."""
     # Sample on the CPU, so that initial weights are the same on every device.
-    fresh = torch.zeros(len(members), matrix.shape[1])
+    fresh = torch.zeros(len(members), matrix.shape[1], dtype=matrix.dtype)
     _begin(fresh, np.arange(len(members)), key, start)
     columns = torch.from_numpy(start.columns)
     rows = torch.from_numpy(members).to(matrix.device)[:, None]

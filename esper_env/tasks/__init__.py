@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from esper_env.config import EnvConfig
+from esper_env.config import EnvConfig, near
 from esper_env.population.hosts import Host, registered_hosts
 from esper_env.tasks import cifar10
 from esper_env.tasks.digits import DIGITS
@@ -26,7 +26,9 @@ def resolve_host(config: EnvConfig) -> Host:
         ValueError: If the task or the host is unknown, or the images are too small for the host.
     """
     if config.task not in TASKS:
-        raise ValueError(f"task: expected one of {sorted(TASKS)}, got {config.task!r}")
+        raise ValueError(
+            f"task: expected one of {sorted(TASKS)}, got {config.task!r}{near(config.task, TASKS)}"
+        )
     host = TASKS[config.task].host
     if config.host is None:
         return host
@@ -34,7 +36,7 @@ def resolve_host(config: EnvConfig) -> Host:
     if config.host not in designs:
         raise ValueError(
             f"host: expected None or a registered host, one of {sorted(designs)}, got "
-            f"{config.host!r}; call esper_env.register_host first"
+            f"{config.host!r}{near(config.host, designs)}; call esper_env.register_host first"
         )
     design = designs[config.host]
     if host.image_size >> len(design.channels) < 1:

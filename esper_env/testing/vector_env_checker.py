@@ -428,8 +428,7 @@ def _check_disabled(trial: _Trial) -> None:
 
 
 def _check_others_untouched(env: Env, before: _Turn, turn: _Turn) -> None:
-    assert turn.call.options is not None
-    for i in np.nonzero(~turn.call.options["reset_mask"])[0]:
+    for i in np.nonzero(~(turn.call.options or {})["reset_mask"])[0]:
         change = difference(_rows(env, before)[i], _rows(env, turn)[i], f"observations[{i}]")
         violation = f"{turn.call.name} changed a sub-environment outside of the mask"
         _reject(change, violation, "reset those in the mask only")

@@ -210,12 +210,13 @@ class ProgramBuilder:
                 self._add(Kind.NORM, **fields, aux=aux, running_mean=mean, running_var=var)
             elif isinstance(layer, Relu):
                 self._add(Kind.RELU, **fields)
-            else:
-                assert isinstance(layer, SqueezeExcite)
+            elif isinstance(layer, SqueezeExcite):
                 aux = self._take((3 * channels + 2 * layer.hidden) * self._composition.batch)
                 fields |= {"weight": offsets[0], "stride": shapes[0][1], "bias": offsets[1]}
                 fields |= {"weight_2": offsets[2], "stride_2": shapes[2][1], "bias_2": offsets[3]}
                 self._add(Kind.EXCITE, **fields, hidden=layer.hidden, aux=aux)
+            else:
+                raise TypeError(f"no kernel exists for a layer of type {type(layer).__name__}")
         return x
 
     def _mix(self, slot: int, seed: SeedState, x: int, branch: int, aux: int) -> int:

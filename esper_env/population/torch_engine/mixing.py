@@ -124,7 +124,7 @@ def residual(group: Group, features: Tensor, branch: Tensor, gate: Tensor | None
     if not group.num_gate and not group.num_multiply:
         return branch
     mixed = branch.clone()
-    if group.num_gate:
+    if group.num_gate and gate is not None:
         _scale_by_gate(mixed, group, gate)
     if group.num_multiply:
         rows = group.multiply_slice
@@ -237,8 +237,7 @@ class MixResiduals(torch.autograd.Function):
             grad_branch = _scaled(local, beta)
             # GATE: the gradient of g is beta * grad * d, summed over pixels and channels; that of d
             # is beta * grad * g.
-            if group.num_gate:
-                assert grad_gate is not None
+            if group.num_gate and grad_gate is not None:
                 rows = group.gate_slice
                 product = grad_branch[:, :, :, rows] * branches[i][:, :, :, rows]
                 # (batch, height, width, num_gate, channels) -> (batch, num_gate)
@@ -275,9 +274,8 @@ def _scaled(x: Tensor, weight: Tensor | None) -> Tensor:
     return (x.flatten(3) * weight.to(x.dtype)).view(x.shape)
 
 
-def _scale_by_gate(x: Tensor, group: Group, gate: Tensor | None) -> None:
+def _scale_by_gate(x: Tensor, group: Group, gate: Tensor) -> None:
     """Multiply the GATE members of (batch, height, width, m, channels) in place by their gates."""
-    assert gate is not None
     channels, rows = x.shape[4], group.gate_slice
     # (batch, num_gate) -> (batch, 1, 1, num_gate * channels)
     weight = gate.repeat_interleave(channels, dim=1)[:, None, None]

@@ -7,7 +7,7 @@ them. The graph is rebuilt when the composition changes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -131,8 +131,9 @@ class TrainingGraph:
         rates = np.stack([training.host_rate, *[training.seed_rate] * num_slots])
         element_rates = self._sgd.spread_rates(rates)
         mixes = [self._mixes(slot, seeds) for slot in range(num_slots)]
-        total_loss = torch.zeros(len(self.members), device=storage.device)
-        total_squares = torch.zeros(len(self._norm_index), device=storage.device)
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": storage.device}
+        total_loss = torch.zeros(len(self.members), **kind)
+        total_squares = torch.zeros(len(self._norm_index), **kind)
         for batch, label in zip(images, labels, strict=True):
             with in_precision(self.precision, storage.device):
                 logits = self._forward(batch, self._trained.views(flat), buffers, mixes)
@@ -148,7 +149,7 @@ class TrainingGraph:
             self._trained.scatter(storage.momentum, momentum, self._sgd.keep)
             self._running.scatter(storage.buffers, running)
         # NaN marks tensors that do not exist, so a gradient that is NaN is reported as infinite.
-        squares = torch.full(self._norm_shape, torch.nan, device=storage.device)
+        squares = torch.full(self._norm_shape, torch.nan, **kind)
         mean = (total_squares / len(images)).nan_to_num_(torch.inf, torch.inf)
         squares.view(-1)[self._norm_index] = mean
         return total_loss / len(images), squares[:, 1:]
