@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import agent, peers, step_profile, throughput
+from benchmarks import agent, peers, soak, step_profile, throughput
 from benchmarks.states import grow, make_envs, settings_of
 from benchmarks.step_profile import PHASES, Phases, measured_phases, profile
 from benchmarks.work import Work, evaluation_work, training_work
@@ -201,3 +202,59 @@ def test_the_quick_benchmark_of_the_agent_measures_every_figure() -> None:
     assert row.pop("num_envs") == 4
     assert all(value["min"] == value["median"] == value["max"] > 0 for value in row.values())
     assert row["inference_share"]["median"] + row["update_share"]["median"] < 1
+
+
+# ------------------------------------------------------------------ the soak
+
+
+@pytest.mark.usefixtures("few_images")
+def test_a_short_soak_finds_no_problem_in_any_mode() -> None:
+    """The script takes 200,000 steps, and also bounds the resident memory."""
+    run = soak.Soak(soak.Args(member_steps=600, num_envs=4, block_steps=8))
+    run.run()
+    assert run.problems == []
+    assert run.counts["member-steps"] == 600
+    assert len(run.samples) > 2 * len(soak.CASES)
+    events = ("fork", "get_state", "set_state", "poison", "reset of some members")
+    outcomes = ("rollback", "illegal action", "rejected step", "reset of done members")
+    assert all(run.counts[name] > 0 for name in (*events, *outcomes, "episode"))
+    assert not [text for text in soak.grown(run.samples) if "resident" not in text]
+
+
+def test_a_soak_reports_wrong_outputs_and_exceptions(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, calls = EsperVectorEnv.step, iter(range(100))
+
+    def broken(self: EsperVectorEnv, actions: Any) -> Any:
+        call = next(calls)
+        observations, reward, *flags, info = step(self, actions)
+        if call == 0:
+            observations[0, 0] = math.nan
+        elif call == 1:
+            info["loss"][0] = math.inf
+        elif call == 2:
+            reward = reward + 1e-6
+        elif call == 3:
+            raise RuntimeError("broken")
+        return observations, reward, *flags, info
+
+    monkeypatch.setattr(EsperVectorEnv, "step", broken)
+    run = soak.Soak(soak.Args(member_steps=12, num_envs=2, seed=3))
+    run.run()
+    texts = ("an observation is not finite", "loss is not finite", "sum of its terms", "broken")
+    assert len(run.problems) == 4
+    assert all(text in problem for text, problem in zip(texts, run.problems, strict=True))
+
+
+def test_resources_may_not_grow_after_the_first_tenth() -> None:
+    """The third of 20 samples is the first that is judged; memory has a margin of 5 %."""
+
+    def samples(name: str, later: float) -> list[dict[str, float]]:
+        flat = {"resident_megabytes": 100.0, "threads": 2.0, "descriptors": 6.0}
+        rows = [{"member_steps": 10.0 * i, **flat} for i in range(1, 21)]
+        rows[2][name] = later
+        return rows
+
+    assert soak.grown(samples("resident_megabytes", 104.9)) == []
+    for name, later in (("resident_megabytes", 105.1), ("threads", 3), ("descriptors", 7)):
+        (problem,) = soak.grown(samples(name, later))
+        assert problem.startswith(f"{name} grew from")
