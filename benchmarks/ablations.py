@@ -20,6 +20,7 @@ import tyro
 
 from benchmarks import write_result
 from benchmarks.learning import check_work_dir, remember, smallest, train_agents
+from benchmarks.processes import only_user
 from benchmarks.protocol import Episodes, compare, play, summarise, table_of
 from esper_agent import ppo_lstm
 from esper_agent.envs import TRAINING
@@ -109,12 +110,18 @@ def evaluate(variant: str, run: ppo_lstm.Args, args: Args) -> Episodes:
 
 
 def main() -> None:
-    """Train and evaluate missing agents, print a line per variant, and save."""
+    """Parse the command line, and run."""
     args = tyro.cli(Args)
     args = quick(args) if args.quick else args
     unknown = set(args.variants) - set(VARIANTS)
     if unknown:
         raise ValueError(f"variants: expected names among {list(VARIANTS)}, got {sorted(unknown)}")
+    with only_user(args.work_dir):
+        run(args)
+
+
+def run(args: Args) -> None:
+    """Train and evaluate missing agents, print a line per variant, and save."""
     free = {"out", "work_dir", "jobs", "variants", "agent_seeds"}
     check_work_dir(args.work_dir, dataclasses.asdict(args), free)
     rng = np.random.default_rng(args.seed)

@@ -219,14 +219,19 @@ class Worker:
         script = Path(__file__).resolve()
         environment = {**os.environ, "PYTHONPATH": str(checkout), "NUMBA_CACHE_DIR": str(cache)}
         code = (
-            "import importlib.util as u, sys\n"
-            f"s = u.spec_from_file_location('compare_checkouts', {str(script)!r})\n"
-            "m = u.module_from_spec(s); sys.modules[s.name] = m; s.loader.exec_module(m)\n"
+            "import importlib.util as u, pathlib, sys\n"
+            "def load(path):\n"
+            "    s = u.spec_from_file_location(path.stem, path)\n"
+            "    m = u.module_from_spec(s); sys.modules[s.name] = m; s.loader.exec_module(m)\n"
+            "    return m\n"
+            f"script = pathlib.Path({str(script)!r})\n"
+            f"load(script.with_name('processes.py')).end_with_parent({os.getpid()})\n"
+            "m = load(script)\n"
             "import esper_env\n"
             f"assert esper_env.__file__.startswith({str(checkout)!r}), esper_env.__file__\n"
             f"m._work({threads})\n"
         )
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -234,26 +239,27 @@ class Worker:
             env=environment,
             cwd=checkout,
         )
+        """The process, which ends with this one."""
 
     def send(self, **request: Any) -> None:
         """Send a request to the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
 
     def receive(self) -> Any:
         """Wait for the answer to a request."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the worker ended with code {self._process.wait()}; see above")
+            raise RuntimeError(f"the worker ended with code {self.process.wait()}; see above")
         return json.loads(line)
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def make_workers(args: Args, cache: Path) -> tuple[Worker, Worker]:

@@ -2,7 +2,7 @@
 
 Agents and searches use training instances only. Every arm then runs on the same held-out instances
 and reset seeds. Each search gets as many env steps as one agent. The working directory keeps
-finished parts, so a second call continues an interrupted one.
+finished parts, so a second call continues an interrupted one. Two calls cannot share it.
 
     python benchmarks/learning.py --out benchmarks/results/learning-digits.json
     python benchmarks/learning.py --quick
@@ -22,25 +22,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import tyro
 
 from benchmarks import write_result
 from benchmarks.headroom import GRID
+from benchmarks.processes import only_user, process_pool
 from benchmarks.protocol import compare, play, summarise, table_of
 from benchmarks.references import Episodes, train_equal_compute, train_grown_size
 from esper_agent import ppo_lstm
 from esper_agent.baselines import BASELINES, FixedSchedule, PlateauHeuristic, Policy, parse_plan
+from esper_agent.checkpoint import write_file
 from esper_agent.envs import TRAINING, make_envs
 from esper_agent.evaluate import MAX_ENVS, run_episodes
 from esper_env import EnvConfig
@@ -49,6 +48,8 @@ SEARCH_SEED = 3_000_000
 """First reset seed of the searches, far from those of training and evaluation."""
 ROUNDS, KEEP = 4, 3
 """Successive halving: rounds of equal cost. One in `KEEP` candidates survives each round."""
+FINISHED = "finished.json"
+"""Last file of a run of `ppo_lstm`."""
 
 BASELINE_ARMS = {
     "never_grow": "never-grow",
@@ -114,9 +115,7 @@ def remember(path: Path, make: Callable[[], Any]) -> Any:
     if not path.exists():
         content = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(content))
-        part.rename(path)
+        write_file(path, [json.dumps(content).encode()])
     return json.loads(path.read_text())
 
 
@@ -211,14 +210,14 @@ def train_agents(runs: list[ppo_lstm.Args], jobs: int) -> None:
     """Train agents that do not exist yet, in processes with one thread each.
 
     Args:
-        runs: Arguments of the agents. A finished agent is in its `run_dir`.
+        runs: Arguments of the agents. The last file of a finished agent is `FINISHED` in its
+            `run_dir`.
         jobs: Number of parallel processes.
     """
-    missing = [run for run in runs if not (_directory(run) / "agent.safetensors").exists()]
+    missing = [run for run in runs if not (_directory(run) / FINISHED).exists()]
     if not missing:
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _use_one_thread) as pool:
+    with process_pool(jobs) as pool:
         for run in pool.map(_train, missing):
             print(f"trained {run}", flush=True)
 
@@ -228,15 +227,9 @@ def _directory(run: ppo_lstm.Args) -> Path:
     return run.run_dir
 
 
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def _train(run: ppo_lstm.Args) -> Path:
     """Train one agent, or continue it if it was interrupted, with its output in a file."""
     directory = _directory(run)
-    if (directory / "agent.safetensors").exists():
-        return directory  # Another call has trained it in the meantime.
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / "config.json").exists():
         run = ppo_lstm.load_args(directory)
@@ -317,9 +310,15 @@ def search(args: Args) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run missing parts, print the comparison, and save."""
+    """Parse the command line, and run."""
     args = tyro.cli(Args)
     args = quick(args) if args.quick else args
+    with only_user(args.work_dir):
+        run(args)
+
+
+def run(args: Args) -> None:
+    """Run missing parts in a working directory that is locked, print the comparison, and save."""
     began = time.perf_counter()
     check_work_dir(args.work_dir, dataclasses.asdict(args), {"out", "work_dir", "jobs"})
     arms = run_arms(args)

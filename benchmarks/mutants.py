@@ -300,6 +300,7 @@ def run_tests(area: Area, copy: Path, timeout: float) -> tuple[bool, str]:
 def main(args: Args) -> None:
     """Run mutants without a result, and save after each."""
     from benchmarks import describe_machine
+    from esper_agent.checkpoint import write_file
 
     known: dict[str, Any] = {}
     if args.out.exists():
@@ -333,7 +334,7 @@ def main(args: Args) -> None:
                 noticed_count = sum(r["noticed"] for r in rows)
                 summary = {"mutants": len(rows), "noticed": noticed_count}
                 content = {"machine": describe_machine(), "summary": summary, "mutants": rows}
-                args.out.write_text(json.dumps(content, indent=1))
+                write_file(args.out, [json.dumps(content, indent=1).encode()])
     print(f"{noticed_count} of {len(rows)} mutants detected ({noticed_count / len(rows):.1%})")
 
 

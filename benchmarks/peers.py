@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 
 from benchmarks import calls_per_round, seconds_per_call
+from benchmarks.processes import end_with_parent
 from benchmarks.states import grow, make_envs, settings_of
 
 OURS = "vector"
@@ -37,8 +39,11 @@ def make_single(env_id: str, settings: dict[str, Any]) -> gym.Env[Any, Any]:
     return gym.make(env_id, disable_env_checker=True, **settings)
 
 
-def _serve(pipe: Connection, env_id: str, num_envs: int, settings: dict[str, Any]) -> None:
+def _serve(
+    parent: int, pipe: Connection, env_id: str, num_envs: int, settings: dict[str, Any]
+) -> None:
     """Run a vector environment in this process: reset for a seed, step for an array of actions."""
+    end_with_parent(parent)
     torch.set_num_threads(1)
     envs = make_envs(env_id, num_envs, **settings)
     while (order := pipe.recv()) is not None:
@@ -53,7 +58,7 @@ class TwoProcesses:
         self.pipes, self.processes = [], []
         for count in (self.half, num_envs - self.half):
             own, other = multiprocessing.Pipe()
-            arguments = (other, env_id, count, settings)
+            arguments = (os.getpid(), other, env_id, count, settings)
             process = multiprocessing.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             self.pipes.append(own)
