@@ -233,13 +233,14 @@ def _use_one_thread() -> None:
 
 
 def _train(run: ppo_lstm.Args) -> Path:
-    """Train one agent, from the start if it was interrupted, with its output in a file."""
+    """Train one agent, or continue it if it was interrupted, with its output in a file."""
     directory = _directory(run)
     if (directory / "agent.safetensors").exists():
         return directory  # Another call has trained it in the meantime.
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").unlink(missing_ok=True)
-    with (directory / "output.txt").open("w") as file, contextlib.redirect_stdout(file):
+    if (directory / "config.json").exists():
+        run = ppo_lstm.load_args(directory)
+    with (directory / "output.txt").open("a") as file, contextlib.redirect_stdout(file):
         return ppo_lstm.train(run)
 
 

@@ -193,6 +193,9 @@ class FixedSchedule(RuleBased):
         for slot, blueprint, step in self.plan:
             if slot not in self._slots:
                 raise ValueError(f"plan: expected slots among {self._slots}, got {slot}")
+            if step >= envs.config.episode_steps:
+                last = envs.config.episode_steps - 1
+                raise ValueError(f"plan: expected steps of 0 to {last}, got {step}")
             at = self._slots.index(slot)
             self._start[at], self._blueprint[at] = step, self._look_up(blueprint)
 

@@ -36,15 +36,41 @@ when, where and what to grow, keep or remove."""
 
 
 def make_envs(env_id: str, num_envs: int, device: str, config: EnvConfig) -> EsperVectorEnv:
-    """Make a vector environment; only settings that differ from their default are passed."""
+    """Make a vector environment; only settings that differ from their default are passed.
+
+    Raises:
+        ValueError: If the id is that of another package, or the device does not exist.
+        gymnasium.error.Error: If there is no such id.
+    """
+    check_device(device)
     default = EnvConfig()
     names = [f.name for f in dataclasses.fields(config)]
     changed = {n: getattr(config, n) for n in names if getattr(config, n) != getattr(default, n)}
-    envs = gym.make_vec(
-        env_id, num_envs=num_envs, device=device, autoreset_mode="SameStep", **changed
-    ).unwrapped
-    assert isinstance(envs, EsperVectorEnv)
+    entry_point: object = gym.spec(env_id).vector_entry_point
+    if isinstance(entry_point, str):
+        entry_point = gym.envs.registration.load_env_creator(entry_point)
+    envs = None
+    if isinstance(entry_point, type) and issubclass(entry_point, EsperVectorEnv):
+        envs = gym.make_vec(
+            env_id, num_envs=num_envs, device=device, autoreset_mode="SameStep", **changed
+        ).unwrapped
+    if not isinstance(envs, EsperVectorEnv):
+        raise ValueError(
+            f"env_id: expected an environment of esper_env, such as Esper-Digits-v0, got {env_id!r}"
+        )
     return envs
+
+
+def check_device(device: str) -> None:
+    """Raise `ValueError` if torch has no such device here."""
+    try:
+        torch.empty(0, device=device)
+    # torch raises an AssertionError where it was built without CUDA.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device: expected cpu or another device of this machine, got {device!r} ({reason})"
+        ) from error
 
 
 def pad_masks(masks: dict[str, npt.NDArray[np.bool_]], device: torch.device | str) -> Tensor:

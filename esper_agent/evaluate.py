@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
+import tempfile
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,13 +19,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from esper_agent import command_line
 from esper_agent.baselines import BASELINES, FixedSchedule, Policy, parse_plan
+from esper_agent.checkpoint import write_json
+from esper_agent.command_line import ignore_closed_stdout
 from esper_agent.envs import TRAINING, make_envs
 from esper_env import EnvConfig, EsperVectorEnv, Stage
 
@@ -76,6 +78,17 @@ class Args:
     out: Path | None = None
     """JSON file for the result; a plot of the same name is written beside it."""
 
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name, least in (("episodes", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                got = getattr(self, name)
+                raise ValueError(f"{name}: expected at least {least}, got {got}")
+        repeated = {name for name in self.agents if self.agents.count(name) > 1}
+        if repeated or not self.agents:
+            wrong = f"{min(repeated)!r} twice" if repeated else "none"
+            raise ValueError(f"agents: expected at least one, each once, got {wrong}")
+
 
 def make_policy(name: str) -> Policy:
     """Return the policy with a name that `--agents` accepts.
@@ -88,6 +101,8 @@ def make_policy(name: str) -> Policy:
         return BASELINES[name]()
     prefix, colon, rest = name.partition(":")
     if colon and prefix == "schedule":
+        if not rest:
+            raise ValueError("agents: expected schedule:PLAN with a plan, got none; use never-grow")
         return FixedSchedule(parse_plan(rest))
     is_checkpoint = bool(colon) and prefix in CHECKPOINTS
     module, _, attribute = (CHECKPOINTS[prefix] if is_checkpoint else name).partition(":")
@@ -98,7 +113,7 @@ def make_policy(name: str) -> Policy:
             f"agents: expected {sorted(BASELINES)}, ppo:RUN_DIR, sampled-ppo:RUN_DIR, "
             f"schedule:PLAN or MODULE:FACTORY, got {name!r} ({error})"
         ) from error
-    return factory(Path(rest)) if is_checkpoint else factory()
+    return factory(Path(rest).expanduser()) if is_checkpoint else factory()
 
 
 def figures_of(final_info: dict[str, Any]) -> dict[str, npt.NDArray[np.float64]]:
@@ -198,9 +213,7 @@ def evaluate_agents(
         raise ValueError("agents: expected at least one policy")
     envs = make_envs(env_id, min(episodes, MAX_ENVS), device, config)
     # A policy that does not fit the environment must raise before another one's episodes are run.
-    envs.reset(seed=seed)
-    for policy in policies.values():
-        policy.begin(envs, seed)
+    check_policies(policies, envs, seed)
     agents: dict[str, Any] = {}
     for name, policy in policies.items():
         agents[name] = {"episodes": run_episodes(policy, envs, episodes, seed)}
@@ -237,6 +250,34 @@ def evaluate_agents(
     }
 
 
+def check_policies(policies: dict[str, Policy], envs: EsperVectorEnv, seed: int) -> None:
+    """Begin an episode with every policy; those that do not fit the environment raise."""
+    envs.reset(seed=seed)
+    for policy in policies.values():
+        policy.begin(envs, seed)
+
+
+def evaluate_beside_baselines(
+    policies: dict[str, Policy],
+    evaluate: Callable[..., dict[str, Any]],
+    config: EnvConfig,
+    episodes: int,
+) -> dict[str, Any]:
+    """Evaluate policies and three baselines by `evaluate_agents`.
+
+    Args:
+        policies: Policies by name.
+        evaluate: `evaluate_agents` with all other arguments.
+        config: Environment settings of the training. Instances that an agent was trained on would
+            say little, so those of the test set take their place.
+        episodes: Episodes per policy.
+    """
+    baselines = {name: BASELINES[name]() for name in ("never-grow", "random", "heuristic")}
+    instances = "test" if config.instances == "train" else config.instances
+    config = dataclasses.replace(config, instances=instances)
+    return evaluate(policies | baselines, config=config, episodes=episodes)
+
+
 def report(result: dict[str, Any], out: Path | None) -> None:
     """Print the result of `evaluate_agents` as a table.
 
@@ -244,14 +285,16 @@ def report(result: dict[str, Any], out: Path | None) -> None:
         result: Record to print.
         out: JSON file for the record; a plot of the same name is written beside it.
     """
+    # The files first: output may end at any line.
+    if out is not None:
+        write_json(out, result)
+        plot_scores(result, out.with_suffix(".png"))
     console = Console()
     console.width = max(console.width, 140)
-    console.print(make_table(result))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1))
-        plot_scores(result, out.with_suffix(".png"))
-        console.print(f"saved: {out} and .png", soft_wrap=True)
+    with ignore_closed_stdout():
+        console.print(make_table(result))
+        if out is not None:
+            console.print(f"saved: {out} and .png", soft_wrap=True)
 
 
 def make_table(result: dict[str, Any]) -> Table:
@@ -308,18 +351,39 @@ def plot_scores(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def begin(args: Args) -> tuple[dict[str, Policy], EnvConfig]:
+    """Check everything that can be checked before the first episode.
+
+    Raises:
+        ValueError: If an argument is wrong.
+        OSError: If a checkpoint is missing, or `--out` cannot be written.
+    """
+    config = dataclasses.replace(args.env, instances=args.instances)
+    policies = {name: make_policy(name) for name in args.agents}
+    check_policies(policies, make_envs(args.env_id, 1, args.device, config), args.seed)
+    if args.out is not None:
+        prepare_output(args.out)
+    return policies, config
+
+
+def prepare_output(out: Path) -> None:
+    """Create the folder of a JSON file, and check that files can be written there."""
+    if out.is_dir() or out.suffix == ".png":
+        raise ValueError(f"out: expected a JSON file; a plot of the same name follows; got {out}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise OSError(f"out: expected a file that can be written, got {out} ({error})") from error
+
+
 def main() -> None:
     """Parse the command line, evaluate, print and save."""
-    args = tyro.cli(Args)
-    result = evaluate_agents(
-        {name: make_policy(name) for name in args.agents},
-        args.env_id,
-        dataclasses.replace(args.env, instances=args.instances),
-        args.episodes,
-        args.seed,
-        args.device,
-    )
-    report(result, args.out)
+    with command_line.short_mistakes():
+        args = command_line.parse(Args)
+        policies, config = begin(args)
+    settings = args.env_id, config, args.episodes, args.seed, args.device
+    report(evaluate_agents(policies, *settings), args.out)
 
 
 if __name__ == "__main__":

@@ -31,29 +31,35 @@ ended, the steps of the rollout, or the minibatches of the update:
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import copy
+import sys
 import time
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import tyro
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
-from esper_agent import checkpoint
-from esper_agent.baselines import BASELINES, Actions, Policy
+from esper_agent import command_line, networks
+from esper_agent.arguments import check_ranges, config_of, load_arguments
+from esper_agent.baselines import Actions, Policy
+from esper_agent.checkpoint import capture, restore
 from esper_agent.envs import TRAINING, ReturnScale, make_envs, one_thread, pad_masks
-from esper_agent.evaluate import evaluate_agents, report
+from esper_agent.evaluate import evaluate_agents, evaluate_beside_baselines, report
+from esper_agent.masked_categorical import MaskedCategorical
+from esper_agent.run import Run, exit_codes
 from esper_env import EnvConfig, EsperVectorEnv
 
 LstmState = tuple[Tensor, Tensor]
 """Hidden state and cell. (1, num_envs, hidden_size) each."""
+CHANGEABLE = ("checkpoint_minutes", "keep_checkpoints", "eval_episodes")
+"""Arguments that may be given beside `--resume`, as the training does not depend on them."""
+EVAL_EPISODES = 16
+"""Episodes of each evaluation of `--eval-every`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,24 +113,35 @@ class Args:
     """Carry the LSTM state from step to step; otherwise every step starts from a zero state."""
     eval_episodes: int = 64
     """Episodes per agent in the final evaluation; 0 skips it."""
+    eval_every: int = 0
+    """Iterations between evaluations on the training instances, of which the best agent is kept in
+    the folder `best`; 0 skips them. They add eval/committed_score to the metrics."""
+    checkpoint_minutes: float = 1.0
+    """Time between checkpoints, from which `--resume` continues; 0 saves every iteration."""
+    keep_checkpoints: int = 3
+    """Number of checkpoints that stay."""
+    resume: Path | None = None
+    """Directory of an unfinished run to continue; all other arguments are those of the run."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        sizes = ("num_envs", "num_steps", "num_minibatches", "group_size")
-        checks = [
-            (name, getattr(self, name) >= 1, "at least 1")
-            for name in (*sizes, "update_epochs", "hidden_size")
-        ]
+        counts = ("num_envs", "num_steps", "num_minibatches", "group_size", "update_epochs")
+        check_ranges(self, "at least 1", *counts, "hidden_size", "keep_checkpoints", least=1)
+        check_ranges(self, "at least 0", "seed", "eval_episodes", "eval_every", least=0)
+        check_ranges(self, "above 0 and at most 1", "learning_rate", "gamma", above=0, most=1)
+        check_ranges(self, "0 to 1", "gae_lambda", least=0, most=1)
+        at_least = ("ent_coef", "vf_coef", "checkpoint_minutes")
+        check_ranges(self, "a finite number of at least 0", *at_least, least=0)
+        above = ("clip_coef", "max_grad_norm", "target_kl")
+        check_ranges(self, "a finite number above 0", *above, above=0)
         for name in ("num_minibatches", "group_size"):
-            divides = self.num_envs % max(1, getattr(self, name)) == 0
-            checks.append((name, divides, f"a divisor of num_envs={self.num_envs}"))
-        enough = f"at least num_envs * num_steps = {self.batch_size}"
-        checks.append(("total_timesteps", self.total_timesteps >= self.batch_size, enough))
-        checks.append(("eval_episodes", self.eval_episodes >= 0, "at least 0"))
-        checks.append(("target_kl", self.target_kl is None or self.target_kl > 0, "above 0"))
-        for name, is_valid, expected in checks:
-            if not is_valid:
+            if self.num_envs % getattr(self, name):
+                expected = f"a divisor of num_envs={self.num_envs}"
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
+        few = "at least 2 with one environment; a single advantage has no standard deviation"
+        check_ranges(self, few, "num_steps", least=2 if self.num_envs == 1 else 1)
+        enough = f"at least num_envs * num_steps = {self.batch_size}"
+        check_ranges(self, enough, "total_timesteps", least=self.batch_size)
 
     @property
     def batch_size(self) -> int:
@@ -142,51 +159,6 @@ def layer_init(layer: nn.Linear, std: float = 2**0.5) -> nn.Linear:
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-class MaskedCategorical:
-    """Categorical distributions over legal options; an illegal option has probability 0.
-
-    A distribution with one legal option has log-probability 0, entropy 0 and no gradient. Logits
-    and mask (True is legal) are (..., num_options).
-    """
-
-    def __init__(self, logits: Tensor, mask: Tensor) -> None:
-        self.logits, self.mask = logits, mask
-
-    def mode(self) -> Tensor:
-        """Return the most likely option. (...) int64."""
-        return self.logits.masked_fill(~self.mask, -torch.inf).argmax(-1)
-
-    def sample(self, gumbel: Tensor) -> Tensor:
-        """Sample by the Gumbel-max trick, given the noise (..., num_options). (...) int64."""
-        return MaskedCategorical(self.logits + gumbel, self.mask).mode()
-
-    def log_prob(self, option: Tensor) -> Tensor:
-        """Return the log-probability of an option (...) int64. (...) float32."""
-        return self._log_probs.gather(0, option[None]).squeeze(0)
-
-    def entropy(self) -> Tensor:
-        """Return the entropy [nats]. (...) float32."""
-        # exp is slow where it underflows, so an illegal option gets 0 here: exp(0) * 0 = 0.
-        log_probs = self._log_probs * self._legal
-        return -(log_probs.exp() * log_probs).sum(0)
-
-    def has_choice(self) -> Tensor:
-        """Return True for distributions with more than one legal option. (...) bool."""
-        return self._legal.sum(0) > 1
-
-    # (..., num_options) -> (num_options, ...): softmax is ten times as fast over a leading axis.
-
-    @cached_property
-    def _legal(self) -> Tensor:
-        return self.mask.movedim(-1, 0).contiguous().float()
-
-    @cached_property
-    def _log_probs(self) -> Tensor:
-        # Adding the lowest number gives the lowest number, and is faster than a masked fill.
-        lowest = torch.finfo(torch.float32).min
-        return (self.logits.float().movedim(-1, 0) + (1 - self._legal) * lowest).log_softmax(0)
 
 
 class Agent(nn.Module):
@@ -439,7 +411,7 @@ class TrainState:
 def make_train_state(args: Args, envs: EsperVectorEnv) -> TrainState:
     """Reset the environment and return a run's first state; global random state is not changed."""
     seeds: list[int | None] = [args.seed + i // args.group_size for i in range(args.num_envs)]
-    spaces = checkpoint.describe_spaces(envs)
+    spaces = networks.describe_spaces(envs)
     with one_thread(), torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also seed CUDA, whose random state is not restored.
         torch.default_generator.manual_seed(args.seed)
@@ -624,52 +596,70 @@ def run_iteration(state: TrainState, envs: EsperVectorEnv, args: Args) -> dict[s
     return metrics
 
 
-def train(args: Args) -> Path:
-    """Train and evaluate an agent; return the run directory, which has all results."""
+def begin(args: Args) -> tuple[EsperVectorEnv, TrainState, Run]:
+    """Check everything, then create the run directory, or continue the run in it."""
     envs = make_envs(args.env_id, args.num_envs, args.device, args.env)
     if args.gamma != envs.gamma:
         raise ValueError(f"gamma: expected {envs.gamma} as in --env.gamma, got {args.gamma}")
+    state, config = make_train_state(args, envs), config_of(args)
     name = f"{args.env_id}__ppo_lstm__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = args.run_dir or Path("runs") / name
-    checkpoint.create_run_directory(run_dir, dataclasses.asdict(args))
-    print(f"run directory: {run_dir}", flush=True)
-    state = make_train_state(args, envs)
-    with SummaryWriter(str(run_dir)) as writer, (run_dir / "metrics.jsonl").open("w") as log:
+    directory = args.resume or args.run_dir or Path("runs") / name
+    identity = {name: config[name] for name in ("env_id", "num_envs", "env")}
+    identity |= networks.describe_spaces(envs)
+    run = Run(directory, config, identity, is_new=args.resume is None, changeable=CHANGEABLE)
+    # Whatever else a run carries from iteration to iteration is added in the same way.
+    run.carry("training", partial(capture, state), partial(restore, state))
+    run.carry("environment", envs.get_state, envs.set_state)
+    run.restore()
+    return envs, state, run
+
+
+def finish(args: Args, envs: EsperVectorEnv, state: TrainState, run: Run) -> Path:
+    """Train to the end and evaluate; return the run directory, which has all results."""
+    evaluate_some = partial(evaluate_agents, env_id=args.env_id, device=args.device)
+    policies: dict[str, Policy]
+    with run:
         while state.iteration < args.num_iterations:
             metrics = run_iteration(state, envs, args)
             global_step = state.iteration * args.batch_size
-            log.write(json.dumps({"step": global_step, **metrics}) + "\n")
-            log.flush()
-            for key, value in metrics.items():
-                writer.add_scalar(key, value, global_step)
+            run.check(global_step, metrics, state.agent)
+            if args.eval_every and state.iteration % args.eval_every == 0:
+                policies = {"now": TrainedPolicy(copy.deepcopy(state.agent).cpu())}
+                result = evaluate_some(policies, config=args.env, episodes=EVAL_EPISODES)
+                metrics["eval/committed_score"] = result["agents"]["now"]["summary"]["mean"]
+                run.keep_best(metrics["eval/committed_score"], state.agent)
+            run.record(global_step, metrics)
             if state.iteration % max(1, args.num_iterations // 20) == 0:
-                shown = ("episodic_score", "episodic_parameters", "SPS")
-                figures = "  ".join(f"{n} {metrics.get(f'charts/{n}', np.nan):.4g}" for n in shown)
                 minutes = state.seconds * (args.num_iterations / state.iteration - 1) / 60
-                print(f"step {global_step}  {figures}  {minutes:.1f} min left", flush=True)
-    checkpoint.save_network(run_dir, state.agent)
-    envs.close()
-    if args.eval_episodes:
-        policies: dict[str, Policy] = {"ppo_lstm": TrainedPolicy(run_dir)}
-        policies |= {name: BASELINES[name]() for name in ("never-grow", "random", "heuristic")}
-        # Instances that the agent was trained on would say little.
-        instances = "test" if args.env.instances == "train" else args.env.instances
-        env = dataclasses.replace(args.env, instances=instances)
-        result = evaluate_agents(policies, args.env_id, env, args.eval_episodes, device=args.device)
-        report(result, run_dir / "evaluation.json")
-    return run_dir
+                run.show(metrics, ("episodic_score", "episodic_parameters", "SPS"), minutes)
+            run.save_if_due(is_last=state.iteration == args.num_iterations)
+        directory = run.save_network(state.agent)
+        envs.close()
+        with run.ending():
+            if args.eval_episodes:
+                policies = {"ppo_lstm": TrainedPolicy(directory)}
+                settings = evaluate_some, args.env, args.eval_episodes
+                result = evaluate_beside_baselines(policies, *settings)
+                report(result, run.directory / "evaluation.json")
+    return directory
+
+
+def train(args: Args) -> Path:
+    """Train and evaluate an agent; return the run directory, which has all results."""
+    return finish(args, *begin(args))
 
 
 class TrainedPolicy:
-    """Policy of a finished run, on the CPU. It samples, or takes each head's most likely option."""
+    """Policy of a run or agent, on the CPU. It samples, or takes each head's most likely option."""
 
-    def __init__(self, run_dir: Path, samples: bool = False) -> None:
-        self._run_dir, self._samples = run_dir, samples
-        self._agent = checkpoint.load_network(run_dir, Agent)
+    def __init__(self, source: Path | str | Agent, samples: bool = False) -> None:
+        self._source, self._samples = source, samples
+        self._agent = source if isinstance(source, Agent) else networks.load_network(source, Agent)
 
     def begin(self, envs: EsperVectorEnv, seed: int) -> None:
         """Check that the environment is like that of the run, and reset the LSTM state."""
-        checkpoint.check_spaces(self._run_dir, envs)
+        if not isinstance(self._source, Agent):
+            networks.check_spaces(self._source, envs)
         self._envs = envs
         self._lstm_state = self._agent.get_initial_state(envs.num_envs)
         self._no_done = torch.zeros(envs.num_envs, dtype=torch.bool)
@@ -690,9 +680,20 @@ class TrainedPolicy:
 SampledPolicy = partial(TrainedPolicy, samples=True)
 
 
+def load_args(run_dir: Path | str) -> Args:
+    """Return the arguments that continue a run, as its config.json has them."""
+    return load_arguments(Args, run_dir, env=EnvConfig)
+
+
 def main() -> None:
     """Parse the command line and train."""
-    train(tyro.cli(Args))
+    with command_line.short_mistakes():
+        run_dir = command_line.value_of("--resume", sys.argv[1:])
+        # Beside --resume, the arguments of the run are the defaults.
+        args = command_line.parse(Args, default=None if run_dir is None else load_args(run_dir))
+        begun = begin(args)
+    with exit_codes():
+        finish(args, *begun)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from benchmarks.agent import step_by_step
 from esper_agent.envs import ReturnScale, one_thread, pad_masks
+from esper_agent.masked_categorical import MaskedCategorical
 from esper_agent.ppo_lstm import (
     Agent,
-    MaskedCategorical,
     compute_gae,
     mean_entropies,
     policy_loss,

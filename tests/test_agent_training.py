@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from esper_agent import ppo_lstm
-from esper_agent.checkpoint import create_run_directory, load_network, save_network
 from esper_agent.envs import make_envs
+from esper_agent.networks import load_network, save_network
 from esper_agent.ppo_lstm import (
     Agent,
     Args,
@@ -383,7 +383,24 @@ def test_the_train_state_is_all_that_a_run_carries_from_iteration_to_iteration(
         ({"total_timesteps": 23}, "total_timesteps: expected at least num_envs * num_steps = 24"),
         # Else these would fail after the training and in the first update.
         ({"eval_episodes": -1}, "eval_episodes: expected at least 0, got -1"),
-        ({"target_kl": -0.1}, "target_kl: expected above 0, got -0.1"),
+        ({"target_kl": -0.1}, "target_kl: expected a finite number above 0, got -0.1"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected above 0 and at most 1, got nan"),
+        ({"learning_rate": 1e6}, "learning_rate: expected above 0 and at most 1, got 1000000.0"),
+        ({"learning_rate": 0.0}, "learning_rate: expected above 0 and at most 1, got 0.0"),
+        ({"gamma": 1.5}, "gamma: expected above 0 and at most 1, got 1.5"),
+        ({"gae_lambda": -0.1}, "gae_lambda: expected 0 to 1, got -0.1"),
+        ({"clip_coef": float("nan")}, "clip_coef: expected a finite number above 0, got nan"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm: expected a finite number above 0, got -1.0"),
+        ({"ent_coef": float("inf")}, "ent_coef: expected a finite number of at least 0, got inf"),
+        ({"vf_coef": -0.5}, "vf_coef: expected a finite number of at least 0, got -0.5"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"eval_every": -1}, "eval_every: expected at least 0, got -1"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints: expected at least 1, got 0"),
+        ({"checkpoint_minutes": -1.0}, "checkpoint_minutes: expected a finite number of at least"),
+        (
+            {"num_envs": 1, "num_steps": 1, "group_size": 1, "num_minibatches": 1},
+            "num_steps: expected at least 2 with one environment; a single advantage has no",
+        ),
     ],
 )
 def test_arguments_out_of_range_raise(changes: dict[str, Any], message: str) -> None:
@@ -399,24 +416,6 @@ def test_training_with_different_discount_factors_raises_before_anything_is_writ
     with pytest.raises(ValueError, match=r"gamma: expected 0\.99 as in --env.gamma, got 0\.9"):
         train(tiny_args(gamma=0.9, run_dir=tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_directory_with_a_run_is_rejected(tmp_path: Path) -> None:
-    """Its configuration is left as it was."""
-    create_run_directory(tmp_path, {"seed": 1})
-    with pytest.raises(FileExistsError, match=r"--run-dir .*contains a run; choose another"):
-        create_run_directory(tmp_path, {"seed": 2})
-    assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 1}
-
-
-@pytest.mark.parametrize("below", ["", "run"])
-def test_a_run_directory_that_cannot_be_made_raises_naming_the_flag(
-    tmp_path: Path, below: str
-) -> None:
-    """A regular file stands where the directory, or its parent, should be."""
-    (tmp_path / "file").write_text("not a directory")
-    with pytest.raises(OSError, match=r"--run-dir .* is not writable"):
-        create_run_directory(tmp_path / "file" / below, {})
 
 
 # ------------------------------------------------------------------------------ checkpoint
@@ -531,7 +530,11 @@ def test_a_run_writes_its_files(run: Run) -> None:
     events = {name for name in names if name.startswith("events.out.tfevents")}
     assert len(events) == 1
     agent, evaluation = {"agent.safetensors", "agent.json"}, {"evaluation.json", "evaluation.png"}
-    assert names - events == {"config.json", "metrics.jsonl"} | agent | evaluation
+    assert names - events == {
+        *("config.json", "metrics.jsonl", "checkpoints", ".lock", "finished.json"),
+        *agent,
+        *evaluation,
+    }
     config = json.loads((run.directory / "config.json").read_text())
     assert config["num_steps"] == 6
     assert config["env"]["batches_per_step"] == 1

@@ -231,6 +231,12 @@ def test_relative_links_have_targets(path: Path) -> None:
             assert anchor in anchors(file.read_text()), link
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_linked_tests_exist(path: Path) -> None:
+    for name, target in re.findall(r"\[`(test_\w+)`\]\(([^)]+)\)", path.read_text()):
+        assert f"def {name}(" in (path.parent / target).read_text(), name
+
+
 def anchors(markdown: str) -> set[str]:
     """Return the anchors that GitHub creates for headings."""
     titles = re.findall(r"^#+ (.*)$", markdown, re.M)

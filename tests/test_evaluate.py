@@ -28,7 +28,6 @@ from esper_agent.baselines import (
     RandomLegal,
     parse_plan,
 )
-from esper_agent.checkpoint import save_network
 from esper_agent.envs import make_envs
 from esper_agent.evaluate import (
     FIGURES,
@@ -40,6 +39,7 @@ from esper_agent.evaluate import (
     report,
     run_episodes,
 )
+from esper_agent.networks import save_network
 from esper_agent.ppo_lstm import Args, make_train_state
 from esper_env import EnvConfig, Op, Stage
 from tests.builders import ID, tiny_config

@@ -29,10 +29,19 @@ ROWS = {
 """The folders that each folder may import; "base" is `config`, `rng` and `jit`."""
 AGENT_ROWS = {
     "envs": set(),
+    "arguments": set(),
     "checkpoint": set(),
+    "command_line": set(),
+    "logs": set(),
+    "masked_categorical": set(),
+    "networks": {"checkpoint"},
     "baselines": set(),
-    "evaluate": {"envs", "checkpoint", "baselines"},
-    "ppo_lstm": {"envs", "checkpoint", "baselines", "evaluate"},
+    "evaluate": {"envs", "checkpoint", "command_line", "baselines"},
+    "run": {"arguments", "checkpoint", "command_line", "logs", "networks"},
+    "ppo_lstm": {
+        *("arguments", "envs", "checkpoint", "command_line", "masked_categorical", "networks"),
+        *("baselines", "evaluate", "run"),
+    },
     "__init__": set(),
 }
 """The modules that each module of the agent may import."""

@@ -1,0 +1,112 @@
+"""Command lines: a user's mistake is one line on stderr, and a closed stdout ends nothing."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import gymnasium as gym
+import tyro
+
+Args = TypeVar("Args")
+
+USER_ERROR = 2
+"""Exit code of a mistake in the arguments or in what they name."""
+MISTAKES = (ValueError, OSError, ImportError, gym.error.Error)
+"""Exceptions that report a user's mistake while a command is set up. Others are defects, whose
+traceback is shown."""
+
+
+def parse(
+    kind: type[Args], arguments: Sequence[str] | None = None, default: Args | None = None
+) -> Args:
+    """Parse the command line into a dataclass; a mistake is one line on stderr and exit code 2.
+
+    Args:
+        kind: Dataclass of the arguments.
+        arguments: Command line without the program; None for that of this process.
+        default: Values of the arguments that are not given; None for those of the dataclass.
+    """
+    box = io.StringIO()
+    # tyro takes the absence of `default` as "the defaults of the dataclass".
+    defaults = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(box):
+            args: Args = tyro.cli(kind, args=arguments, **defaults)  # type: ignore[call-overload]
+    except SystemExit as error:
+        if error.code in (0, None):
+            raise
+        exit_with(_unbox(box.getvalue()), USER_ERROR)
+    except (TypeError, *MISTAKES) as error:
+        exit_with(str(error), USER_ERROR)
+    sys.stderr.write(box.getvalue())
+    return args
+
+
+def value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """Return the value of one option of a command line, before all of it is parsed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(flag, dest="value")
+    with contextlib.suppress(argparse.ArgumentError):
+        value: str | None = parser.parse_known_args(list(arguments))[0].value
+        return value
+    return None
+
+
+def exit_with(message: str, code: int) -> None:
+    """Print a message as one line on stderr and exit."""
+    with contextlib.suppress(OSError):
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def short_mistakes() -> Iterator[None]:
+    """Turn the exceptions of `MISTAKES` into one line on stderr and exit code 2.
+
+    Ctrl-C, which may come while kernels are compiled, is one line and exit code 130.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        exit_with("interrupted before the first step", 128 + signal.SIGINT)
+    except MISTAKES as error:
+        exit_with(str(error) or type(error).__name__, USER_ERROR)
+
+
+def say(text: str) -> None:
+    """Print a line at once; if the reader of stdout has gone, discard all further output."""
+    with ignore_closed_stdout():
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def ignore_closed_stdout() -> Iterator[None]:
+    """Discard all output from the moment on when the reader of stdout has gone (`| head`)."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError:
+        # BrokenPipeError of a pipe, or EIO of a terminal that was closed.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def _unbox(text: str) -> str:
+    """Return the message in the box that tyro draws, with its first suggestion, as one line."""
+    # Without Unicode the box is drawn by dashes alone. The first line is the title.
+    lines = [line.strip("│|╭╮╰╯+ ") for line in text.splitlines()][1:]
+    # Rules of dashes separate the message, the suggestions and the help of the argument.
+    sections = re.split(r"^[─-]+$", "\n".join(lines), flags=re.MULTILINE)
+    message = next(" ".join(section.split()) for section in sections if section.strip())
+    message = message.removeprefix("Error parsing Args: ")
+    suggested = re.search(r"Perhaps you meant:\s+(--\S+)", text.replace("│", " "))
+    return f"{message}; did you mean {suggested[1]}?" if suggested else message
