@@ -21,7 +21,7 @@ import tyro
 from benchmarks import write_result
 from benchmarks.learning import check_work_dir, remember, smallest, train_agents
 from benchmarks.processes import only_user
-from benchmarks.protocol import Episodes, compare, play, summarise, table_of
+from benchmarks.protocol import Episodes, compare, play, summarize, table_of
 from esper_agent import ppo_lstm
 from esper_agent.envs import TRAINING
 from esper_env import EnvConfig
@@ -143,7 +143,7 @@ def run(args: Args) -> None:
         default = table if default is None else default
         variants[name] = {
             "changes": VARIANTS[name],
-            "summary": summarise(table, rng),
+            "summary": summarize(table, rng),
             "parameters_mean": float(np.mean([run["parameters"] for run in episodes])),
             "score_of_each_agent": table.mean(axis=(1, 2)).tolist(),
         }

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from benchmarks import write_result
-from benchmarks.protocol import play, summarise, table_of
+from benchmarks.protocol import play, summarize, table_of
 from esper_agent.baselines import FixedSchedule, parse_plan
 from esper_env import EnvConfig
 from esper_env.config import FloatArray
@@ -81,10 +81,10 @@ def choose_and_judge(scores: FloatArray, rng: np.random.Generator) -> dict[str, 
         judged["first"].append(scores[0][:, held])
     tables = {name: np.concatenate(parts, axis=1)[None] for name, parts in judged.items()}
     return {
-        **{name: summarise(table, rng) for name, table in tables.items()},
-        "each - first": summarise(tables["each"] - tables["first"], rng),
-        "single - first": summarise(tables["single"] - tables["first"], rng),
-        "each - single": summarise(tables["each"] - tables["single"], rng),
+        **{name: summarize(table, rng) for name, table in tables.items()},
+        "each - first": summarize(tables["each"] - tables["first"], rng),
+        "single - first": summarize(tables["single"] - tables["first"], rng),
+        "each - single": summarize(tables["each"] - tables["single"], rng),
     }
 
 

@@ -35,7 +35,7 @@ import tyro
 from benchmarks import write_result
 from benchmarks.headroom import GRID
 from benchmarks.processes import only_user, process_pool
-from benchmarks.protocol import compare, play, summarise, table_of
+from benchmarks.protocol import compare, play, summarize, table_of
 from benchmarks.references import Episodes, train_equal_compute, train_grown_size
 from esper_agent import ppo_lstm
 from esper_agent.baselines import BASELINES, FixedSchedule, PlateauHeuristic, Policy, parse_plan
@@ -324,7 +324,7 @@ def run(args: Args) -> None:
     arms = run_arms(args)
     rng = np.random.default_rng(args.seed)
     tables = {name: table_of(runs) for name, runs in arms.items()}
-    summaries = {name: summarise(table, rng) for name, table in tables.items()}
+    summaries = {name: summarize(table, rng) for name, table in tables.items()}
     paired = {
         f"ppo_lstm - {name}": compare(tables["ppo_lstm"], table, rng)
         for name, table in tables.items()

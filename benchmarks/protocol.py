@@ -46,7 +46,7 @@ def table_of(runs: list[Episodes], figure: str = "committed_score") -> FloatArra
     return values.reshape(len(runs), -1, num_instances).swapaxes(1, 2)
 
 
-def summarise(table: FloatArray, rng: np.random.Generator) -> dict[str, float]:
+def summarize(table: FloatArray, rng: np.random.Generator) -> dict[str, float]:
     """Return the interquartile mean over agent seeds and instances, with a 95 % interval.
 
     Each value is the mean of one agent seed's episodes on one instance. The stratified bootstrap
@@ -85,7 +85,7 @@ def compare(first: FloatArray, second: FloatArray, rng: np.random.Generator) -> 
         rng: Random generator of the bootstrap.
     """
     difference = first - second
-    summary = summarise(difference, rng)
+    summary = summarize(difference, rng)
     is_better = (difference > 0) + 0.5 * (difference == 0)
     return {
         "difference": summary["iqm"],

@@ -83,7 +83,7 @@ class PlainLoop:
         sim = envs.debug_state()
         population, seeds, splits = sim.population, sim.networks.seeds, sim.splits
         self.train_set, self.validation = splits.train, splits.validation
-        self.pixels = splits.train.normalised(0, len(splits.train))
+        self.pixels = splits.train.normalized(0, len(splits.train))
         self.labels = splits.train.labels
         on_gpu = envs.device.type == "cuda"
         self.streams = [torch.cuda.Stream() if on_gpu else None for _ in range(envs.num_envs)]
@@ -147,7 +147,7 @@ class PlainLoop:
             seed.alpha, seed.is_training_stage = float(alpha[int(slot)]), False
         loss, hits = torch.zeros(2, device=self.labels.device)
         for first in range(0, len(self.validation), SLICE):
-            images = self.validation.normalised(first, first + SLICE)
+            images = self.validation.normalized(first, first + SLICE)
             labels = self.validation.labels[first : first + SLICE]
             logits = network(images)
             loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum")

@@ -317,7 +317,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"task": "digit"}, ValueError, "got 'digit'; did you mean 'digits'?"),
     ({"task": ["digits"]}, TypeError, "task: expected a string, got .* of type list"),
     ({"reward": "gains"}, ValueError, "got 'gains'; did you mean 'gain'?"),
-    ({"reward_weights": {"comit": 1.0}}, ValueError, "got 'comit'; did you mean 'commit'?"),
+    ({"reward_weights": {"commits": 1.0}}, ValueError, "got 'commits'; did you mean 'commit'?"),
     ({"reward_weights": {"gain": "1"}}, TypeError, r"reward_weights\['gain'\]: expected a number"),
     ({"reward_weights": ["gain"]}, TypeError, "reward_weights: expected a dictionary with"),
     ({"batch_size": 8.0}, TypeError, "batch_size: expected an integer, got 8.0 of type float"),

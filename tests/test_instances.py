@@ -65,7 +65,7 @@ def test_narrow_members_equal_narrow_networks(index: int, blend: Blend, stage: s
         assert np.isfinite(report.loss[i])
         small.assert_equals(i, network)
         with torch.no_grad():
-            logits = small.plain(i).eval()(small.images.normalised(0, len(small.images)))
+            logits = small.plain(i).eval()(small.images.normalized(0, len(small.images)))
         loss = torch.nn.functional.cross_entropy(logits, small.images.labels)
         assert result.loss[i] == pytest.approx(float(loss), abs=1e-4)
     for width in range(3):

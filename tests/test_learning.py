@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ablations, headroom, learning
-from benchmarks.protocol import compare, play, summarise, table_of
+from benchmarks.protocol import compare, play, summarize, table_of
 from benchmarks.references import train_equal_compute, train_grown_size
 from docs.results import ablation_table
 from esper_agent.baselines import (
@@ -41,7 +41,7 @@ def test_a_table_has_agents_instances_and_repeats() -> None:
 def test_a_summary_is_the_interquartile_mean_over_agents_and_instances() -> None:
     """Means over repeats are 1, 2, 3 and 100; the middle half is 2 and 3."""
     table = np.array([[[0.0, 2.0], [2.0, 2.0]], [[4.0, 2.0], [100.0, 100.0]]])
-    summary = summarise(table, np.random.default_rng(0))
+    summary = summarize(table, np.random.default_rng(0))
     assert (summary["iqm"], summary["mean"], summary["agent_seeds"]) == (2.5, 26.5, 2)
     assert summary["low"] <= 2.5 <= summary["high"]
 
@@ -52,7 +52,7 @@ def test_the_interval_knows_both_the_luck_of_agents_and_that_of_episodes() -> No
     agents, episodes = rng.normal(size=(8, 1, 1)), rng.normal(size=(1, 5, 8))
 
     def width(table: Any) -> float:
-        summary = summarise(np.broadcast_to(table, (8, 5, 8)), np.random.default_rng(1))
+        summary = summarize(np.broadcast_to(table, (8, 5, 8)), np.random.default_rng(1))
         return summary["high"] - summary["low"]
 
     assert width(np.ones((1, 1, 1))) == 0.0

@@ -67,7 +67,7 @@ def test_evaluation_of_coalitions_equals_plain_networks() -> None:
     members, alpha = np.repeat(np.arange(m), len(subsets)), np.array(subsets * m)
     result = small.evaluate(alpha, members)
     images = small.images
-    x = images.normalised(0, len(images))
+    x = images.normalized(0, len(images))
     for row, member in enumerate(members.tolist()):
         network = small.plain(member).eval()
         for slot in range(2):

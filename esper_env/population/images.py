@@ -57,7 +57,7 @@ class ImageSet:
         """Return a copy on a device."""
         return ImageSet(*(t.to(device) for t in (self.images, self.labels, self.mean, self.std)))
 
-    def normalised(self, start: int, stop: int) -> Tensor:
+    def normalized(self, start: int, stop: int) -> Tensor:
         """Return the normalized images from `start` to `stop`.
 
         Returns:

@@ -105,7 +105,7 @@ class Population:
         for width in np.unique(widths).tolist():
             here = widths == width
             start = self.layout.host_start(width)
-            self.storage.initialise(members[here], key[here], *start)
+            self.storage.initialize(members[here], key[here], *start)
 
     def germinate(
         self,
@@ -130,7 +130,7 @@ class Population:
             alike.setdefault(tuple(kind), []).append(i)
         for (slot, blueprint, width), own in alike.items():
             start = self.layout.seed_start(slot, blueprint, width)
-            self.storage.initialise(members[own], key[own], *start)
+            self.storage.initialize(members[own], key[own], *start)
 
     def train(self, training: Training) -> TrainReport:
         """Train members on some batches.

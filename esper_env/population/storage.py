@@ -79,7 +79,7 @@ class Storage:
         for matrix in self.matrices.values():
             matrix[rows] = 0
 
-    def initialise(
+    def initialize(
         self, members: IntArray, key: KeyArray, parameters: Start, buffers: Start
     ) -> None:
         """Write initial values, and set the momentum of the same parameters to zero.

@@ -135,7 +135,7 @@ class Pictures(NamedTuple):
         labels = np.full((1, num_chunks, batch), -1)
         labels.reshape(-1)[:count] = images.labels.numpy()
         pixels = np.zeros((num_chunks * batch, channels, size + 2, size + 2), dtype=np.float32)
-        pixels[:count, :, 1:-1, 1:-1] = images.normalised(0, count).numpy()
+        pixels[:count, :, 1:-1, 1:-1] = images.normalized(0, count).numpy()
         # (chunks * batch, channels, size + 2, size + 2) -> (chunks, channels * ..., batch)
         chunks = pixels.reshape(num_chunks, batch, -1).transpose(0, 2, 1)
         return cls(

@@ -139,7 +139,7 @@ def total_of(x: Float32Array) -> np.float32:
 
 
 @kernel
-def neighbours(a: Float32Array, at: int, row: int, batch: int, n: int) -> tuple[Float32Array, ...]:
+def neighbors(a: Float32Array, at: int, row: int, batch: int, n: int) -> tuple[Float32Array, ...]:
     """Return the runs under the nine taps of a 3x3 kernel whose center is at `at`."""
     above, below = at - row, at + row
     return (
@@ -164,7 +164,7 @@ def add_taps(
     """Add the 3x3 correlation of one row of features to `out`."""
     # out: (side * batch,); w: (9,); a[at]: the row, between its neighbors above and below
     n = len(out)
-    x0, x1, x2, x3, x4, x5, x6, x7, x8 = neighbours(a, at, row, batch, n)
+    x0, x1, x2, x3, x4, x5, x6, x7, x8 = neighbors(a, at, row, batch, n)
     w0, w1, w2, w3, w4, w5, w6, w7, w8 = nine_of(w, flip)
     # Pixels of the row and images: one pass for all nine taps, so `out` is read and written once.
     for i in range(n):
@@ -185,7 +185,7 @@ def add_taps_to_two(
     """
     # out, other: (side * batch,); w, v: (9,), kernels of `out` and `other`
     n = len(out)
-    x0, x1, x2, x3, x4, x5, x6, x7, x8 = neighbours(a, at, row, batch, n)
+    x0, x1, x2, x3, x4, x5, x6, x7, x8 = neighbors(a, at, row, batch, n)
     w0, w1, w2, w3, w4, w5, w6, w7, w8 = nine_of(w, flip)
     v0, v1, v2, v3, v4, v5, v6, v7, v8 = nine_of(v, flip)
     # Pixels of the row and images.
@@ -316,7 +316,7 @@ def _tap_gradients(
     # Rows, then pixels of the row and images: nine sums in registers.
     for y in range(side):
         v = run(d, first + y * row, n)
-        x0, x1, x2, x3, x4, x5, x6, x7, x8 = neighbours(a, at + y * row, row, batch, n)
+        x0, x1, x2, x3, x4, x5, x6, x7, x8 = neighbors(a, at + y * row, row, batch, n)
         for i in range(n):
             s0 += v[i] * x0[i]
             s1 += v[i] * x1[i]

@@ -94,7 +94,7 @@ class TorchEngine:
             for first in range(0, len(images), step):
                 last = min(first + step, len(images))
                 with in_precision(self.precision, self.device):
-                    logits = graph.forward(images.normalised(first, last))
+                    logits = graph.forward(images.normalized(first, last))
                 # (slice,) -> (rows, slice), the shape of logits (rows, slice, classes)
                 labels = images.labels[first:last].expand(len(rows), -1)
                 hits = (logits.argmax(2) == labels).sum(1, dtype=torch.float64)
