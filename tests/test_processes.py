@@ -30,7 +30,9 @@ pool.submit(time.sleep, 100)
 CHECKOUTS = """
 import pathlib
 from benchmarks.compare_checkouts import Worker
-worker = Worker(pathlib.Path(), pathlib.Path("{cache}"), 1)
+worker = Worker(pathlib.Path().resolve(), pathlib.Path("{cache}"), 1)
+worker.send(what="nothing")
+worker.receive()  # It has started.
 worker.send(what="record", settings={{}}, num_envs=2, steps=10**6)
 pids = [worker.process.pid]
 """
