@@ -70,5 +70,14 @@ def write_result(out: Path | None, args: Any, *, indent: int | None = 1, **conte
     """Write arguments, machine and content as JSON, unless `out` is None."""
     if out is None:
         return
+    from esper_agent.checkpoint import write_file
+
     head = {"arguments": dataclasses.asdict(args), "machine": describe_machine()}
-    out.write_text(json.dumps(head | content, indent=indent, default=str))
+    write_file(out, [json.dumps(head | content, indent=indent, default=str).encode()])
+
+
+def print_problems(problems: list[str]) -> None:
+    """Print how many problems there are, and each different one with its number."""
+    print(f"problems: {len(problems)}")
+    for problem in sorted(set(problems)):
+        print(f"  {problems.count(problem)} x {problem}")

@@ -26,8 +26,9 @@ import gymnasium as gym
 import numpy as np
 import tyro
 
-from benchmarks import write_result
+from benchmarks import print_problems, write_result
 from esper_env import EsperVectorEnv
+from esper_env.testing.compare import difference
 
 PACKAGE = str(Path(__file__).resolve().parent.parent / "esper_env") + "/"
 SETTINGS: dict[str, Any] = {
@@ -104,13 +105,7 @@ def after_seconds(seconds: float) -> Iterator[None]:
 
 def is_equal(a: Any, b: Any) -> bool:
     """Return whether nested values are bitwise equal."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(is_equal(a[key], b[key]) for key in a)
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(map(is_equal, a, b))
-    if isinstance(a, np.ndarray) and a.dtype != object:
-        return bool(a.dtype == b.dtype and a.tobytes() == b.tobytes())
-    return bool(np.all(a == b))
+    return difference(a, b, "") is None
 
 
 class Interrupter:
@@ -282,9 +277,7 @@ def main(args: Args) -> None:
         rejected.append(count)
         problems += found
     print(f"two threads: {sum(rejected)} of {8 * args.threads} calls rejected")
-    print(f"problems: {len(problems)}")
-    for problem in sorted(set(problems)):
-        print(f"  {problems.count(problem)} x {problem}")
+    print_problems(problems)
     write_result(
         args.out,
         args,

@@ -26,8 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import tyro
 
-from benchmarks import write_result
-from benchmarks.interrupts import is_equal
+from benchmarks import print_problems, write_result
 from benchmarks.memory import resident_bytes
 from esper_env import EsperVectorEnv
 
@@ -173,7 +172,7 @@ class Soak:
         try:
             result = envs.step(actions)
         except ValueError:
-            if not is_impossible and (illegal == "wait" or is_equal(actions, legal)):
+            if not is_impossible and (illegal == "wait" or np.array_equal(actions, legal)):
                 raise
             self.counts["rejected step"] += 1
             result = envs.step(legal)  # The rejected step has changed nothing.
@@ -253,9 +252,7 @@ def main(args: Args) -> None:
     for name in first:
         print(f"{name}: {first[name]:.0f} after a tenth, {last[name]:.0f} at the end")
     problems = soak.problems + leaks
-    print(f"problems: {len(problems)}")
-    for problem in sorted(set(problems)):
-        print(f"  {problems.count(problem)} x {problem}")
+    print_problems(problems)
     write_result(
         args.out,
         args,

@@ -260,10 +260,9 @@ class EnvConfig:
         names = [f.name for f in dataclasses.fields(cls)]
         for keyword in keywords:
             if keyword not in names:
-                close = difflib.get_close_matches(keyword, names, n=1)
-                known = f"expected one of {', '.join(sorted(names))}"
-                hint = f"did you mean {close[0]!r}?" if close else known
-                raise TypeError(f"unknown configuration field {keyword!r}; {hint}")
+                known = f"; expected one of {', '.join(sorted(names))}"
+                hint = near(keyword, names) or known
+                raise TypeError(f"unknown configuration field {keyword!r}{hint}")
         return cls(**keywords)
 
 

@@ -53,11 +53,13 @@ def judge(
     )
     panics = np.empty(len(members), dtype=np.bool_)
     _judge(state, members, loss, is_finite, panics, config.panic_patience, limits)
+    if panics.any():
+        record_rollback(state, members[panics])
     return panics
 
 
 def record_rollback(state: RollbackState, members: IntArray) -> None:
-    """Record rollbacks that did not follow from `judge`; `members` is (m,) int64."""
+    """Count rollbacks, and start new windows of recent losses; `members` is (m,) int64."""
     state.num_losses[members] = state.streak[members] = state.since_snapshot[members] = 0
     state.rollbacks[members] += 1
 
@@ -97,13 +99,8 @@ def _judge(
         # A healthy env step ends the streak.
         streak = state.streak[i] + 1 if is_bad else 0
         panics[n] = not is_sane or streak >= patience
-        state.streak[i] = 0 if panics[n] else streak
-        if panics[n]:
-            # The restored network gets a new window of recent losses.
-            state.num_losses[i] = 0
-            state.since_snapshot[i] = 0
-            state.rollbacks[i] += 1
-        elif not is_bad:
+        state.streak[i] = streak
+        if is_sane and not is_bad:
             # Shift the window by one env step; index 0 is the latest loss.
             for k in range(window - 1, 0, -1):
                 past[k] = past[k - 1]
