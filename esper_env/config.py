@@ -337,14 +337,6 @@ def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
-def as_array(value: Any) -> npt.NDArray[Any]:
-    """Return an argument as an array, so that its dtype and shape can be checked."""
-    try:
-        return np.asarray(value)
-    except (TypeError, ValueError):  # For example lists of different lengths.
-        return np.array(None)
-
-
 def near(name: Any, known: Iterable[str]) -> str:
     """Return a hint with the closest known name for an error message, or an empty string."""
     close = difflib.get_close_matches(str(name), list(known), n=1)

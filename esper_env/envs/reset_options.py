@@ -9,7 +9,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from esper_env.config import IntArray, as_array
+from esper_env.config import IntArray
+from esper_env.growth.action_space import as_array
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import AutoresetMode
 
-from esper_env.config import BoolArray, EnvConfig, as_array
+from esper_env.config import BoolArray, EnvConfig
 from esper_env.envs.info import member_info
 from esper_env.envs.render import RENDER_FPS, RENDER_MODES
 from esper_env.envs.vector_env import EsperVectorEnv
-from esper_env.growth.action_space import ActionHead
+from esper_env.growth.action_space import ActionHead, as_array
 
 
 class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):

@@ -19,13 +19,13 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray, as_array
+from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray
 from esper_env.envs.history import History
 from esper_env.envs.info import build_info, masked_info
 from esper_env.envs.render import RENDER_FPS, RENDER_MODES, describe, draw
 from esper_env.envs.reset_options import check_reset
 from esper_env.envs.saved_state import check_state, writable
-from esper_env.growth.action_space import ActionHead, ActionSpace
+from esper_env.growth.action_space import ActionHead, ActionSpace, as_array
 from esper_env.growth.observation import ObservationBuilder
 from esper_env.growth.reward import resolve_weights
 from esper_env.growth.simulation import Simulation, StepResult

@@ -208,10 +208,7 @@ class ActionSpace:
             ValueError: If the shape is wrong or an index is out of range; with
                 `raises_on_illegal` also if an action is illegal.
         """
-        try:
-            array = np.asarray(actions)
-        except ValueError:  # Lists of different lengths.
-            array = np.array(None)
+        array = as_array(actions)
         shape = (len(active), len(HEAD_NAMES))
         if array.dtype.kind not in "iu":
             raise TypeError(
@@ -280,6 +277,14 @@ class ActionSpace:
         slot = _choose(conditional["slot"][rows, op], rng)
         rest = [_choose(conditional[head.name][rows, op, slot], rng) for head in self.heads[2:]]
         return np.stack([op, slot, *rest], axis=1)
+
+
+def as_array(value: Any) -> npt.NDArray[Any]:
+    """Return an argument as an array, so that its dtype and shape can be checked."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError):  # For example lists of different lengths.
+        return np.array(None)
 
 
 class _Rules(NamedTuple):
