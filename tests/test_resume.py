@@ -220,6 +220,22 @@ def test_a_moved_run_continues_with_its_logs_cut_back(tmp_path: Path, whole: Pat
     assert steps == [STEPS * k for k in range(1, 6)]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_run_on_a_gpu_continues(tmp_path: Path) -> None:
+    """Its states lie on the GPU again; sums there depend on the order, so weights are only close.
+
+    The learning rate is small, so that rounding is not amplified.
+    """
+    on_gpu = {"device": "cuda", "learning_rate": 1e-5}
+    train(small(tmp_path / "whole", **on_gpu))
+    interrupt(tmp_path / "run", **on_gpu)
+    train(load_args(tmp_path / "run"))
+    expected, actual = (load_network(tmp_path / n, Agent).state_dict() for n in ("whole", "run"))
+    for name, weights in expected.items():
+        torch.testing.assert_close(actual[name], weights, rtol=0, atol=1e-5, msg=name)
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
     tmp_path: Path, whole: Path
 ) -> None:
