@@ -1,0 +1,1 @@
+"""Telemetry: what a run records about itself; see docs/telemetry.md."""
