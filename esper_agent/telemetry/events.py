@@ -1,8 +1,7 @@
 """Events of a run: one frozen record per line of `events.jsonl`, in the order of their steps.
 
-Every event has `step`, the env steps of the run at the end of the iteration in which it happened, so
-that the file can be cut back to a checkpoint. `at` is the env step of the event itself, in its
-episode.
+Every event has `step`, the env steps of the run at the end of the iteration in which it happened.
+So the file can be cut back to a checkpoint. `at` is the env step of the event in its episode.
 """
 
 from __future__ import annotations
@@ -193,7 +192,7 @@ class RatiosFound(Event):
     kind = "ratios_found"
     transitions: tuple[dict[str, Any], ...]
     """Per transition: member, time in the rollout, ratio, advantage, action, old and new
-    log-probability of each head, hash of the observation, and the gradient norm of its minibatch."""
+    log-probability of each head, hash of the observation, gradient norm of its minibatch."""
 
 
 EVENTS: dict[str, type[Event]] = {
