@@ -1,0 +1,122 @@
+"""Norms and directions of gradients: pure functions of tensors that stay on their device.
+
+Gradients are lists of tensors, one per weight. They are never joined, so no figure needs memory of
+the size of all weights. NaN stands for "no data". All functions use public operations of torch and
+compile into one graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+TOP_SHARE = 0.01
+"""Share of the elements of each tensor that `concentration` calls the largest."""
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm of all elements of several tensors. () float32."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+
+
+def dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Return the inner product of two lists of tensors. () float32."""
+    return torch.stack([(a * b).sum() for a, b in zip(first, second, strict=True)]).sum()
+
+
+def cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Return the cosine of the angle between two gradients; NaN if one is zero. () float32."""
+    return dot(first, second) / (norm(first) * norm(second))
+
+
+def negative_share(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the share of elements below 0. () float32."""
+    return _share(tensors, [(t < 0).sum() for t in tensors])
+
+
+def sparsity(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the share of elements that are exactly 0. () float32."""
+    return _share(tensors, [(t == 0).sum() for t in tensors])
+
+
+def concentration(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the share of the squared norm in the largest 1 % of the elements of each tensor.
+
+    A tensor contributes at least one element. NaN if all elements are 0. () float32.
+    """
+    squares = [t.flatten().square() for t in tensors]
+    largest = [s.topk(max(1, round(TOP_SHARE * len(s)))).values.sum() for s in squares]
+    return torch.stack(largest).sum() / torch.stack([s.sum() for s in squares]).sum()
+
+
+def noise_scale(small_square: Tensor, big_square: Tensor, small_size: int, big_size: int) -> Tensor:
+    """Return the simple noise scale: trace of the covariance / squared norm of the mean gradient.
+
+    |G|^2 = (B_big |G_big|^2 - B_small |G_small|^2) / (B_big - B_small) and
+    tr(S) = (|G_small|^2 - |G_big|^2) / (1 / B_small - 1 / B_big) are unbiased. NaN if the estimate
+    of |G|^2 is not positive.
+
+    Args:
+        small_square: Mean squared norm of gradients of small batches. () float32.
+        big_square: Squared norm of the gradient of a big batch. () float32.
+        small_size: Samples of a small batch.
+        big_size: Samples of the big batch, more than `small_size`.
+
+    Returns:
+        Noise scale [samples]. () float32.
+
+    Source: McCandlish et al. (2018), appendix A.1.
+    """
+    square = (big_size * big_square - small_size * small_square) / (big_size - small_size)
+    trace = (small_square - big_square) / (1 / small_size - 1 / big_size)
+    return torch.where(square > 0, trace / square, torch.nan)
+
+
+def tensor_figures(gradient: Tensor, limit: float) -> Tensor:
+    """Return figures of one tensor: norm, min, max, and shares and counts of its elements.
+
+    Args:
+        gradient: Gradient of one weight.
+        limit: Absolute value above which an element counts as large.
+
+    Returns:
+        L2 norm, minimum, maximum, share of zeros, share above the limit, and number of elements
+        that are not finite. (6,) float32.
+    """
+    return torch.stack(
+        [
+            torch.linalg.vector_norm(gradient),
+            gradient.min(),
+            gradient.max(),
+            (gradient == 0).float().mean(),
+            (gradient.abs() > limit).float().mean(),
+            (~gradient.isfinite()).float().sum(),
+        ]
+    )
+
+
+TENSOR_FIGURES = ("norm", "min", "max", "zero", "above_clip", "nonfinite")
+"""Names of the figures of `tensor_figures`."""
+
+
+def clip_groups(groups: Sequence[Sequence[Tensor]], max_norm: float) -> None:
+    """Scale every group of gradients in place so that its norm is at most `max_norm`.
+
+    Source: Pascanu et al. (2013), algorithm 1, applied to each group.
+    """
+    for group in groups:
+        scale = (max_norm / (norm(group) + 1e-6)).clamp(max=1.0)
+        for tensor in group:
+            tensor.mul_(scale)
+
+
+def correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Return Pearson's correlation of two vectors; NaN if one is constant. () float32."""
+    a, b = first - first.mean(), second - second.mean()
+    return (a * b).sum() / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
+
+
+def _share(tensors: Sequence[Tensor], counts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(counts)).sum() / sum(t.numel() for t in tensors)
