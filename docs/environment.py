@@ -134,6 +134,12 @@ INFO_MEANINGS = {
     "samples": "training images of this episode so far",
     "reward_terms": "weighted value of each reward term; their sum is the reward",
     "rolled_back": "True if the last env step included a rollback",
+    "flag_parasite": "True for a trial seed whose contribution of this env step exceeds "
+    "`flag_contribution` although the live network is less accurate than the committed one",
+    "flag_attribution": "True if the positive contributions of trial seeds sum to more than "
+    "`flag_ratio` times the accuracy that they gain together, and to more than `flag_contribution`",
+    "flag_churn": "True after `flag_prunes` prunes of seeds younger than `flag_age` in the episode",
+    "gradient_cause": "cause of a low gradient, a value of `GradientCause`",
     "instance": "index of the instance in the configured set",
     "test_accuracy": "test accuracy of the live network; only after the last step",
     "committed_test_accuracy": "test accuracy of the committed network; only after the last step",

@@ -89,6 +89,31 @@ def check_ranges(
         raise ValueError(f"{name}: expected {expected}, got {value}")
 
 
+USUAL = {
+    "learning_rate": (1e-5, 1e-2, "larger steps diverge, smaller ones hardly learn"),
+    "gamma": (0.9, 1.0, "the final score is many env steps away"),
+    "gae_lambda": (0.8, 1.0, "credit would end after a few env steps"),
+    "clip_coef": (0.05, 0.4, "a wide range does not limit the update, a narrow one stops it"),
+    "ent_coef": (0.0, 0.1, "a large entropy bonus outweighs the reward"),
+    "vf_coef": (0.1, 2.0, "value and policy loss share the encoder and the LSTM"),
+    "max_grad_norm": (0.1, 10.0, "either every gradient is clipped, or none"),
+    "update_epochs": (1, 15, "old samples are used too often"),
+    "target_kl": (0.003, 0.2, "updates would stop at once, or never"),
+    "hidden_size": (16, 1024, "the observation has about 100 features"),
+}
+"""Usual range of arguments of PPO, and the reason, by name."""
+
+
+def find_unusual(args: Any) -> list[str]:
+    """Return a note for every argument that is valid but outside its usual range."""
+    notes = []
+    for name, (low, high, reason) in USUAL.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            notes.append(f"{name} {value} is unusual (usual: {low:g} to {high:g}): {reason}")
+    return notes
+
+
 def difference(name: str, expected: Any, actual: Any) -> str:
     """Return an argument whose value differs, for a message; of `env` only what differs."""
     if name == "env" and isinstance(expected, dict):

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,17 @@ TYPES = {
 NAMES = {name: key for key, name in TYPES.items()}
 TEMPORARY = ".tmp"
 """Suffix of files that are being written."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Object that returns and restores its state, such as a generator of torch."""
+
+    def get_state(self) -> Any:
+        """Return a nested structure that `save_checkpoint` takes."""
+
+    def set_state(self, state: Any) -> object:
+        """Continue from the result of `get_state`."""
 
 
 class CheckpointError(ValueError):
@@ -378,10 +389,11 @@ def capture(value: Any) -> Any:
     """Return the state of an object as a nested structure that `save_checkpoint` takes.
 
     Args:
-        value: A generator, network or optimizer of torch, a dataclass of those and of values, or a
-            value, which is returned as it is.
+        value: An object with `get_state` and `set_state`, such as a generator; a network or
+            optimizer of torch; a dataclass of those and of values; or a value, which is returned as
+            it is.
     """
-    if isinstance(value, torch.Generator):
+    if isinstance(value, Stateful):
         return value.get_state()
     if isinstance(value, (nn.Module, torch.optim.Optimizer)):
         return value.state_dict()
@@ -392,7 +404,7 @@ def capture(value: Any) -> Any:
 
 def restore(value: Value, saved: Any) -> Value:
     """Write a state that `capture` returned into an object, and return the object or value."""
-    if isinstance(value, torch.Generator):
+    if isinstance(value, Stateful):
         value.set_state(saved)
     elif isinstance(value, (nn.Module, torch.optim.Optimizer)):
         value.load_state_dict(saved)

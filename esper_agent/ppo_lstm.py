@@ -8,25 +8,7 @@ own last observation. Rewards are divided by the standard deviation of the retur
 Sources: PPO, Schulman et al. (2017); GAE, Schulman et al. (2016); implementation details, Huang et
 al. (2022); bootstrapping at truncation, Pardo et al. (2018).
 
-Metrics, one row per iteration in `metrics.jsonl` and TensorBoard; means over the episodes that
-ended, the steps of the rollout, or the minibatches of the update:
-    charts/episodic_return      undiscounted sum of the rewards
-    charts/episodic_score       committed score at the end (validation images)
-    charts/episodic_parameters  parameters of all seeds at the end
-    charts/learning_rate        learning rate of this iteration
-    charts/SPS                  env steps / seconds spent in rollouts and updates
-    losses/policy_loss          -min(ratio * A, clip(ratio, 1 - clip_coef, 1 + clip_coef) * A)
-    losses/value_loss           0.5 * (V - return)^2
-    losses/entropy              sum of entropy/<head> over heads
-    losses/approx_kl            (ratio - 1) - log ratio, of the joint probability over heads
-    losses/clipfrac             share of steps with |ratio - 1| > clip_coef
-    losses/explained_variance   1 - var(return - V) / var(return), before the update
-    losses/first_ratio_error    max |ratio - 1| in the first minibatch
-    losses/variance_left        var(A after the group baseline) / var(A)
-    losses/gradient_norm        L2 norm of the gradient before clipping
-    entropy/<head>              entropy over the steps where the head had a choice [nats]
-    choice/<head>               share of steps where the head had a choice
-    time/policy_share           share of the run's wall time outside the environment
+docs/telemetry.md lists the metrics of `metrics.jsonl` and TensorBoard, one row per iteration.
 """
 
 from __future__ import annotations
@@ -45,18 +27,25 @@ import torch
 from torch import Tensor, nn
 
 from esper_agent import command_line, networks
-from esper_agent.arguments import check_ranges, config_of, load_arguments
+from esper_agent.arguments import check_ranges, config_of, find_unusual, load_arguments
 from esper_agent.baselines import Actions, Policy
 from esper_agent.checkpoint import capture, restore
 from esper_agent.envs import TRAINING, ReturnScale, make_envs, one_thread, pad_masks
 from esper_agent.evaluate import evaluate_agents, evaluate_beside_baselines, report
-from esper_agent.masked_categorical import MaskedCategorical
+from esper_agent.layers import LstmState, MaskedCategorical, layer_init, run_lstm
 from esper_agent.run import Run, exit_codes
+from esper_agent.telemetry.display import Display
+from esper_agent.telemetry.gradients import clip_groups
+from esper_agent.telemetry.metrics import Level
+from esper_agent.telemetry.profiler import profiling
+from esper_agent.telemetry.recorder import Telemetry
+from esper_agent.telemetry.training import UpdateWatch, kl_estimate
 from esper_env import EnvConfig, EsperVectorEnv
 
-LstmState = tuple[Tensor, Tensor]
-"""Hidden state and cell. (1, num_envs, hidden_size) each."""
-CHANGEABLE = ("checkpoint_minutes", "keep_checkpoints", "eval_episodes")
+CHANGEABLE = (
+    *("checkpoint_minutes", "keep_checkpoints", "eval_episodes", "quiet", "track"),
+    *("wandb_project", "wandb_entity", "profile", "profile_stacks", "profile_shapes"),
+)
 """Arguments that may be given beside `--resume`, as the training does not depend on them."""
 EVAL_EPISODES = 16
 """Episodes of each evaluation of `--eval-every`."""
@@ -105,6 +94,8 @@ class Args:
     """Coefficient of the value loss."""
     max_grad_norm: float = 0.5
     """Maximum norm of the gradient."""
+    clip_groups: bool = False
+    """Clip the gradient of each part of the network by itself instead of all together."""
     target_kl: float | None = None
     """Joint KL divergence over heads above which an update stops early."""
     hidden_size: int = 128
@@ -120,6 +111,22 @@ class Args:
     """Time between checkpoints, from which `--resume` continues; 0 saves every iteration."""
     keep_checkpoints: int = 3
     """Number of checkpoints that stay."""
+    telemetry: Level = "normal"
+    """Level of detail of metrics and events: off, normal or debug; results do not depend on it."""
+    quiet: bool = False
+    """Print no progress."""
+    track: bool = False
+    """Also log to Weights & Biases."""
+    wandb_project: str = "esper"
+    """Project of Weights & Biases."""
+    wandb_entity: str | None = None
+    """User or team of Weights & Biases."""
+    profile: int = 0
+    """Iterations to profile with torch.profiler, from the second one on."""
+    profile_stacks: bool = False
+    """Record Python stacks in the profile."""
+    profile_shapes: bool = False
+    """Record shapes of tensors in the profile."""
     resume: Path | None = None
     """Directory of an unfinished run to continue; all other arguments are those of the run."""
 
@@ -127,7 +134,7 @@ class Args:
         """Check ranges."""
         counts = ("num_envs", "num_steps", "num_minibatches", "group_size", "update_epochs")
         check_ranges(self, "at least 1", *counts, "hidden_size", "keep_checkpoints", least=1)
-        check_ranges(self, "at least 0", "seed", "eval_episodes", "eval_every", least=0)
+        check_ranges(self, "at least 0", "seed", "eval_episodes", "eval_every", "profile", least=0)
         check_ranges(self, "above 0 and at most 1", "learning_rate", "gamma", above=0, most=1)
         check_ranges(self, "0 to 1", "gae_lambda", least=0, most=1)
         at_least = ("ent_coef", "vf_coef", "checkpoint_minutes")
@@ -152,13 +159,6 @@ class Args:
     def num_iterations(self) -> int:
         """Rollouts, each followed by an update."""
         return self.total_timesteps // self.batch_size
-
-
-def layer_init(layer: nn.Linear, std: float = 2**0.5) -> nn.Linear:
-    """Initialize a layer with orthogonal weights and zero biases, and return it."""
-    nn.init.orthogonal_(layer.weight, std)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class Agent(nn.Module):
@@ -224,7 +224,7 @@ class Agent(nn.Module):
         self, obs: Tensor, lstm_state: LstmState, dones: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Run encoder and LSTM over whole sequences; return `hidden` and `slots`."""
-        x, slots = self._encode(obs)
+        x, slots = self.encode(obs)
         dones = dones if self.recurrent else torch.ones_like(dones)
         return run_lstm(self.lstm, x, lstm_state, dones) + x, slots
 
@@ -232,7 +232,7 @@ class Agent(nn.Module):
         self, obs: Tensor, lstm_state: LstmState, done: Tensor
     ) -> tuple[Tensor, Tensor, LstmState]:
         """Run encoder and LSTM for one step; return `hidden`, `slots` and the next LSTM state."""
-        x, slots = self._encode(obs)
+        x, slots = self.encode(obs)
         done = done if self.recurrent else torch.ones_like(done)
         h, c = lstm_state[0][0], lstm_state[1][0]
         if done.any():
@@ -273,7 +273,7 @@ class Agent(nn.Module):
     def evaluate_actions(
         self, hidden: Tensor, slots: Tensor, actions: Tensor, masks: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-probabilities and entropies (..., num_heads), and True for a choice."""
+        """Return log-probabilities, entropies and numbers of legal options (..., num_heads)."""
         op, slot = actions[..., 0], actions[..., 1]
         joint = self._joint(hidden, slots, op)
         op_logits, slot_logits = self.op_head(hidden), self.slot_head(joint)
@@ -281,9 +281,33 @@ class Agent(nn.Module):
         # (..., width), (..., width), (..., heads - 2, width) -> (..., heads, width)
         logits = torch.cat([op_logits[..., None, :], slot_logits[..., None, :], rest_logits], -2)
         options = MaskedCategorical(logits, masks)
-        return options.log_prob(actions), options.entropy(), options.has_choice()
+        return options.log_prob(actions), options.entropy(), options.num_legal()
 
-    def _encode(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+    def weight_groups(self) -> dict[str, list[tuple[Tensor, slice]]]:
+        """Return weights, and their rows, by part of the network; a head's group is its own."""
+        op, slot, *rest = self.heads
+        mixed = self.hidden_to_joint, self.slots_to_joint, self.op_embedding, self.slot_embedding
+        modules: dict[str, tuple[nn.Module, ...]] = {
+            "encoder": (self.slot_encoder, self.encoder),
+            **{"core": (self.lstm,), "critic": (self.critic,), "joint": mixed},
+            **{op: (self.op_head,), slot: (self.slot_head,)},
+        }
+        groups: dict[str, list[tuple[Tensor, slice]]] = {
+            name: [(weight, slice(None)) for module in part for weight in module.parameters()]
+            for name, part in modules.items()
+        }
+        for h, name in enumerate(rest):
+            rows = slice(h * self.width, (h + 1) * self.width)
+            groups[name] = [(weight, rows) for weight in self.rest_head.parameters()]
+        return groups
+
+    def activations(self, obs: Tensor, lstm_state: LstmState, dones: Tensor) -> dict[str, Tensor]:
+        """Return the outputs of ReLU layers by name, and the input of the heads as "core"."""
+        x, slots = self.encode(obs)
+        hidden, _ = self.get_states(obs, lstm_state, dones)
+        return {"slots": slots, "encoder": x, "critic": self.critic[:2](hidden), "core": hidden}
+
+    def encode(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the input of the LSTM and the slot encodings."""
         episode, blocks = obs.tensor_split([self.num_episode], dim=-1)
         # (..., slots * features) -> (..., slots, features) -> (..., slots * slot_size)
@@ -301,46 +325,6 @@ class Agent(nn.Module):
         logits = self.rest_head(torch.relu(joint + self.slot_embedding(slot)))
         # (..., rest * width) -> (..., rest, width)
         return torch.unflatten(logits, -1, (self.num_rest, self.width))
-
-
-def run_lstm(lstm: nn.LSTM, x: Tensor, lstm_state: LstmState, dones: Tensor) -> Tensor:
-    """Run an LSTM over sequences in one call, with a zero state after the end of an episode.
-
-    Args:
-        lstm: LSTM with one layer.
-        x: (num_steps, num_envs, num_features).
-        lstm_state: State before the first step.
-        dones: True where the step before ended an episode. (num_steps, num_envs) bool.
-
-    Returns:
-        (num_steps, num_envs, hidden_size).
-    """
-    num_steps, num_envs = dones.shape
-    keep = (~dones[0])[None, :, None].to(x.dtype)
-    h, c = lstm_state[0] * keep, lstm_state[1] * keep
-    if not dones[1:].any():
-        output: Tensor = lstm(x, (h, c))[0]
-        return output
-    # One call cannot reset the state halfway. So sequences are cut where episodes start, and the
-    # pieces run in parallel, padded to the longest.
-    is_cut = dones.clone()
-    is_cut[0] = True
-    # (steps, envs, features) -> (envs * steps, features): a piece is a range of consecutive rows.
-    flat = x.transpose(0, 1).reshape(num_steps * num_envs, -1)
-    env, step = is_cut.T.nonzero(as_tuple=True)
-    first = env * num_steps + step
-    length = torch.diff(first, append=first.new_tensor([num_steps * num_envs]))
-    # (longest piece, pieces)
-    offset = torch.arange(int(length.max()), device=x.device)[:, None]
-    is_inside = offset < length
-    row = (first + offset).clamp_(max=num_steps * num_envs - 1)
-    # Only a piece at step 0 continues an episode.
-    carries = (step == 0)[:, None].to(x.dtype)
-    output = lstm(flat[row], ((h[0, env] * carries)[None], (c[0, env] * carries)[None]))[0]
-    # (longest piece, pieces, hidden_size) -> (envs * steps, hidden_size) -> (steps, envs, ...)
-    joined = output.new_zeros(num_steps * num_envs, output.shape[-1])
-    joined = joined.index_put((row[is_inside],), output[is_inside])
-    return joined.view(num_envs, num_steps, -1).transpose(0, 1)
 
 
 def compute_gae(
@@ -399,8 +383,7 @@ class TrainState:
     next_done: npt.NDArray[np.bool_]
     """True where the last step ended an episode. (num_envs,) bool."""
     next_lstm_state: LstmState
-    episodic_return: npt.NDArray[np.float64]
-    """Undiscounted return of each running episode. (num_envs,) float64."""
+    telemetry: Telemetry
     iteration: int = 0
     seconds: float = 0.0
     """Wall time of rollouts and updates."""
@@ -417,6 +400,9 @@ def make_train_state(args: Args, envs: EsperVectorEnv) -> TrainState:
         torch.default_generator.manual_seed(args.seed)
         agent = Agent(**spaces, hidden_size=args.hidden_size, recurrent=args.recurrent)
     agent.to(args.device)
+    next_obs, info = envs.reset(seed=seeds)
+    where = args.env_id, args.device, args.env
+    telemetry = Telemetry(args.telemetry, *where, envs, info, args.clip_coef, args.max_grad_norm)
     return TrainState(
         agent=agent,
         # The fused kernel takes a third of the time on a CPU.
@@ -424,10 +410,10 @@ def make_train_state(args: Args, envs: EsperVectorEnv) -> TrainState:
         action_rng=torch.Generator(args.device).manual_seed(args.seed),
         minibatch_rng=torch.Generator(args.device).manual_seed(args.seed + 1),
         return_scale=ReturnScale(args.gamma, np.zeros(args.num_envs)),
-        next_obs=envs.reset(seed=seeds)[0],
+        next_obs=next_obs,
         next_done=np.zeros(args.num_envs, dtype=bool),
         next_lstm_state=agent.get_initial_state(args.num_envs),
-        episodic_return=np.zeros(args.num_envs),
+        telemetry=telemetry,
     )
 
 
@@ -450,16 +436,14 @@ class Rollout:
     """V of the observation after the step; only at truncations and in the last step, else 0."""
 
 
-def collect_rollout(
-    state: TrainState, envs: EsperVectorEnv, args: Args
-) -> tuple[Rollout, dict[str, list[float]]]:
-    """Act for `num_steps` env steps; also return figures of the episodes that ended."""
+def collect_rollout(state: TrainState, envs: EsperVectorEnv, args: Args) -> Rollout:
+    """Act for `num_steps` env steps."""
 
     def tensor(array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(args.device)
 
     agent, lstm_state, steps = state.agent, state.next_lstm_state, []
-    episodes: dict[str, list[float]] = {"return": [], "score": [], "parameters": []}
+    telemetry, level = state.telemetry, state.telemetry.level
     for step in range(args.num_steps):
         obs, done = state.next_obs, state.next_done
         with torch.inference_mode(), one_thread():
@@ -468,22 +452,19 @@ def collect_rollout(
             )
             all_masks = pad_masks(envs.conditional_masks(), args.device)
             actions, masks = agent.get_action(hidden, slots, all_masks, state.action_rng)
-        began = time.perf_counter()
-        next_obs, rewards, terminations, truncations, info = envs.step(actions.cpu().numpy())
+        began, numbers = time.perf_counter(), actions.cpu().numpy()
+        with telemetry.clock.measure("environment"):
+            next_obs, rewards, terminations, truncations, info = envs.step(numbers)
         state.env_seconds += time.perf_counter() - began
         next_done = terminations | truncations
         state.return_scale.update(rewards, next_done)
-        state.episodic_return += rewards
+        with telemetry.clock.measure("telemetry"):
+            telemetry.environment.add(level, rewards, next_done, info)
         last_obs, next_values = next_obs, torch.zeros(args.num_envs, device=args.device)
         if next_done.any():
             # The environment has reset itself, so next_obs belongs to the next episode.
             last_obs = next_obs.copy()
             last_obs[next_done] = np.stack(info["final_obs"][next_done].tolist())
-            final = info["final_info"]
-            episodes["return"].extend(state.episodic_return[next_done].tolist())
-            episodes["score"].extend(final["committed_score"][next_done].tolist())
-            episodes["parameters"].extend(final["parameters"][next_done].tolist())
-            state.episodic_return[next_done] = 0.0
         # Elsewhere V(s') is the value of the next step, which `update` computes.
         if truncations.any() or step == args.num_steps - 1:
             with torch.inference_mode(), one_thread():
@@ -495,7 +476,7 @@ def collect_rollout(
         state.next_obs, state.next_done = next_obs, next_done
     # num_steps tuples of (num_envs, ...) -> one (num_steps, num_envs, ...) per field
     columns = [torch.stack(column).to(args.device) for column in zip(*steps, strict=True)]
-    return Rollout(lstm_state, *columns), episodes
+    return Rollout(lstm_state, *columns)
 
 
 def evaluate_rollout(agent: Agent, rollout: Rollout, envs: Tensor) -> tuple[Tensor, ...]:
@@ -520,62 +501,59 @@ def policy_loss(ratio: Tensor, advantages: Tensor, clip_coef: float) -> Tensor:
 
 
 @one_thread()
-def update(state: TrainState, rollout: Rollout, args: Args) -> dict[str, float]:
-    """Update the agent with a rollout and return metrics."""
+def update(
+    state: TrainState, rollout: Rollout, args: Args, watch: UpdateWatch
+) -> tuple[dict[str, float], list[str]]:
+    """Update the agent with a rollout; return metrics, and what is not finite in words."""
     agent, optimizer = state.agent, state.optimizer
     with torch.no_grad():
         # `get_next_state`, which chose the actions, rounds differently from `get_states`, which is
         # trained; so everything is recomputed by the latter.
         everyone = torch.arange(args.num_envs, device=args.device)
-        b_logprobs, _, b_choices, b_values = evaluate_rollout(agent, rollout, everyone)
+        b_logprobs, b_entropies, b_num_legal, b_values = evaluate_rollout(agent, rollout, everyone)
         ends = rollout.terminations, rollout.truncations
         next_values = rollout.next_values.clone()
         next_values[:-1] = torch.where((ends[0] | ends[1])[:-1], next_values[:-1], b_values[1:])
         rewards = (rollout.rewards / state.return_scale.std).float()
         advantages = compute_gae(rewards, b_values, next_values, *ends, args.gamma, args.gae_lambda)
         b_returns = advantages + b_values
+        td_errors = rewards + args.gamma * next_values * ~rollout.terminations - b_values
         advantages, variance_left = subtract_group_baseline(advantages, args.group_size)
         b_advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        next_state = torch.from_numpy(state.next_obs).to(args.device), state.next_lstm_state
+        old = b_logprobs, b_entropies, b_num_legal, b_values
+        watch.begin(rollout, next_state, *old, b_returns, td_errors, advantages, b_advantages)
 
     # A minibatch is a set of sub-environments with all their steps: the LSTM needs whole sequences.
     shuffle = partial(torch.randperm, args.num_envs, generator=state.minibatch_rng)
     orders = (shuffle(device=args.device) for _ in range(args.update_epochs))
-    rows: list[Tensor] = []
     for mb_envs in (mb for order in orders for mb in order.chunk(args.num_minibatches)):
-        newlogprobs, entropies, choices, newvalues = evaluate_rollout(agent, rollout, mb_envs)
+        newlogprobs, entropies, _, newvalues = evaluate_rollout(agent, rollout, mb_envs)
         # The log-probability of an action is the sum over its heads.
-        logratio = (newlogprobs - b_logprobs[:, mb_envs]).sum(-1)
-        ratio = logratio.exp()
-        with torch.no_grad():
-            approx_kl = ((ratio - 1) - logratio).mean()
-            clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-            if not rows:
-                first_ratio_error = float((ratio - 1).abs().max())
-        if args.target_kl is not None and float(approx_kl) > args.target_kl:
+        head_logratios = newlogprobs - b_logprobs[:, mb_envs]
+        logratio = head_logratios.sum(-1)
+        if args.target_kl is not None and float(kl_estimate(logratio).mean()) > args.target_kl:
             break
-        pg_loss = policy_loss(ratio, b_advantages[:, mb_envs], args.clip_coef)
+        pg_loss = policy_loss(logratio.exp(), b_advantages[:, mb_envs], args.clip_coef)
         v_loss = 0.5 * ((newvalues - b_returns[:, mb_envs]) ** 2).mean()
-        head_entropy = mean_entropies(entropies, choices)
-        entropy = head_entropy.sum()
-        loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy
+        head_entropies = mean_entropies(entropies, b_num_legal[:, mb_envs] > 1)
+        entropy = head_entropies.sum()
+        parts = pg_loss, args.vf_coef * v_loss, -args.ent_coef * entropy
+        loss = parts[0] + parts[1] + parts[2]
         optimizer.zero_grad()
+        watch.before_backward(*parts)
         torch.autograd.backward(loss)
-        norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+        watch.before_clipping()
+        if args.clip_groups:
+            norm = clip_groups(agent.weight_groups().values(), args.max_grad_norm)
+        else:
+            norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
         optimizer.step()
-        # Kept as tensors, because reading a number would wait for a GPU.
-        row = torch.stack([pg_loss, v_loss, entropy, approx_kl, clipfrac, norm])
-        rows.append(torch.cat([row, head_entropy]).detach())
-
-    losses = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "gradient_norm")
-    names = [f"losses/{n}" for n in losses] + [f"entropy/{n}" for n in agent.heads]
-    metrics = dict(zip(names, torch.stack(rows).double().mean(0).tolist(), strict=True))
-    shares = b_choices.float().mean((0, 1)).tolist()
-    metrics |= {f"choice/{n}": share for n, share in zip(agent.heads, shares, strict=True)}
-    unexplained = (b_returns - b_values).var() / b_returns.var().clamp(min=1e-12)
-    metrics["losses/explained_variance"] = float(1 - unexplained)
-    metrics["losses/first_ratio_error"] = first_ratio_error
+        losses = pg_loss, v_loss, entropy, loss, norm
+        watch.after_minibatch(mb_envs, *losses, head_entropies, head_logratios)
+    metrics, problems = watch.finish()
     metrics["losses/variance_left"] = variance_left
-    return metrics
+    return metrics, problems
 
 
 def run_iteration(state: TrainState, envs: EsperVectorEnv, args: Args) -> dict[str, float]:
@@ -584,15 +562,18 @@ def run_iteration(state: TrainState, envs: EsperVectorEnv, args: Args) -> dict[s
         frac = 1 - state.iteration / args.num_iterations
         state.optimizer.param_groups[0]["lr"] = frac * args.learning_rate
     began = time.perf_counter()
-    rollout, episodes = collect_rollout(state, envs, args)
-    metrics = update(state, rollout, args)
+    telemetry = state.telemetry
+    with telemetry.clock.measure("inference"):
+        rollout = collect_rollout(state, envs, args)
+    watch = telemetry.watch_update(state.agent, args.num_minibatches, args.update_epochs)
+    with telemetry.clock.measure("update"):
+        metrics, telemetry.problems = update(state, rollout, args, watch)
     state.seconds += time.perf_counter() - began
     state.iteration += 1
-    # If a rollout is shorter than an episode, no episode may have ended.
-    metrics |= {f"charts/episodic_{n}": float(np.mean(v)) for n, v in episodes.items() if v}
     metrics["charts/learning_rate"] = state.optimizer.param_groups[0]["lr"]
     metrics["charts/SPS"] = state.iteration * args.batch_size / state.seconds
     metrics["time/policy_share"] = 1 - state.env_seconds / state.seconds
+    telemetry.finish(metrics, watch, state.iteration, args.num_iterations, rollout.obs)
     return metrics
 
 
@@ -611,6 +592,11 @@ def begin(args: Args) -> tuple[EsperVectorEnv, TrainState, Run]:
     run.carry("training", partial(capture, state), partial(restore, state))
     run.carry("environment", envs.get_state, envs.set_state)
     run.restore()
+    if args.track:
+        run.track(args.wandb_project, args.wandb_entity)
+    if not args.quiet:
+        for line in (*find_unusual(args), f"run directory: {run.directory}"):
+            command_line.say(line)
     return envs, state, run
 
 
@@ -618,21 +604,28 @@ def finish(args: Args, envs: EsperVectorEnv, state: TrainState, run: Run) -> Pat
     """Train to the end and evaluate; return the run directory, which has all results."""
     evaluate_some = partial(evaluate_agents, env_id=args.env_id, device=args.device)
     policies: dict[str, Policy]
+    telemetry, total = state.telemetry, args.num_iterations * args.batch_size
+    options = args.profile, args.profile_stacks, args.profile_shapes
+    profile = profiling(run.directory, *options)
     with run:
-        while state.iteration < args.num_iterations:
-            metrics = run_iteration(state, envs, args)
-            global_step = state.iteration * args.batch_size
-            run.check(global_step, metrics, state.agent)
-            if args.eval_every and state.iteration % args.eval_every == 0:
-                policies = {"now": TrainedPolicy(copy.deepcopy(state.agent).cpu())}
-                result = evaluate_some(policies, config=args.env, episodes=EVAL_EPISODES)
-                metrics["eval/committed_score"] = result["agents"]["now"]["summary"]["mean"]
-                run.keep_best(metrics["eval/committed_score"], state.agent)
-            run.record(global_step, metrics)
-            if state.iteration % max(1, args.num_iterations // 20) == 0:
+        with Display(total, args.quiet) as display, profile as end_of_profiled:
+            while state.iteration < args.num_iterations:
+                metrics = run_iteration(state, envs, args)
+                global_step = state.iteration * args.batch_size
+                run.check(global_step, telemetry.problems, telemetry.events)
+                if args.eval_every and state.iteration % args.eval_every == 0:
+                    with telemetry.clock.measure("evaluation"):
+                        policies = {"now": TrainedPolicy(copy.deepcopy(state.agent).cpu())}
+                        result = evaluate_some(policies, config=args.env, episodes=EVAL_EPISODES)
+                    score = result["agents"]["now"]["summary"]["mean"]
+                    metrics["eval/committed_score"] = score
+                    run.keep_best(score, state.agent)
+                run.record(global_step, metrics, telemetry.events)
                 minutes = state.seconds * (args.num_iterations / state.iteration - 1) / 60
-                run.show(metrics, ("episodic_score", "episodic_parameters", "SPS"), minutes)
-            run.save_if_due(is_last=state.iteration == args.num_iterations)
+                display.show(global_step, metrics, telemetry.events, minutes)
+                with telemetry.clock.measure("checkpoint"):
+                    run.save_if_due(is_last=state.iteration == args.num_iterations)
+                end_of_profiled()
         directory = run.save_network(state.agent)
         envs.close()
         with run.ending():
@@ -640,6 +633,8 @@ def finish(args: Args, envs: EsperVectorEnv, state: TrainState, run: Run) -> Pat
                 policies = {"ppo_lstm": TrainedPolicy(directory)}
                 settings = evaluate_some, args.env, args.eval_episodes
                 result = evaluate_beside_baselines(policies, *settings)
+                agents = result["agents"].items()
+                run.record_evaluation({name: agent["summary"]["mean"] for name, agent in agents})
                 report(result, run.directory / "evaluation.json")
     return directory
 

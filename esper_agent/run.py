@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import platform
+import shutil
 import signal
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -26,14 +29,21 @@ from torch import nn
 from esper_agent.arguments import difference
 from esper_agent.checkpoint import (
     CheckpointError,
-    is_finite,
     load_latest_checkpoint,
     save_checkpoint,
     write_json,
 )
 from esper_agent.command_line import exit_with, say
-from esper_agent.logs import Board, MetricsLog
 from esper_agent.networks import save_network
+from esper_agent.telemetry.events import (
+    AlertCleared,
+    AlertRaised,
+    CheckpointWritten,
+    Evaluated,
+    Event,
+    RunStarted,
+)
+from esper_agent.telemetry.writers import Board, JsonLines, WandbLog
 
 DIVERGED, NOT_SAVED = 3, 1
 """Exit codes of a run that diverged, and of one whose end could not be written."""
@@ -119,8 +129,11 @@ class Run:
         else:
             self._open(config, changeable)
         self._saved_at = time.monotonic()
-        self._metrics = MetricsLog(directory / "metrics.jsonl")
+        self._metrics = JsonLines(directory / "metrics.jsonl")
+        self._events = JsonLines(directory / "events.jsonl")
         self._board = Board(directory, 0)
+        self._config, self._is_new = config, is_new
+        self._tracker: WandbLog | None = None
 
     def carry(
         self, name: str, get_state: Callable[[], Any], set_state: Callable[[Any], object]
@@ -154,9 +167,39 @@ class Run:
         except BaseException:
             self._lock.release()
             raise
-        self._metrics.cut(self._step)
+        for log in (self._metrics, self._events):
+            log.cut(self._step)
         self._board = Board(self.directory, self._step + 1)
-        say(f"run directory: {self.directory}")
+        started = RunStarted(
+            step=self._step,
+            is_resumed=not self._is_new,
+            time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            versions=_versions(),
+        )
+        self._log_events([started])
+
+    def track(self, project: str, entity: str | None) -> None:
+        """Also log to Weights & Biases; if that cannot start, a new directory is removed again.
+
+        Args:
+            project: Project.
+            entity: User or team; None for the default one.
+
+        Raises:
+            ImportError: If the package wandb is not installed.
+            OSError: If the run cannot be started there.
+        """
+        try:
+            self._tracker = WandbLog(self.directory, project, entity, self._config)
+        except BaseException:
+            if self._is_new:
+                shutil.rmtree(self.directory / "wandb", ignore_errors=True)
+                for name in ("config.json", "metrics.jsonl", "events.jsonl", LOCK):
+                    (self.directory / name).unlink(missing_ok=True)
+            self._lock.release()
+            with contextlib.suppress(OSError):
+                self.directory.rmdir()
+            raise
 
     def __enter__(self) -> Run:
         """Note signals from now on. Only the main thread can; an ignored signal stays ignored."""
@@ -178,37 +221,58 @@ class Run:
             say(f"{how} at step {self._step}; continue with --resume {self.directory}")
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self._tracker is not None:
+            self._tracker.close()
         self._lock.release()
 
-    def check(self, step: int, metrics: dict[str, float], network: nn.Module) -> None:
+    def check(self, step: int, problems: Sequence[str], events: Sequence[Event]) -> None:
         """Check that an iteration left everything finite, before anything of it is saved.
 
+        Args:
+            step: Env steps at the end of the iteration.
+            problems: What is not finite, in words.
+            events: Events of the iteration, which are written if the run ends here.
+
         Raises:
-            DivergedError: If a metric or weight is not finite.
+            DivergedError: If something is not finite.
         """
-        wrong = [
-            f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)
-        ]
-        if not is_finite(network):
-            wrong.append("a weight is not finite")
-        if wrong:
+        if problems:
+            self._log_events(events)
             good = f"the last good checkpoint is {self._last_checkpoint}"
             raise DivergedError(
-                f"training diverged in the iteration that ends at step {step}: {'; '.join(wrong)}; "
+                f"training diverged in the iteration that ends at step {step}: "
+                f"{'; '.join(problems)}; "
                 f"{good if self._last_checkpoint else 'there is no checkpoint yet'}; start a new "
                 "run with a smaller --learning-rate or smaller coefficients"
             )
 
-    def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Log the metrics of one iteration."""
+    def record(self, step: int, metrics: dict[str, float], events: Sequence[Event]) -> None:
+        """Log the metrics and events of one iteration."""
         self._step = step
         self._try("metrics.jsonl", lambda: self._metrics.add({"step": step, **metrics}))
         self._try("the TensorBoard events", lambda: self._board.add(step, metrics))
+        self._log_events(events)
+        if self._tracker is not None:
+            self._tracker.add(step, metrics)
 
-    def show(self, metrics: dict[str, float], names: Iterable[str], minutes_left: float) -> None:
-        """Print a line of progress with some of the charts."""
-        shown = "  ".join(f"{n} {metrics.get(f'charts/{n}', math.nan):.4g}" for n in names)
-        say(f"step {self._step}  {shown}  {minutes_left:.1f} min left")
+    def _log_events(self, events: Sequence[Event]) -> None:
+        """Log events; alerts go to all logs."""
+        self._try("events.jsonl", lambda: self._events.add(*(e.to_row() for e in events)))
+        for event in events:
+            if not isinstance(event, (AlertRaised, AlertCleared)):
+                continue
+            text, name, step = "cleared", event.name, event.step
+            if isinstance(event, AlertRaised):
+                text = f"{event.severity}: {event.value:.4g} (threshold {event.threshold:.4g})"
+                text += f"; {event.meaning}"
+            self._try(
+                "the TensorBoard events",
+                lambda step=step, name=name, text=text: self._board.add_text(  # type: ignore[misc]
+                    step, f"alerts/{name}", text
+                ),
+            )
+            if self._tracker is not None and isinstance(event, AlertRaised):
+                self._tracker.alert(name, text)
 
     def save_if_due(self, is_last: bool = False) -> None:
         """Write a checkpoint at regular intervals, at the end and after a signal.
@@ -253,6 +317,10 @@ class Run:
             say(f"{self.directory} is not writable; the trained network is in {directory}")
             return directory
 
+    def record_evaluation(self, scores: dict[str, float]) -> None:
+        """Log the mean score of each agent in an evaluation."""
+        self._log_events([Evaluated(step=self._step, scores=scores)])
+
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
         """Enclose what follows the training, such as an evaluation; afterwards the run is finished.
@@ -262,7 +330,7 @@ class Run:
         """
         try:
             yield
-            for log in (self._metrics, self._board):
+            for log in (self._metrics, self._events, self._board):
                 log.sync()
             if not self._problems:
                 write_json(self.directory / "finished.json", {"step": self._step})
@@ -352,12 +420,14 @@ class Run:
 
         def write() -> None:
             # First the logs: a run that continues from here would miss the rows that still wait.
-            for log in (self._metrics, self._board):
+            for log in (self._metrics, self._events, self._board):
                 log.sync()
             path = save_checkpoint(folder, self._step, state, self._identity, self._keep)
             self._last_checkpoint = path
 
-        self._try("the checkpoint", write)
+        if self._try("the checkpoint", write) and self._last_checkpoint is not None:
+            path = str(self._last_checkpoint.relative_to(self.directory))
+            self._log_events([CheckpointWritten(step=self._step, path=path)])
         self._saved_at = time.monotonic()
 
     def _try(self, name: str, write: Callable[[], object]) -> bool:
@@ -372,3 +442,9 @@ class Run:
             )
             return False
         return True
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that the results depend on."""
+    names = ("esper-env", "torch", "numpy", "numba", "gymnasium")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}

@@ -3,7 +3,7 @@
 Importing this package registers the environment ids of `esper_env.envs.registration`.
 """
 
-from esper_env.config import EnvConfig, Op, Stage
+from esper_env.config import EnvConfig, GradientCause, Op, Stage
 from esper_env.envs.registration import register_environments
 from esper_env.envs.single_env import EsperEnv
 from esper_env.envs.vector_env import EsperVectorEnv
@@ -25,6 +25,7 @@ __all__ = [
     "EnvConfig",
     "EsperEnv",
     "EsperVectorEnv",
+    "GradientCause",
     "JointAction",
     "JointActionVector",
     "MaskInObservation",

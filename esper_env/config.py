@@ -66,6 +66,21 @@ class Curve(IntEnum):
     SIGMOID_24 = 4
 
 
+class GradientCause(IntEnum):
+    """Cause of a low gradient of a seed."""
+
+    FINE = 0
+    """The gradient is not low, or there is no seed or no gradient."""
+    NO_GRADIENT = 1
+    """No gradient reached the seed: the gradients of all its tensors vanish."""
+    DORMANT = 2
+    """The gradient does not get through the seed: those of some tensors vanish (dead units)."""
+    SATURATED = 3
+    """The gradient is low and small: saturated units, or a weight near 0 in the blend."""
+    HOST_FAST = 4
+    """The gradient is low only in comparison: that of the host is large."""
+
+
 @dataclass(frozen=True)
 class Style:
     """Option of the style head: the curve of the first ramp, and the blend."""
@@ -177,6 +192,15 @@ class EnvConfig:
     max_rollbacks: int = 3
     """Number of rollbacks at which an episode terminates."""
 
+    flag_contribution: float = 0.02
+    """Contributions above which `flag_parasite` and `flag_attribution` are possible [accuracy]."""
+    flag_ratio: float = 2.0
+    """Sum of the contributions at which `flag_attribution` is set [multiples of the joint gain]."""
+    flag_prunes: int = 3
+    """Prunes of young seeds in an episode at which `flag_churn` is set."""
+    flag_age: int = 5
+    """Age below which a seed counts as young for `flag_churn` [env steps]."""
+
     host_learning_rate: float = 0.05
     """Initial learning rate of the host, for the default instance."""
     seed_learning_rate: float = 0.05
@@ -208,6 +232,10 @@ class EnvConfig:
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("min_training_steps", "min_prune_age"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("flag_prunes", "flag_age"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("flag_contribution", "flag_ratio"):
+            _require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("snapshot_interval", "panic_patience", "max_rollbacks"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("max_seeds", "chunk_size"):

@@ -37,6 +37,7 @@ INFO_KEYS = {
     "action_mask", "action_valid", "op", "accuracy", "loss", "committed_accuracy", "score",
     "committed_score", "contribution", "contribution_valid", "stage", "alpha", "blueprint",
     "parameters", "host_parameters", "instance", "flops", "samples", "reward_terms", "rolled_back",
+    "flag_parasite", "flag_attribution", "flag_churn", "gradient_cause",
     "test_accuracy", "committed_test_accuracy",
 }  # fmt: skip
 
@@ -117,7 +118,9 @@ def train_calls(sim: Simulation, num_steps: int) -> list[Training]:
 
     def train(training: Training) -> TrainReport:
         calls.append(training)
-        return TrainReport(np.ones(n), np.zeros((n, num_slots, 1)), np.ones(n, dtype=bool))
+        return TrainReport(
+            np.ones(n), np.zeros((n, num_slots, 1)), np.zeros(n), np.ones(n, dtype=bool)
+        )
 
     sim.population.train = train  # type: ignore[method-assign]
     everyone = np.ones(n, dtype=bool)

@@ -83,4 +83,5 @@ def effective_rank(features: Tensor) -> Tensor:
     # Eigenvalues of the small Gram matrix are the squared singular values, and cheaper.
     values = torch.linalg.eigvalsh(matrix.T @ matrix).clamp(min=0).sqrt().flip(0)
     is_needed = values.cumsum(0) < RANK_SHARE * values.sum()
-    return (is_needed.sum() + 1).float() / features.shape[-1]
+    rank: Tensor = is_needed.sum() + 1
+    return rank.float() / features.shape[-1]

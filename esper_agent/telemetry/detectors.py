@@ -8,7 +8,8 @@ was cleared.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -136,8 +137,8 @@ class Look:
     """Norm that gradients are clipped to."""
     num_options: Mapping[str, int]
     """Number of options of each head."""
-    is_open: Callable[[str], bool]
-    """Whether an alert is open already, by the subject."""
+    open: Container[str]
+    """Subjects with an open alert."""
 
     def rows(self, count: int) -> list[Row]:
         """Return the last rows, this one included; an empty list if there are fewer."""
@@ -187,12 +188,10 @@ def value(look: Look) -> Findings:
     def is_low(row: Row) -> bool:
         return row["critic/is_valid"] > 0 and row[name] < floor
 
-    for count, severity in (
-        (limits.value_critical_updates, "critical"),
-        (limits.value_updates, "warning"),
-    ):
-        if look.holds(count, is_low):
-            return {"": Finding(severity, look.now[name], floor)}
+    if look.holds(limits.value_critical_updates, is_low):
+        return {"": Finding("critical", look.now[name], floor)}
+    if look.holds(limits.value_updates, is_low):
+        return {"": Finding("warning", look.now[name], floor)}
     return {}
 
 
@@ -205,7 +204,7 @@ def entropy(look: Look) -> Findings:
         name = f"entropy_share/{head}"
         is_wide = look.num_options[head] > 4
         low = limits.entropy_low_wide if is_wide else limits.entropy_low
-        is_open = look.is_open(head)
+        is_open = head in look.open
         if is_open:
             low *= limits.entropy_clear
 
@@ -239,7 +238,7 @@ def vanishing(look: Look) -> Findings:
     floor = limits.vanish_of_clip * look.max_grad_norm
     for group, norm, average in _groups(look):
         # The moving average follows, so an open alert is judged by the norm alone.
-        is_below_trend = norm < limits.vanish_of_trend * average or look.is_open(group)
+        is_below_trend = norm < limits.vanish_of_trend * average or group in look.open
         if norm < floor and is_below_trend:
             found[group] = Finding("critical", norm, floor)
     return found
@@ -250,7 +249,7 @@ def exploding(look: Look) -> Findings:
     limits, found = look.limits, {}
     ceiling = limits.explode_of_clip * look.max_grad_norm
     for group, norm, average in _groups(look):
-        is_above_trend = norm > limits.explode_of_trend * average or look.is_open(group)
+        is_above_trend = norm > limits.explode_of_trend * average or group in look.open
         if norm > ceiling and is_above_trend:
             found[group] = Finding("critical", norm, ceiling)
     return found
@@ -373,8 +372,7 @@ def memory(look: Look) -> Findings:
         if look.now[share] > limits.memory_share:
             found[subject] = Finding("critical", look.now[share], limits.memory_share)
         sizes = [row[size] for row in look.rows(limits.memory_updates + 1) if size in row]
-        pairs = list(zip(sizes, sizes[1:], strict=False))
-        growth = [b / a - 1 for a, b in pairs]
+        growth = [b / a - 1 for a, b in itertools.pairwise(sizes)]
         if len(growth) == limits.memory_updates and min(growth) > limits.memory_growth:
             found[subject] = Finding("critical", growth[-1], limits.memory_growth)
     return found
@@ -534,17 +532,18 @@ class Alerts:
                 limits=self.limits,
                 max_grad_norm=self.max_grad_norm,
                 num_options=self.num_options,
-                is_open=lambda subject, name=name: title(name, subject) in self.open,
+                open=[subject for owner, subject in map(split_title, self.open) if owner == name],
             )
             for subject, finding in detector.function(look).items():
                 found[title(name, subject)] = finding
                 if self._is_news(title(name, subject), finding):
                     events.append(raised(step, name, subject, finding))
             self.evaluated[name] = self.evaluated.get(name, 0) + 1
-        for name in [name for name in self.open if name not in found]:
-            events.append(
-                AlertCleared(step=step, name=name, raised_at=self.open.pop(name)["raised_at"])
-            )
+        gone = [name for name in self.open if name not in found]
+        events.extend(
+            AlertCleared(step=step, name=name, raised_at=self.open.pop(name)["raised_at"])
+            for name in gone
+        )
         for event in events:
             if isinstance(event, AlertRaised):
                 first = self.open.get(event.name, {}).get("raised_at", step)
@@ -562,6 +561,12 @@ class Alerts:
 def title(name: str, subject: str) -> str:
     """Return the name of an alert."""
     return f"{name}[{subject}]" if subject else name
+
+
+def split_title(text: str) -> tuple[str, str]:
+    """Return the detector and the subject of an alert, given its name."""
+    name, _, rest = text.partition("[")
+    return name, rest.removesuffix("]")
 
 
 def raised(step: int, name: str, subject: str, finding: Finding) -> AlertRaised:

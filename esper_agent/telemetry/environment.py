@@ -33,29 +33,28 @@ WATCHED = (
     *("committed_score", *(f"flag_{name}" for name in FLAGS)),
 )
 """Keys of info that are read in every env step."""
+STACKED = ("op", "action_valid", "rolled_back", "stage", "blueprint", "gradient_cause")
+"""Those of them that are counted at the end of a rollout."""
 _BINARY = ("stage_", "mode_", "is_", "blueprint_", "style_")
 """Prefixes of features that are 0 or 1."""
 
 
 @dataclass
 class _Counts:
-    """Counts of one rollout."""
+    """Counts and steps of one rollout."""
 
-    steps: int = 0
-    op: Counter[str] = field(default_factory=Counter)
-    chosen_op: Counter[str] = field(default_factory=Counter)
-    """Ops in steps with a choice of op."""
+    steps: list[dict[str, Array]] = field(default_factory=list)
+    """Values of `STACKED` in each env step."""
+    num_steps: int = 0
+    """Env steps, summed over sub-environments."""
+    reward: dict[str, Array] = field(default_factory=dict)
+    """Sum of each reward term. (num_envs,) float64."""
     blueprint: Counter[str] = field(default_factory=Counter)
     slot: Counter[int] = field(default_factory=Counter)
-    stage: Counter[int] = field(default_factory=Counter)
-    cause: Counter[int] = field(default_factory=Counter)
-    start: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    start: Counter[tuple[int, ...]] = field(default_factory=Counter)
     """Blueprint, slot and env step of the first germination of each episode that ended."""
     flag: Counter[str] = field(default_factory=Counter)
-    reward: Counter[str] = field(default_factory=Counter)
     pruned: int = 0
-    rollbacks: int = 0
-    illegal: int = 0
     germinated_at: list[int] = field(default_factory=list)
     fossilized_at: list[int] = field(default_factory=list)
     contribution: list[float] = field(default_factory=list)
@@ -86,7 +85,8 @@ class EnvironmentWatch:
         names = envs.observation_names
         self._blueprints = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
         self._ops = envs.heads[0].options
-        self._bound = envs.single_observation_space.high
+        # All features have a range that is symmetric around 0, or begins at 0.
+        self._bound = np.asarray(envs.single_observation_space.high)  # type: ignore[attr-defined]
         parts = [name.split(".")[-1] for name in names]
         self._is_continuous = np.array(
             [not part.startswith(_BINARY) and not part.endswith("_valid") for part in parts]
@@ -128,8 +128,9 @@ class EnvironmentWatch:
             done: True where an episode ended, and the environment has reset itself. (num_envs,).
             info: Info of the step.
         """
-        self._counts.steps += self._num_envs
+        self._counts.num_steps += self._num_envs
         self._return += rewards
+        # `build_info` returns copies, so these arrays do not change any more.
         after = {key: info[key] for key in WATCHED}
         terms = info["reward_terms"]
         if done.any():
@@ -152,38 +153,28 @@ class EnvironmentWatch:
     def _add_step(self, after: dict[str, Array], terms: dict[str, Array]) -> None:
         """Record ops, stages, growth, flags and reward terms of one env step."""
         counts = self._counts
-        has_choice = self._op_mask.sum(1) > 1
-        for op, chose in zip(after["op"].tolist(), has_choice.tolist(), strict=True):
-            name = Op(op).name
-            counts.op[name] += 1
-            counts.chosen_op[name] += chose
-        counts.illegal += int((~after["action_valid"]).sum())
-        for stage, count in enumerate(np.bincount(after["stage"].ravel()).tolist()):
-            counts.stage[stage] += count
-        is_live = after["blueprint"] >= 0
-        for cause, count in enumerate(np.bincount(after["gradient_cause"][is_live]).tolist()):
-            counts.cause[cause] += count
+        row = {key: after[key] for key in STACKED}
+        counts.steps.append(row | {"has_op": self._op_mask.sum(1) > 1})
         for f, name in enumerate(FLAGS):
             flag = after[f"flag_{name}"]
             self._flagged[f] |= flag.any(1) if flag.ndim > 1 else flag
         for name, term in terms.items():
             if not name.startswith("_"):
-                counts.reward[name] += term.sum()
+                counts.reward[name] = counts.reward.get(name, 0.0) + term
         self._add_growth(after)
 
     def _add_growth(self, after: dict[str, Array]) -> None:
         """Record the changes of stages and the rollbacks of one env step."""
         before, counts = self._before, self._counts
         for i in np.nonzero(after["rolled_back"])[0].tolist():
-            counts.rollbacks += 1
             self._events.append(
                 {
                     "event": RolledBack,
                     "member": i,
                     "episode": int(self._episode[i]),
                     "at": int(self._at[i]),
-                    "accuracy_before": float(before["accuracy"][i]),
-                    "accuracy": float(after["accuracy"][i]),
+                    "accuracy_before": round(float(before["accuracy"][i]), 5),
+                    "accuracy": round(float(after["accuracy"][i]), 5),
                 }
             )
         has_changed = (after["stage"] != before["stage"]) & (before["stage"] != Stage.EMBARGOED)
@@ -194,7 +185,7 @@ class EnvironmentWatch:
             blueprint = (before if is_gone else after)["blueprint"][i, s]
             name = self._blueprints[blueprint]
             is_measured = bool(before["contribution_valid"][i, s])
-            contribution = float(before["contribution"][i, s]) if is_measured else None
+            contribution = round(float(before["contribution"][i, s]), 5) if is_measured else None
             kind: type[Growth] = StageChanged
             if old is Stage.DORMANT:
                 kind = Germinated
@@ -221,8 +212,8 @@ class EnvironmentWatch:
                     "blueprint": name,
                     "stage_before": old.name,
                     "stage": new.name,
-                    "accuracy_before": float(before["accuracy"][i]),
-                    "accuracy": float(after["accuracy"][i]),
+                    "accuracy_before": round(float(before["accuracy"][i]), 5),
+                    "accuracy": round(float(after["accuracy"][i]), 5),
                     "contribution": contribution,
                     "parameters": int(after["parameters"][i]),
                 }
@@ -287,22 +278,28 @@ class EnvironmentWatch:
 
     def _figures_of_steps(self) -> dict[str, float]:
         counts = self._counts
+        # (num_steps, num_envs, ...) by key
+        steps = {key: np.stack([row[key] for row in counts.steps]) for key in counts.steps[0]}
         # Rates refer to whole episodes, of which a rollout may hold parts.
-        episodes = counts.steps / self._episode_steps
-        metrics = {f"env/op/{name}": counts.op[name] / counts.steps for name in self._ops}
-        chosen = counts.chosen_op
-        metrics["env/main_op"] = max(chosen.values(), default=0) / max(1, chosen.total())
+        episodes = counts.num_steps / self._episode_steps
+        ops = np.bincount(steps["op"].ravel(), minlength=len(Op))
+        metrics = {f"env/op/{name}": float(ops[Op[name]] / counts.num_steps) for name in self._ops}
+        chosen = np.bincount(steps["op"][steps["has_op"]], minlength=len(Op))
+        metrics["env/main_op"] = float(chosen.max() / max(1, chosen.sum()))
         for name in self._blueprints:
             metrics[f"env/germinated/{name}"] = counts.blueprint[name] / episodes
         for s in range(self._num_slots):
             metrics[f"env/germinated_slot/{s}"] = counts.slot[s] / episodes
-        slots = counts.steps * self._num_slots
-        for stage in Stage:
-            metrics[f"env/stage/{stage.name}"] = counts.stage[stage.value] / slots
-        metrics["env/rollbacks"] = 100 * counts.rollbacks / episodes
-        metrics["env/illegal"] = counts.illegal / counts.steps
+        stages = np.bincount(steps["stage"].ravel(), minlength=len(Stage)) / steps["stage"].size
+        metrics |= {f"env/stage/{stage.name}": float(stages[stage]) for stage in Stage}
+        metrics["env/rollbacks"] = 100 * float(steps["rolled_back"].sum()) / episodes
+        metrics["env/illegal"] = float((~steps["action_valid"]).mean())
         for name, total in counts.reward.items():
-            metrics[f"env/reward/{name}"] = float(total) / episodes
+            metrics[f"env/reward/{name}"] = float(total.sum()) / episodes
+        causes = steps["gradient_cause"][steps["blueprint"] >= 0]
+        if len(causes):
+            shares = np.bincount(causes, minlength=len(GradientCause)) / len(causes)
+            metrics |= {f"env/gradient_cause/{c.name}": float(shares[c]) for c in GradientCause}
         germinated = counts.slot.total()
         if germinated:
             metrics["env/germination_step"] = float(np.median(counts.germinated_at))
@@ -311,10 +308,6 @@ class EnvironmentWatch:
             metrics["env/fossilization_step"] = float(np.median(counts.fossilized_at))
         if counts.contribution:
             metrics["env/fossilized_contribution"] = float(np.mean(counts.contribution))
-        live = counts.cause.total()
-        if live:
-            for cause in GradientCause:
-                metrics[f"env/gradient_cause/{cause.name}"] = counts.cause[cause.value] / live
         return metrics
 
     def _figures_of_episodes(self) -> dict[str, float]:

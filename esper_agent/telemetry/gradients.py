@@ -7,7 +7,7 @@ compile into one graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,10 @@ TOP_SHARE = 0.01
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the L2 norm of all elements of several tensors. () float32."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+    result: Tensor = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(t) for t in tensors])
+    )
+    return result
 
 
 def dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
@@ -47,7 +50,9 @@ def concentration(tensors: Sequence[Tensor]) -> Tensor:
     A tensor contributes at least one element. NaN if all elements are 0. () float32.
     """
     squares = [t.flatten().square() for t in tensors]
-    largest = [s.topk(max(1, round(TOP_SHARE * len(s)))).values.sum() for s in squares]
+    largest = [
+        s.topk(max(1, round(TOP_SHARE * len(s))), sorted=False).values.sum() for s in squares
+    ]
     return torch.stack(largest).sum() / torch.stack([s.sum() for s in squares]).sum()
 
 
@@ -101,21 +106,37 @@ TENSOR_FIGURES = ("norm", "min", "max", "zero", "above_clip", "nonfinite")
 """Names of the figures of `tensor_figures`."""
 
 
-def clip_groups(groups: Sequence[Sequence[Tensor]], max_norm: float) -> None:
-    """Scale every group of gradients in place so that its norm is at most `max_norm`.
+def gradients_of(group: Sequence[tuple[Tensor, slice]]) -> list[Tensor]:
+    """Return the gradients of some rows of weights, without those that have none."""
+    return [weight.grad[rows] for weight, rows in group if weight.grad is not None]
+
+
+def clip_groups(groups: Iterable[Sequence[tuple[Tensor, slice]]], max_norm: float) -> Tensor:
+    """Scale the gradients of each group to a norm of at most `max_norm`, in place.
+
+    Args:
+        groups: Weights and their rows, which no two groups share.
+        max_norm: Largest norm of the gradient of a group.
+
+    Returns:
+        Norm of the gradient of all groups before. () float32.
 
     Source: Pascanu et al. (2013), algorithm 1, applied to each group.
     """
+    norms = []
     for group in groups:
-        scale = (max_norm / (norm(group) + 1e-6)).clamp(max=1.0)
-        for tensor in group:
+        found = gradients_of(group)
+        norms.append(norm(found))
+        scale = (max_norm / (norms[-1] + 1e-6)).clamp(max=1.0)
+        for tensor in found:
             tensor.mul_(scale)
+    return norm(norms)
 
 
 def correlation(first: Tensor, second: Tensor) -> Tensor:
     """Return Pearson's correlation of two vectors; NaN if one is constant. () float32."""
     a, b = first - first.mean(), second - second.mean()
-    return (a * b).sum() / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
+    return cosine([a], [b])
 
 
 def _share(tensors: Sequence[Tensor], counts: Sequence[Tensor]) -> Tensor:

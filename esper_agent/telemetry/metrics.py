@@ -197,8 +197,8 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         Metric(
             "gradients/norm/<group>",
             "",
-            "L2 norm of the gradient of a group of weights before clipping; without data for a "
-            "head that had no choice",
+            "L2 norm of the mean gradient of a group of weights over the first epoch, before "
+            "clipping; without data for a head that had no choice",
             is_optional=True,
         ),
         Metric("gradients/policy_norm", "", "L2 norm of the policy loss's gradient on the core"),

@@ -25,7 +25,7 @@ WORST = 10
 """Transitions with extreme ratios that level debug records per update."""
 VARIANCE_FLOOR = 1e-8
 """Variance of the returns above which the explained variance means something."""
-_WEIGHT_OF_HASH = 0x9E3779B1
+_FACTOR_OF_HASH = 0x9E3779B1
 _BITS_OF_HASH = 48
 
 
@@ -54,10 +54,37 @@ class Watched(Protocol):
         "core" are shared by policy and critic.
         """
 
+    def encode(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the input of the core, and other encodings."""
+
     def activations(
         self, obs: Tensor, lstm_state: tuple[Tensor, Tensor], dones: Tensor
     ) -> dict[str, Tensor]:
         """Return outputs of ReLU layers, and the features of the heads as "core"."""
+
+
+class Experience(Protocol):
+    """Experience of one rollout; tensors are (num_steps, num_envs, ...)."""
+
+    @property
+    def obs(self) -> Tensor:
+        """Observations."""
+
+    @property
+    def dones(self) -> Tensor:
+        """True where the step before ended an episode."""
+
+    @property
+    def actions(self) -> Tensor:
+        """Option of each head."""
+
+    @property
+    def rewards(self) -> Tensor:
+        """Unscaled rewards."""
+
+    @property
+    def lstm_state(self) -> tuple[Tensor, Tensor]:
+        """LSTM state before the first step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +137,8 @@ class UpdateWatch:
         level: Level of detail.
         limits: Limits of the update.
         clock: Clock to which the time spent here is added.
+        num_minibatches: Minibatches per epoch.
+        update_epochs: Epochs of an update that is not stopped early.
         change_before: Change of each weight by the update before, if known.
     """
 
@@ -119,76 +148,78 @@ class UpdateWatch:
         level: Level,
         limits: Limits,
         clock: Clock,
+        num_minibatches: int,
+        update_epochs: int,
         change_before: list[Tensor] | None = None,
     ) -> None:
-        self.level = level
         self.change = change_before
+        """Change of each weight by the last update that was watched."""
         self.worst: tuple[dict[str, Any], ...] = ()
         """Transitions with the most extreme ratios (level debug)."""
         self._network, self._limits, self._clock = network, limits, clock
+        self._num_minibatches, self._update_epochs = num_minibatches, update_epochs
+        self._is_on, self._is_debug = has_level(level, "normal"), has_level(level, "debug")
         self._weights = dict(network.named_parameters())
         self._groups = network.weight_groups()
         self._shared = [w for name in ("encoder", "core") for w, _ in self._groups[name]]
-        self._figures: dict[str, Tensor] = {}
-        self._rows: list[dict[str, Tensor]] = []
-        self._tensors: list[Tensor] = []
-        self._transitions: list[Tensor] = []
         self._before = [w.detach().clone() for w in self._weights.values()] if self._is_on else []
-        self._first_epoch: list[Tensor] = []
-        self._num_summed = 0
-
-    @property
-    def _is_on(self) -> bool:
-        return has_level(self.level, "normal")
-
-    @property
-    def _is_debug(self) -> bool:
-        return has_level(self.level, "debug")
+        self._figures: dict[str, Tensor] = {}
+        self._minibatches: list[tuple[Tensor, ...]] = []
+        """Sub-environments, scalars, entropies and log-ratios of each head, of each minibatch."""
+        self._directions: list[dict[str, Tensor]] = []
+        """Norms and cosines of the gradients of parts of the loss, of one or all minibatches."""
+        self._tensors: list[Tensor] = []
+        """Figures of each weight in the first minibatch of each epoch (level debug)."""
+        self._mean_gradient: list[Tensor] = []
+        """Mean gradient over the first epoch."""
 
     # ------------------------------------------------------------------ before the first epoch
 
     def begin(
         self,
-        *,
-        advantages: Tensor,
-        returns: Tensor,
-        values: Tensor,
-        td_errors: Tensor,
+        rollout: Experience,
+        next_state: tuple[Tensor, tuple[Tensor, Tensor]],
+        logprobs: Tensor,
         entropies: Tensor,
         num_legal: Tensor,
-        states: Mapping[str, Any],
+        values: Tensor,
+        returns: Tensor,
+        td_errors: Tensor,
+        advantages: Tensor,
+        normalized: Tensor,
     ) -> None:
         """Collect the figures that do not change during the update.
 
         Args:
-            advantages: Before normalization. (num_steps, num_envs) float32.
-            returns: Advantages plus values, from scaled rewards. (num_steps, num_envs) float32.
-            values: V before the update. (num_steps, num_envs) float32.
-            td_errors: r + gamma * V(s') - V(s). (num_steps, num_envs) float32.
-            entropies: Entropy of each head. (num_steps, num_envs, num_heads) float32.
-            num_legal: Legal options of each head. (num_steps, num_envs, num_heads).
-            states: "obs", "lstm_state" and "dones" of some sequences; "next_obs" and
-                "next_lstm_state" after the rollout.
+            rollout: Experience to learn from.
+            next_state: Observations and LSTM state after the rollout.
+            logprobs: Log-probability of each head's option before the update.
+                (num_steps, num_envs, num_heads) float32, as the next two.
+            entropies: Entropy of each head.
+            num_legal: Legal options of each head.
+            values: V before the update. (num_steps, num_envs) float32, as all that follow.
+            returns: Advantages plus values, from scaled rewards.
+            td_errors: r + gamma * V(s') - V(s).
+            advantages: Advantages before normalization.
+            normalized: Advantages after it.
         """
         with self._clock.measure("telemetry"), torch.no_grad():
+            self._rollout, self._next_state = rollout, next_state
+            self._logprobs, self._normalized = logprobs, normalized
             figures, heads = self._figures, self._network.heads
-            has_choice = num_legal > 1
             variance, error = returns.var(), returns - values
             figures["losses/explained_variance"] = 1 - error.var() / variance.clamp(min=1e-12)
-            for name, share in zip(heads, has_choice.float().mean((0, 1)), strict=True):
-                figures[f"choice/{name}"] = share
-            self._states = states
+            has_choice = num_legal > 1
+            # (steps, envs, heads) -> (heads,)
+            self._choice = has_choice.float().mean((0, 1))
+            figures |= {f"choice/{n}": c for n, c in zip(heads, self._choice, strict=True)}
             if not self._is_on:
                 return
-            if self._network.recurrent:
-                self._add_core("core")
             figures["choice/none"] = (~has_choice).all(-1).float().mean()
             # log(1) = 0 never divides: such a head has no choice.
             shares = entropies / num_legal.clamp(min=2).log()
-            total = (shares * has_choice).flatten(0, 1).sum(0)
-            mean_shares = total / has_choice.flatten(0, 1).sum(0)
-            for name, share in zip(heads, mean_shares, strict=True):
-                figures[f"entropy_share/{name}"] = share
+            shares = (shares * has_choice).sum((0, 1)) / has_choice.sum((0, 1))
+            figures |= {f"entropy_share/{n}": x for n, x in zip(heads, shares, strict=True)}
             mean, std = advantages.mean(), advantages.std()
             standard = (advantages - mean) / std.clamp(min=1e-12)
             figures["advantages/mean"], figures["advantages/std"] = mean, std
@@ -196,8 +227,8 @@ class UpdateWatch:
             figures["advantages/kurtosis"] = standard.pow(4).mean() - 3
             figures["advantages/positive"] = (advantages > 0).float().mean()
             figures["returns/mean"], figures["returns/std"] = returns.mean(), variance.sqrt()
-            shares = torch.tensor([0.1, 0.5, 0.9], device=returns.device)
-            for name, value in zip(("p10", "p50", "p90"), returns.quantile(shares), strict=True):
+            levels = torch.tensor([0.1, 0.5, 0.9], device=returns.device)
+            for name, value in zip(("p10", "p50", "p90"), returns.quantile(levels), strict=True):
                 figures[f"returns/{name}"] = value
             figures["critic/is_valid"] = (variance > VARIANCE_FLOOR).float()
             figures["critic/rmse"] = error.square().mean().sqrt() / variance.sqrt().clamp(min=1e-6)
@@ -205,237 +236,206 @@ class UpdateWatch:
             correlation = gradients.correlation(values.flatten(), returns.flatten())
             figures["critic/correlation"] = correlation.nan_to_num()
             figures["critic/td_error"] = td_errors.abs().mean()
+            self._add_core("core")
 
     # ------------------------------------------------------------------ each minibatch
 
-    def before_backward(self, losses: Mapping[str, Tensor]) -> None:
-        """Collect the gradients of each loss on the weights that policy and critic share.
+    def _is_watched(self) -> bool:
+        """Return True for the first minibatch, and at level debug for all."""
+        return self._is_on and (self._is_debug or not self._minibatches)
+
+    def before_backward(self, policy: Tensor, value: Tensor, entropy: Tensor) -> None:
+        """Collect the gradients of parts of the loss on the weights that all of them share.
 
         At level normal this is done for the first minibatch, at level debug for all.
 
         Args:
-            losses: "policy", "value" and "entropy", with their coefficients and signs.
+            policy: Policy loss.
+            value: Value loss with its coefficient.
+            entropy: Entropy bonus with its coefficient and sign.
         """
-        if not self._is_on or (self._rows and not self._is_debug):
+        del value  # Its gradient is what is left of the whole.
+        if not self._is_watched():
             return
         with self._clock.measure("telemetry"):
-            names, parts = list(losses), {}
-            for name, loss in losses.items():
-                # A loss that does not depend on a weight has gradient 0 there.
-                parts[name] = torch.autograd.grad(
-                    loss, self._shared, retain_graph=True, materialize_grads=True
-                )
-            self._separate = {f"gradients/{n}_norm": gradients.norm(parts[n]) for n in names}
-            for i, first in enumerate(names):
-                for second in names[i + 1 :]:
-                    cosine = gradients.cosine(parts[first], parts[second])
-                    self._separate[f"gradients/{first}_{second}_cosine"] = cosine
+            # A loss that does not depend on a weight has gradient 0 there.
+            self._policy, self._entropy = (
+                torch.autograd.grad(loss, self._shared, retain_graph=True, materialize_grads=True)
+                for loss in (policy, entropy)
+            )
 
-    def before_clipping(self, is_first_epoch: bool) -> None:
+    def before_clipping(self) -> None:
         """Collect figures of the gradient of one minibatch, before it is clipped."""
-        self._gradient_figures: dict[str, Tensor] = {}
-        if not self._is_on:
+        is_first_epoch = len(self._minibatches) < self._num_minibatches
+        if not (self._is_watched() or (self._is_on and is_first_epoch)):
             return
         with self._clock.measure("telemetry"), torch.no_grad():
             found = [w.grad for w in self._weights.values() if w.grad is not None]
-            figures = self._gradient_figures
-            for name, group in self._groups.items():
-                rows = [w.grad[part] for w, part in group if w.grad is not None]
-                figures[f"gradients/norm/{name}"] = gradients.norm(rows)
-            if not self._rows or self._is_debug:
-                figures["gradients/negative"] = gradients.negative_share(found)
-                figures["gradients/concentration"] = gradients.concentration(found)
-                figures["gradients/sparsity"] = gradients.sparsity(found)
-                figures |= self._separate
+            if self._is_watched():
+                self._add_directions()
+            if not self._minibatches:
+                self._add_elements(found)
             if is_first_epoch:
-                if not self._first_epoch:
-                    self._first_epoch = [torch.zeros_like(g) for g in found]
-                for total, gradient in zip(self._first_epoch, found, strict=True):
-                    total.add_(gradient)
-                self._num_summed += 1
-            if self._is_debug:
+                if not self._mean_gradient:
+                    self._mean_gradient = [torch.zeros_like(w) for w in self._weights.values()]
+                for total, weight in zip(self._mean_gradient, self._weights.values(), strict=True):
+                    if weight.grad is not None:
+                        total.add_(weight.grad, alpha=1 / self._num_minibatches)
+            if self._is_debug and len(self._minibatches) % self._num_minibatches == 0:
                 limit = self._limits.max_grad_norm
-                self._tensors.append(
-                    torch.stack([gradients.tensor_figures(g, limit) for g in found])
-                )
+                rows = [gradients.tensor_figures(g, limit) for g in found]
+                self._tensors.append(torch.stack(rows))
+
+    def _add_directions(self) -> None:
+        """Collect norms and cosines of the gradients of parts of the loss."""
+        whole = [w.grad if w.grad is not None else torch.zeros_like(w) for w in self._shared]
+        parts = zip(whole, self._policy, self._entropy, strict=True)
+        value = [total - policy - entropy for total, policy, entropy in parts]
+        self._directions.append(
+            {
+                "gradients/policy_norm": gradients.norm(self._policy),
+                "gradients/value_norm": gradients.norm(value),
+                "gradients/entropy_norm": gradients.norm(self._entropy),
+                "gradients/policy_value_cosine": gradients.cosine(self._policy, value),
+                "gradients/policy_entropy_cosine": gradients.cosine(self._policy, self._entropy),
+                "gradients/value_entropy_cosine": gradients.cosine(value, self._entropy),
+            }
+        )
+
+    def _add_elements(self, found: list[Tensor]) -> None:
+        """Collect figures of the elements of a gradient."""
+        figures = self._figures
+        figures["gradients/negative"] = gradients.negative_share(found)
+        figures["gradients/concentration"] = gradients.concentration(found).nan_to_num()
+        figures["gradients/sparsity"] = gradients.sparsity(found)
 
     def after_minibatch(
         self,
-        *,
-        losses: Mapping[str, Tensor],
-        head_entropies: Tensor,
-        gradient_norm: Tensor,
-        head_logratios: Tensor,
-        has_choice: Tensor,
-        advantages: Tensor,
-        transitions: Mapping[str, Tensor],
         envs: Tensor,
+        policy_loss: Tensor,
+        value_loss: Tensor,
+        entropy: Tensor,
+        total_loss: Tensor,
+        gradient_norm: Tensor,
+        head_entropies: Tensor,
+        head_logratios: Tensor,
     ) -> None:
-        """Collect the figures of one minibatch.
+        """Remember the results of one minibatch.
 
         Args:
-            losses: Scalars by the name of their metric without "losses/".
+            envs: Sub-environments of the minibatch. (minibatch envs,) int64.
+            policy_loss: () float32, as the next four.
+            value_loss: Without its coefficient.
+            entropy: Without its coefficient.
+            total_loss: Loss whose gradient was taken.
+            gradient_norm: Norm of the gradient before clipping.
             head_entropies: Mean entropy of each head. (num_heads,) float32.
-            gradient_norm: Norm before clipping. () float32.
             head_logratios: Log-probability minus that of the old policy, of each head.
                 (num_steps, minibatch envs, num_heads) float32.
-            has_choice: True where a head had a choice. (num_steps, minibatch envs, num_heads) bool.
-            advantages: Normalized advantages. (num_steps, minibatch envs) float32.
-            transitions: "obs", "actions" and "old_logprobs" of all sub-environments.
-            envs: Sub-environments of the minibatch. (minibatch envs,) int64.
         """
-        with self._clock.measure("telemetry"), torch.no_grad():
-            limits, heads = self._limits, self._network.heads
-            logratio = head_logratios.sum(-1)
-            ratio = logratio.exp()
-            row = {f"losses/{name}": loss.detach() for name, loss in losses.items()}
-            row["losses/approx_kl"] = kl_estimate(logratio).mean()
-            row["losses/clipfrac"] = ((ratio - 1).abs() > limits.clip_coef).float().mean()
-            row["losses/gradient_norm"] = gradient_norm
-            for name, entropy in zip(heads, head_entropies.detach(), strict=True):
-                row[f"entropy/{name}"] = entropy
-            if not self._rows:
-                self._figures["losses/first_ratio_error"] = (ratio - 1).abs().max()
-            if self._is_on:
-                self._add_policy(row, head_logratios, ratio)
-                row["gradients/clipped_norm"] = gradient_norm.clamp(max=limits.max_grad_norm)
-                row["gradients/clipped"] = (gradient_norm > limits.max_grad_norm).float()
-                row["spread"] = advantages.std()
-                # A head without a choice has no gradient, which is not the same as gradient 0.
-                for name, chosen in zip(heads, has_choice.flatten(0, 1).any(0), strict=True):
-                    norm = self._gradient_figures[f"gradients/norm/{name}"]
-                    self._gradient_figures[f"gradients/norm/{name}"] = torch.where(
-                        chosen, norm, torch.nan
-                    )
-                row |= self._gradient_figures
-                if self._rows and not self._is_debug:
-                    # One row of figures was computed in the first minibatch.
-                    missing = self._rows[0].keys() - row.keys()
-                    row |= {name: row["spread"].new_tensor(math.nan) for name in missing}
-                    row = {name: row[name] for name in self._rows[0]}
-            if self._is_debug and self._rows:
-                self._add_transitions(
-                    head_logratios, ratio, advantages, gradient_norm, transitions, envs
-                )
-            self._rows.append(row)
-
-    def _add_policy(self, row: dict[str, Tensor], head_logratios: Tensor, ratio: Tensor) -> None:
-        """Add figures of the ratios of one minibatch to a row."""
-        limits = self._limits
-        head_ratios = head_logratios.exp()
-        kls = kl_estimate(head_logratios).mean((0, 1))
-        clipped = ((head_ratios - 1).abs() > limits.clip_coef).float().mean((0, 1))
-        largest = head_ratios.amax((0, 1))
-        for h, name in enumerate(self._network.heads):
-            row[f"kl/{name}"], row[f"clipping/{name}"] = kls[h], clipped[h]
-            row[f"ratio/max/{name}"] = largest[h]
-        row["clipping/above"] = (ratio > 1 + limits.clip_coef).float().mean()
-        row["clipping/below"] = (ratio < 1 - limits.clip_coef).float().mean()
-        row["ratio/mean"], row["ratio/std"] = ratio.mean(), ratio.std()
-        row["ratio/min"], row["ratio/max"] = ratio.min(), ratio.max()
-        is_extreme = (ratio < limits.ratio_low) | (ratio > limits.ratio_high)
-        row["ratio/extreme"] = is_extreme.float().mean()
-
-    def _add_transitions(
-        self,
-        head_logratios: Tensor,
-        ratio: Tensor,
-        advantages: Tensor,
-        gradient_norm: Tensor,
-        transitions: Mapping[str, Tensor],
-        envs: Tensor,
-    ) -> None:
-        """Remember the transitions of one minibatch with the most extreme ratios."""
-        width = ratio.shape[1]
-        extremity = ratio.log().abs().flatten()
-        at = extremity.topk(min(WORST, len(extremity))).indices
-        step, column = at // width, at % width
-        env = envs[column]
-        obs, old = transitions["obs"][step, env], transitions["old_logprobs"][step, env]
-        # A sum of products of the bits, which float64 holds exactly.
-        factors = torch.arange(1, 2 * obs.shape[-1], 2, device=obs.device) * _WEIGHT_OF_HASH
-        hashes = (obs.view(torch.int32).long() * factors).sum(-1) & ((1 << _BITS_OF_HASH) - 1)
-        single = [
-            extremity[at], hashes, step, env, ratio[step, column], advantages[step, column],
-            gradient_norm.expand(len(at)),
-        ]  # fmt: skip
-        several = [transitions["actions"][step, env], old, old + head_logratios[step, column]]
-        columns = [part.double()[:, None] for part in single] + [part.double() for part in several]
-        self._transitions.append(torch.cat(columns, dim=1))
+        scalars = torch.stack([policy_loss, value_loss, entropy, total_loss, gradient_norm])
+        heads = head_entropies.detach(), head_logratios.detach()
+        self._minibatches.append((envs, scalars.detach(), *heads))
 
     # ------------------------------------------------------------------ after the last epoch
 
-    def finish(
-        self,
-        *,
-        epochs: float,
-        num_minibatches: int,
-        sequences: int,
-        checked: Mapping[str, Tensor],
-    ) -> tuple[dict[str, float], list[str]]:
-        """Return the metrics of the update, and descriptions of what is not finite.
-
-        Args:
-            epochs: Epochs that were run.
-            num_minibatches: Minibatches per epoch.
-            sequences: Sequences of the rollout.
-            checked: Tensors that must be finite, by name, besides the weights.
-        """
+    def finish(self) -> tuple[dict[str, float], list[str]]:
+        """Return the metrics of the update, and what is not finite in words."""
         with self._clock.measure("telemetry"), torch.no_grad():
-            figures = self._figures
-            self._reduce_rows()
+            # Sizes of minibatches are equal, so the mean over all is that of the means.
+            stacked = [torch.stack(column) for column in zip(*self._minibatches, strict=True)]
+            envs, scalars, head_entropies, head_logratios = stacked
+            self._add_losses(scalars, head_entropies, head_logratios)
+            tables: list[Tensor] = []
             if self._is_on:
-                self._add_change(num_minibatches, sequences)
+                self._add_policy(head_logratios)
+                self._add_gradients(scalars[:, 4], envs)
+                self._add_change()
                 self._add_activations()
-            everything = {f"weight {name}": weight for name, weight in self._weights.items()}
-            everything |= checked
+            if self._is_debug:
+                tables = [self._table_of_tensors(), self._table_of_transitions(*stacked)]
+            everything: dict[str, Tensor] = {f"weight {n}": w for n, w in self._weights.items()}
+            everything["observations"] = self._rollout.obs
+            everything["rewards"] = self._rollout.rewards
             is_finite = torch.stack([t.isfinite().all() for t in everything.values()]).all()
-            tensors = [t.double().flatten() for t in self._tables()]
-            names = list(figures)
-            sizes = [len(names), 1, *(len(t) for t in tensors)]
-            scalars = torch.stack([value.double() for value in figures.values()])
+            single = torch.stack([value.double() for value in self._figures.values()])
+            joined = [single, is_finite.double()[None], *(t.double().flatten() for t in tables)]
             # The only copy to the host.
-            values = torch.cat([scalars, is_finite.double()[None], *tensors]).tolist()
-            problems = [] if values[sizes[0]] else _find_nonfinite(everything)
-            pairs = zip(names, values[: sizes[0]], strict=True)
+            values = torch.cat(joined).tolist()
+            count = len(self._figures)
+            problems = [] if values[count] else _find_nonfinite(everything)
+            pairs = zip(self._figures, values[:count], strict=True)
             metrics = {n: v for n, v in pairs if not (math.isnan(v) and find(n).is_optional)}
             if self._is_on:
+                epochs = len(self._minibatches) / self._num_minibatches
                 metrics["update/epochs"] = epochs
-            self._unpack(metrics, values[sizes[0] + 1 :])
+                metrics["update/stopped_early"] = float(epochs < self._update_epochs)
+            if self._is_debug:
+                self._unpack(metrics, values[count + 1 :])
         return metrics, problems
 
-    def _reduce_rows(self) -> None:
-        """Reduce the rows of all minibatches to one figure for each name."""
-        names = list(self._rows[0])
-        # (minibatches, figures)
-        table = torch.stack([torch.stack(list(row.values())) for row in self._rows]).double()
-        means, present = table.mean(0), table.nanmean(0)
-        after_first = table[1:] if len(table) > 1 else table
-        low, high = after_first.amin(0), after_first.amax(0)
-        for k, name in enumerate(names):
-            if name == "spread":
-                continue
-            if name == "ratio/min":
-                value = low[k]
-            elif name.startswith("ratio/max"):
-                value = high[k]
-            else:
-                is_partial = find(name).is_optional or name in self._once
-                value = present[k] if is_partial else means[k]
-            self._figures[name] = value
-        if self._is_on:
-            norms = table[:, names.index("losses/gradient_norm")]
-            spread = table[:, names.index("spread")]
-            self._figures["gradients/spread_correlation"] = gradients.correlation(norms, spread)
-            self._norms = norms
+    def _add_losses(self, scalars: Tensor, head_entropies: Tensor, logratios: Tensor) -> None:
+        """Add the figures of level off."""
+        figures, means = self._figures, scalars.double().mean(0)
+        names = "policy_loss", "value_loss", "entropy", "total_loss", "gradient_norm"
+        figures |= {f"losses/{n}": mean for n, mean in zip(names, means, strict=True)}
+        entropies = head_entropies.double().mean(0)
+        figures |= {f"entropy/{n}": x for n, x in zip(self._network.heads, entropies, strict=True)}
+        logratio = logratios.sum(-1)
+        self._ratio = logratio.exp()
+        distance = (self._ratio - 1).abs()
+        figures["losses/approx_kl"] = kl_estimate(logratio).mean()
+        figures["losses/clipfrac"] = (distance > self._limits.clip_coef).float().mean()
+        figures["losses/first_ratio_error"] = distance[0].max()
 
-    @property
-    def _once(self) -> set[str]:
-        """Names of figures that level normal computes for the first minibatch only."""
-        once = {"gradients/negative", "gradients/concentration", "gradients/sparsity"}
-        return once | {f"gradients/{name}_norm" for name in ("policy", "value", "entropy")}
+    def _add_policy(self, logratios: Tensor) -> None:
+        """Add figures of the probability ratios; `logratios` is (minibatches, ..., num_heads)."""
+        figures, limits, ratio = self._figures, self._limits, self._ratio
+        head_ratios, over = logratios.exp(), (0, 1, 2)
+        kls = kl_estimate(logratios).mean(over)
+        clipped = ((head_ratios - 1).abs() > limits.clip_coef).float().mean(over)
+        largest = head_ratios.amax(over)
+        for h, name in enumerate(self._network.heads):
+            figures[f"kl/{name}"], figures[f"clipping/{name}"] = kls[h], clipped[h]
+            figures[f"ratio/max/{name}"] = largest[h]
+        figures["clipping/above"] = (ratio > 1 + limits.clip_coef).float().mean()
+        figures["clipping/below"] = (ratio < 1 - limits.clip_coef).float().mean()
+        # In the first minibatch all ratios are 1.
+        later = ratio[1:] if len(ratio) > 1 else ratio
+        figures["ratio/mean"], figures["ratio/std"] = later.mean(), later.std()
+        figures["ratio/min"], figures["ratio/max"] = later.min(), later.max()
+        is_extreme = (later < limits.ratio_low) | (later > limits.ratio_high)
+        figures["ratio/extreme"] = is_extreme.float().mean()
 
-    def _add_change(self, num_minibatches: int, sequences: int) -> None:
+    def _add_gradients(self, norms: Tensor, envs: Tensor) -> None:
+        """Add figures of the gradients, given their norms and sub-environments by minibatch."""
+        figures, limit = self._figures, self._limits.max_grad_norm
+        figures["gradients/clipped_norm"] = norms.clamp(max=limit).mean()
+        figures["gradients/clipped"] = (norms > limit).float().mean()
+        # (steps, minibatches, minibatch envs) -> (minibatches,)
+        spread = self._normalized[:, envs].std((0, 2))
+        figures["gradients/spread_correlation"] = gradients.correlation(norms, spread)
+        for name in self._directions[0]:
+            column = torch.stack([row[name] for row in self._directions])
+            figures[name] = column.nanmean() if find(name).is_optional else column.mean()
+        mean = dict(zip(map(id, self._weights.values()), self._mean_gradient, strict=True))
+        heads = list(self._network.heads)
+        unknown = norms.new_tensor(math.nan)
+        for name, group in self._groups.items():
+            norm = gradients.norm([mean[id(weight)][rows] for weight, rows in group])
+            if name in heads:
+                # A head without a choice has no gradient, which is not the same as gradient 0.
+                norm = torch.where(self._choice[heads.index(name)] > 0, norm, unknown)
+            figures[f"gradients/norm/{name}"] = norm
+        figures["gradients/noise_scale"] = unknown
+        count, sequences = self._num_minibatches, self._rollout.obs.shape[1]
+        if 1 < count <= len(norms):
+            small = norms[:count].square().mean()
+            big = gradients.norm(self._mean_gradient).square()
+            scale = gradients.noise_scale(small, big, sequences // count, sequences)
+            figures["gradients/noise_scale"] = scale
+
+    def _add_change(self) -> None:
         """Add figures of the change of the weights by this update."""
         figures, weights = self._figures, [w.detach() for w in self._weights.values()]
         change = [after - before for after, before in zip(weights, self._before, strict=True)]
@@ -445,66 +445,80 @@ class UpdateWatch:
         known = self.change
         figures["update/cosine"] = gradients.cosine(change, known) if known else unknown
         self.change = change
-        figures["gradients/noise_scale"] = unknown
-        if num_minibatches > 1 and self._num_summed == num_minibatches:
-            mean = [total / num_minibatches for total in self._first_epoch]
-            figures["gradients/noise_scale"] = gradients.noise_scale(
-                self._norms[:num_minibatches].square().mean(),
-                gradients.norm(mean).double().square(),
-                sequences // num_minibatches,
-                sequences,
-            )
 
     def _add_activations(self) -> None:
         """Add figures of the recurrent core and of plasticity, with the updated weights."""
-        network, figures, states = self._network, self._figures, self._states
-        layers = network.activations(states["obs"], states["lstm_state"], states["dones"])
+        network, figures, rollout = self._network, self._figures, self._rollout
+        # A part of the sequences is enough, and cheaper.
+        some = slice(max(1, rollout.obs.shape[1] // self._num_minibatches))
+        h, c = (part[:, some] for part in rollout.lstm_state)
+        layers = network.activations(rollout.obs[:, some], (h, c), rollout.dones[:, some])
         figures["plasticity/effective_rank"] = effective_rank(layers.pop("core"))
         figures["plasticity/dormant"] = dormant_share(layers)
-        if network.recurrent:
-            self._add_core("core_after")
+        self._add_core("core_after")
 
     def _add_core(self, prefix: str) -> None:
-        """Add figures of the recurrent core in one step after the rollout."""
-        obs, state = self._states["next_obs"], self._states["next_lstm_state"]
-        no_done = torch.zeros(1, obs.shape[0], dtype=torch.bool, device=obs.device)
-        x = self._network.activations(obs[None], state, no_done)["encoder"][0]
-        values = core_figures(self._network.lstm, x, state)
+        """Add figures of the recurrent core in one step after the rollout, if there is one."""
+        if not self._network.recurrent:
+            return
+        obs, lstm_state = self._next_state
+        values = core_figures(self._network.lstm, self._network.encode(obs)[0], lstm_state)
         for name, value in zip(CORE_FIGURES, values, strict=True):
             self._figures[f"{prefix}/{name}"] = value
 
-    def _tables(self) -> list[Tensor]:
-        """Return the tables of level debug: transitions, and figures of each tensor."""
-        if not self._is_debug:
-            return []
-        rows = torch.stack(self._tensors).double()
-        # (minibatches, tensors, figures) -> (tensors, figures)
+    # ------------------------------------------------------------------ level debug
+
+    def _table_of_tensors(self) -> Tensor:
+        """Return the figures of the gradient of each weight. (weights, figures) float32."""
+        rows = torch.stack(self._tensors)
+        # (epochs, weights, figures) -> (weights, figures)
         table = rows.mean(0)
         table[:, 1], table[:, 2] = rows[..., 1].amin(0), rows[..., 2].amax(0)
         table[:, 5] = rows[..., 5].sum(0)
-        if not self._transitions:
-            return [table]
-        found = torch.cat(self._transitions)
-        return [table, found[found[:, 0].topk(min(WORST, len(found))).indices]]
+        return table
+
+    def _table_of_transitions(
+        self, envs: Tensor, scalars: Tensor, head_entropies: Tensor, head_logratios: Tensor
+    ) -> Tensor:
+        """Return the transitions with the most extreme ratios. (transitions, columns) float64."""
+        del head_entropies
+        extremity = head_logratios.sum(-1).abs()
+        at = extremity.flatten().topk(min(WORST, extremity.numel())).indices
+        # (minibatches, steps, minibatch envs)
+        minibatch, step, column = torch.unravel_index(at, extremity.shape)
+        env = envs[minibatch, column]
+        obs, old = self._rollout.obs[step, env], self._logprobs[step, env]
+        # Products of the bits, of which float64 holds the last 48 bits exactly.
+        factors = torch.arange(1, 2 * obs.shape[-1], 2, device=obs.device) * _FACTOR_OF_HASH
+        hashes = (obs.view(torch.int32).long() * factors).sum(-1) & ((1 << _BITS_OF_HASH) - 1)
+        single = [
+            *(minibatch, step, env, hashes, self._ratio[minibatch, step, column]),
+            *(self._normalized[step, env], scalars[minibatch, 4]),
+        ]
+        new = old + head_logratios[minibatch, step, column]
+        several = [self._rollout.actions[step, env], old, new]
+        columns = [part.double()[:, None] for part in single] + [part.double() for part in several]
+        return torch.cat(columns, dim=1)
 
     def _unpack(self, metrics: dict[str, float], values: list[float]) -> None:
-        """Read the tables of level debug from the host's copy."""
-        if not self._is_debug:
-            return
-        names = [name for name, w in self._weights.items() if w.grad is not None]
+        """Read both tables from the host's copy."""
+        names = [name for name, weight in self._weights.items() if weight.grad is not None]
+        values = values[::-1]
         for tensor in names:
             for figure in gradients.TENSOR_FIGURES:
-                metrics[f"tensor/{figure}/{tensor}"] = values.pop(0)
+                metrics[f"tensor/{figure}/{tensor}"] = values.pop()
+        values = values[::-1]
         heads = list(self._network.heads)
-        width = 7 + 3 * len(heads)
-        worst = []
+        worst, width = [], 7 + 3 * len(heads)
         for first in range(0, len(values), width):
-            _, digest, step, env, ratio, advantage, norm, *rest = values[first : first + width]
-            parts = [rest[k::1][: len(heads)] for k in range(0, len(rest), len(heads))]
+            minibatch, step, env, digest, ratio, advantage, norm = values[first : first + 7]
+            rest = values[first + 7 : first + width]
+            parts = [rest[k : k + len(heads)] for k in range(0, len(rest), len(heads))]
             worst.append(
                 {
                     "member": int(env),
                     "at": int(step),
+                    "minibatch": int(minibatch),
                     "ratio": ratio,
                     "advantage": advantage,
                     "gradient_norm": norm,

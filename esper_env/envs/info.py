@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from esper_env.config import BoolArray, FloatArray
+from esper_env.config import BoolArray, EnvConfig, FloatArray, Stage
 from esper_env.growth.state import Scores, Sizes, State
 
 
@@ -16,6 +16,7 @@ def build_info(
     sizes: Sizes,
     action_mask: BoolArray,
     terms: dict[str, FloatArray],
+    config: EnvConfig,
 ) -> dict[str, Any]:
     """Return the info dictionary of the current state.
 
@@ -25,6 +26,7 @@ def build_info(
         sizes: Numbers of parameters of the networks.
         action_mask: Marginal masks of the next actions. (num_envs, sum(nvec)) bool.
         terms: Weighted reward terms of the last env step by name. (num_envs,) float64 each.
+        config: Source of the thresholds of flags.
 
     Returns:
         Arrays (num_envs, ...), and for each key k a mask `_k`, (num_envs,) bool, that is True for
@@ -32,6 +34,14 @@ def build_info(
         exist only at the end of an episode.
     """
     slots, measured, progress, _, episode = state
+    # Contributions of blended trial seeds that were measured in this env step, as the accuracies.
+    credited = np.where(
+        (measured.contribution_age == 0) & (slots.stage < Stage.FOSSILIZED.value),
+        measured.contribution,
+        0.0,
+    )
+    gain = progress.accuracy - progress.committed_accuracy
+    total = np.maximum(credited, 0.0).sum(axis=1)
     values: dict[str, Any] = {
         "action_mask": action_mask,
         "action_valid": progress.last_valid,
@@ -51,6 +61,10 @@ def build_info(
         "flops": progress.flops,
         "samples": progress.samples.astype(np.int64),
         "rolled_back": episode.is_rolled_back,
+        "flag_parasite": (credited > config.flag_contribution) & (gain < 0)[:, None],
+        "flag_attribution": (total > config.flag_contribution) & (total > config.flag_ratio * gain),
+        "flag_churn": progress.young_prunes >= config.flag_prunes,
+        "gradient_cause": measured.cause.astype(np.int8),
         "instance": episode.instance,
     }
     # One allocation for all masks. Each key has its own row, so a write to one changes no other.

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from esper_env.config import STYLES, BoolArray, Curve, Op, Stage
+from esper_env.config import STYLES, BoolArray, Curve, GradientCause, Op, Stage
 from esper_env.growth.state import DOWN, HOLD
 
 Array = npt.NDArray[Any]
@@ -126,6 +126,7 @@ def _check_ranges(
         "slots.style": (-1, len(STYLES) - 1),
         "slots.mode": (HOLD, DOWN),
         "slots.curve": (0, len(Curve) - 1),
+        "measured.cause": (0, len(GradientCause) - 1),
         "progress.last_op": (0, len(Op) - 1),
         "progress.steps": (0, steps),
         "progress.samples": (0, np.inf),

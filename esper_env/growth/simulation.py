@@ -263,6 +263,9 @@ class Simulation:
     def _act(self, request: Request, is_valid: BoolArray, active: BoolArray) -> None:
         """Apply the actions to slots, create new seeds, and save snapshots of fossilized ones."""
         slots, measured, progress, _, episode = self.state
+        pruned = np.nonzero(request.op == Op.PRUNE.value)[0]
+        is_young = slots.age[pruned, request.slot[pruned]] < self.config.flag_age
+        progress.young_prunes[pruned] += is_young
         lifecycle.apply(slots, measured, request, self.config)
         np.copyto(progress.last_op, request.op, where=active)
         np.copyto(progress.last_valid, is_valid, where=active)
@@ -300,7 +303,8 @@ class Simulation:
         # 2 operations per multiply-add; the backward pass costs twice the forward pass.
         progress.flops[rows] += 6.0 * networks.multiply_adds[rows] * size
         if networks.has_seeds:
-            record_gradients(measured, rows, report.seed_gradient_norms, config)
+            norms = report.seed_gradient_norms, report.host_gradient_norm
+            record_gradients(measured, rows, *norms, config)
         return report.is_finite
 
     def draw_batches(self, rows: IntArray) -> Draw:

@@ -93,6 +93,8 @@ class Measurements(NamedTuple):
     """Largest exploding severity over the tensors of the seed, 0 to 1."""
     health: FloatArray
     """Gradient health, 0 to 1; 0 where `has_gradient` is False."""
+    cause: IntArray
+    """Cause of a low gradient, values of `GradientCause`."""
     has_contribution: BoolArray
     """Whether the contribution of the seed has been measured."""
     contribution: FloatArray
@@ -147,6 +149,8 @@ class Progress(NamedTuple):
     """Op of the last action, values of `Op`."""
     last_valid: BoolArray
     """Whether the last action was legal."""
+    young_prunes: IntArray
+    """Prunes of seeds younger than `flag_age` in this episode."""
     samples: FloatArray
     """Training images of the episode so far, repeated ones included."""
     flops: FloatArray

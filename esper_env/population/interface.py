@@ -71,6 +71,9 @@ class TrainReport(NamedTuple):
     seed_gradient_norms: FloatArray
     """L2 norm of each seed tensor's gradient before clipping, root mean square over the batches;
     NaN where a tensor does not exist, infinite where a gradient is NaN. (m, slots, max_tensors)."""
+    host_gradient_norm: FloatArray
+    """L2 norm of the host's gradient before clipping, root mean square over the batches; infinite
+    where a gradient is NaN. (m,)."""
     is_finite: BoolArray
     """Whether all parameters and running statistics are finite after training. (m,)."""
 

@@ -84,12 +84,15 @@ class CompiledEngine:
             beta=seeds.beta[members].astype(np.float32),
             rates=rates,
         )
-        results = Results(np.zeros(m), np.zeros(m), squares, np.zeros(m, dtype=bool))
+        is_finite = np.zeros(m, dtype=bool)
+        results = Results(np.zeros(m), np.zeros(m), squares, np.zeros(m), is_finite)
         pictures = Pictures.for_training(images, draw)
         self._run(assignment, networks, pictures, results, is_training=True)
         norms = np.sqrt(results.squares / batches)
         norms[np.isnan(norms) & is_trained] = np.inf
-        return TrainReport(results.losses / batches, norms, results.is_finite)
+        host_norms = np.sqrt(results.host_squares / batches)
+        host_norms[np.isnan(host_norms)] = np.inf
+        return TrainReport(results.losses / batches, norms, host_norms, is_finite)
 
     def evaluate(
         self, members: IntArray, alpha: FloatArray, seeds: Seeds, images: ImageSet

@@ -156,6 +156,8 @@ class Results(NamedTuple):
     """Number of images that each network classifies correctly. (networks,)."""
     squares: FloatArray = np.zeros((0, 0, 0))
     """Sum over batches of the squared gradient norm of each seed tensor. (m, slots, tensors)."""
+    host_squares: FloatArray = np.zeros(0)
+    """Sum over batches of the squared gradient norm of the host. (m,)."""
     is_finite: BoolArray = np.zeros(0, dtype=bool)
     """Whether all weights and statistics are finite after training. (m,)."""
 
@@ -274,7 +276,8 @@ def _run_member(
             k.classify_backward(ops[-1], a, d, p, g, batch, labels)
             _backward(ops[:-1], a, d, p, g, alpha, networks.beta[m], batch)
             rates, squares = networks.rates[m], results.squares[m]
-            _update(p, momentum, g, columns, tensors, rates, networks.settings, squares)
+            host = _update(p, momentum, g, columns, tensors, rates, networks.settings, squares)
+            results.host_squares[m] += host
     if is_training:
         # A sum is finite only if every number is.
         total = np.float32(0)
@@ -386,8 +389,11 @@ def _update(
     rates: Float32Array,
     settings: Float32Array,
     squares: FloatArray,
-) -> None:
-    """Clip, decay and step as `torch_engine.sgd.ModuleSGD` does; record squared gradient norms."""
+) -> np.float32:
+    """Clip, decay and step as `torch_engine.sgd.ModuleSGD` does; record squared gradient norms.
+
+    Returns the squared gradient norm of the host.
+    """
     # p, momentum, g: (parameters,); columns: (n,); rates: (1 + slots,); squares: (slots, tensors)
     mu, decay, clip = settings[0], settings[1], settings[2]
     norms = np.zeros(len(rates), dtype=np.float32)
@@ -410,3 +416,4 @@ def _update(
                 at = columns[i]
                 momentum[at] = mu * momentum[at] + g[at] * scale + pull * p[at]
                 p[at] -= rate * momentum[at]
+    return np.float32(norms[0])

@@ -60,19 +60,22 @@ class TorchEngine:
     def train(self, training: Training) -> TrainReport:
         """Train members on some batches; see `Population.train`."""
         members = training.members
-        losses, squares = [], []
+        losses, squares, hosts = [], [], []
         for start in range(0, len(members), self.chunk_size):
             part = training.of(slice(start, start + self.chunk_size))
-            loss, chunk_squares = self._training_graph(start, part).train(part)
+            loss, chunk_squares, host = self._training_graph(start, part).train(part)
             losses.append(loss)
             squares.append(chunk_squares.flatten(1))
+            hosts.append(host)
         # One copy of all results, because each copy makes the CPU wait for the device.
-        # [loss, sum of the row, squared gradient norms]: (m, 2 + slots * max_seed_tensors)
-        scalars = torch.stack([torch.cat(losses), self.storage.total(members)], dim=1)
+        # [loss, sum of the row, squared norms of host and seeds]: (m, 3 + slots * max_seed_tensors)
+        parts = torch.cat(losses), self.storage.total(members), torch.cat(hosts)
+        scalars = torch.stack(parts, dim=1)
         result = torch.cat([scalars, torch.cat(squares)], dim=1).cpu().numpy().astype(np.float64)
         shape = len(members), self.layout.host.num_slots, self.layout.max_seed_tensors
-        norms = np.sqrt(result[:, 2:]).reshape(shape)
-        return TrainReport(result[:, 0], norms, np.isfinite(result[:, 1]))
+        norms = np.sqrt(result[:, 3:]).reshape(shape)
+        is_finite = np.isfinite(result[:, 1])
+        return TrainReport(result[:, 0], norms, np.sqrt(result[:, 2]), is_finite)
 
     @torch.inference_mode()
     def evaluate(

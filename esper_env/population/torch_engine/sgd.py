@@ -124,7 +124,9 @@ class ModuleSGD:
         per_module = torch.from_numpy(rates).to(self.element_module.device)
         return per_module.index_select(0, self.element_module)
 
-    def step(self, flat: Tensor, gradient: Tensor, momentum: Tensor, rates: Tensor) -> Tensor:
+    def step(
+        self, flat: Tensor, gradient: Tensor, momentum: Tensor, rates: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Update `flat` and `momentum` in place.
 
         Args:
@@ -134,7 +136,8 @@ class ModuleSGD:
             rates: Learning rates from `spread_rates`. (n,) float32.
 
         Returns:
-            Squared gradient norm of each segment before clipping. (num_segments,) float32.
+            Squared gradient norms before clipping, of each segment, (num_segments,) float32, and of
+            each module, (num_modules,) float32.
         """
         # Squared norms: elements (n,) -> segments (num_segments,) -> modules (num_modules,)
         squares = torch.segment_reduce(
@@ -148,4 +151,4 @@ class ModuleSGD:
         gradient.addcmul_(flat, self.decay)
         momentum.mul_(self.settings.momentum).add_(gradient)
         flat.addcmul_(momentum, rates, value=-1)
-        return squares
+        return squares, per_module

@@ -110,7 +110,7 @@ class TrainingGraph:
         ]
         self._norm_index = torch.from_numpy(np.concatenate(at)).to(device)
 
-    def train(self, training: Training) -> tuple[Tensor, Tensor]:
+    def train(self, training: Training) -> tuple[Tensor, Tensor, Tensor]:
         """Train on some batches.
 
         Args:
@@ -118,7 +118,8 @@ class TrainingGraph:
 
         Returns:
             Mean loss of each member (m,) [nats], and the squared gradient norm of each seed tensor,
-            averaged over the batches, as in `TrainReport` (m, slots, max_seed_tensors).
+            averaged over the batches, as in `TrainReport` (m, slots, max_seed_tensors). Last, the
+            same of the whole host (m,).
         """
         storage, seeds = self.storage, training.seeds
         images, labels = training.images.batches(training.draw)
@@ -134,6 +135,7 @@ class TrainingGraph:
         kind: dict[str, Any] = {"dtype": torch.float32, "device": storage.device}
         total_loss = torch.zeros(len(self.members), **kind)
         total_squares = torch.zeros(len(self._norm_index), **kind)
+        host_squares = torch.zeros(len(self.members), **kind)
         for batch, label in zip(images, labels, strict=True):
             with in_precision(self.precision, storage.device):
                 logits = self._forward(batch, self._trained.views(flat), buffers, mixes)
@@ -141,7 +143,10 @@ class TrainingGraph:
             # Members share no parameters, so the gradient of the sum is each member's own.
             (gradient,) = torch.autograd.grad(loss.sum(), flat)
             with torch.no_grad():
-                total_squares += self._sgd.step(flat, gradient, momentum, element_rates)
+                squares, of_modules = self._sgd.step(flat, gradient, momentum, element_rates)
+                total_squares += squares
+                # The hosts are the first modules.
+                host_squares += of_modules[: len(host_squares)]
                 total_loss += loss
         # Frozen modules keep their rows; running statistics are updated for all.
         with torch.no_grad():
@@ -152,7 +157,8 @@ class TrainingGraph:
         squares = torch.full(self._norm_shape, torch.nan, **kind)
         mean = (total_squares / len(images)).nan_to_num_(torch.inf, torch.inf)
         squares.view(-1)[self._norm_index] = mean
-        return total_loss / len(images), squares[:, 1:]
+        host = (host_squares / len(images)).nan_to_num_(torch.inf, torch.inf)
+        return total_loss / len(images), squares[:, 1:], host
 
     def _mixes(self, slot: int, seeds: Seeds) -> list[Mix]:
         """Return the groups of a slot with the blend weights of the current env step."""

@@ -1,4 +1,7 @@
-"""Logs of a run: files that are only appended to, and never end in a part of a record."""
+"""Logs of a run: files that are only appended to, TensorBoard, and Weights & Biases.
+
+No file ever ends in a part of a record. Nothing is dropped: a record that cannot be written waits.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,14 @@ import io
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 
@@ -57,12 +63,13 @@ class Log:
                 os.close(file)
 
 
-class MetricsLog(Log):
-    """File with one JSON object per line."""
+class JsonLines(Log):
+    """File with one JSON object per line, each with a key `step`."""
 
-    def add(self, row: dict[str, float]) -> None:
-        """Write a row."""
-        self.append((json.dumps(row, allow_nan=False) + "\n").encode())
+    def add(self, *rows: Mapping[str, Any]) -> None:
+        """Write rows."""
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
+        self.append("".join(lines).encode())
 
     def cut(self, step: int) -> None:
         """Remove all rows after a step, and an unfinished line."""
@@ -100,8 +107,69 @@ class Board(Log):
         values = [Summary.Value(tag=n, simple_value=v) for n, v in metrics.items()]
         self.append(self._encode(step=step, summary=Summary(value=values)))
 
+    def add_text(self, step: int, tag: str, text: str) -> None:
+        """Write a text, which TensorBoard shows in Markdown."""
+        metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+        tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()])
+        value = Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
+        self.append(self._encode(step=step, summary=Summary(value=[value])))
+
     def _encode(self, **fields: Any) -> bytes:
         """Return an event with its length and checksums."""
         buffer = io.BytesIO()
         RecordWriter(buffer).write(Event(wall_time=time.time(), **fields).SerializeToString())
         return buffer.getvalue()
+
+
+class WandbLog:
+    """Run of Weights & Biases, which continues under the same id when training is resumed.
+
+    Args:
+        directory: Directory of the run; its name is the name and the id there.
+        project: Project.
+        entity: User or team; None for the default one.
+        config: Arguments of the training.
+
+    Raises:
+        ImportError: If the package wandb is not installed.
+        OSError: If the run cannot be started there.
+    """
+
+    def __init__(
+        self, directory: Path, project: str, entity: str | None, config: dict[str, Any]
+    ) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError(
+                'track: expected the package wandb; install it with pip install "esper-env[track]"'
+            ) from error
+        name = directory.resolve().name
+        try:
+            self._run = wandb.init(
+                project=project,
+                entity=entity,
+                name=name,
+                id=f"{name}-{config['seed']}",
+                resume="allow",
+                config=config,
+                dir=directory,
+            )
+        except (wandb.Error, ValueError) as error:
+            # Without an account, or with a name that is not allowed.
+            raise OSError(
+                f"track: expected a run of Weights & Biases, got {error}; log in with wandb login, "
+                "or set WANDB_MODE=offline"
+            ) from error
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of a step."""
+        self._run.log(dict(metrics), step=step)
+
+    def alert(self, title: str, text: str) -> None:
+        """Send an alert."""
+        self._run.alert(title=title, text=text)
+
+    def close(self) -> None:
+        """Upload what is left."""
+        self._run.finish()
