@@ -78,7 +78,9 @@ def step_by_step(lstm: nn.LSTM, x: Tensor, state: ppo_lstm.LstmState, dones: Ten
 def seconds_of(update: Callable[..., Any], state: ppo_lstm.TrainState, *work: Any) -> float:
     """Return the time of one update [seconds]."""
     began = time.perf_counter()
-    update(state, *work)
+    rollout, args = work
+    watch = state.telemetry.watch_update(state.agent, args)
+    update(state, rollout, args, watch)
     return time.perf_counter() - began
 
 
@@ -92,7 +94,7 @@ def measure(args: Args, num_envs: int) -> dict[str, Any]:
     rows = []
     for _ in range(args.rounds + 1):
         began, env_before = time.perf_counter(), own.env_seconds
-        rollout, _ = ppo_lstm.collect_rollout(own, envs, training)
+        rollout = ppo_lstm.collect_rollout(own, envs, training)
         total, in_env = time.perf_counter() - began, own.env_seconds - env_before
         threaded.return_scale = looped.return_scale = own.return_scale
         work = rollout, training

@@ -33,10 +33,14 @@ from safetensors.numpy import load_file
 from benchmarks import write_result
 from esper_agent import ppo_lstm
 from esper_agent.run import Run
+from esper_agent.telemetry.recorder import PARTS
 from esper_env import EnvConfig
 
-TIMES = ("charts/SPS", "time/policy_share")
-"""Metrics that depend on wall time."""
+TIMES = {"charts/SPS", "system/SPS", "time/policy_share", *(f"time/{part}" for part in PARTS)}
+TIMES |= {"system/memory", "system/memory_share"}
+"""Metrics that depend on wall time and on the process."""
+PROCESS_EVENTS = ("run_started", "checkpoint_written")
+"""Kinds of events that depend on where a run was interrupted."""
 OPERATIONS = ("write", "fsync", "replace")
 """Functions of `os` through which files of a run are written."""
 MAX_KILLS = 2
@@ -82,11 +86,15 @@ def small_training(directory: Path, **changes: Any) -> ppo_lstm.Args:
 def results_of(directory: Path) -> dict[str, Any]:
     """Return everything that must not depend on interruptions, in a form that compares with ==."""
     weights = load_file(directory / "agent.safetensors")
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    rows, events = (
+        [json.loads(line) for line in (directory / name).read_text().splitlines()]
+        for name in ("metrics.jsonl", "events.jsonl")
+    )
     evaluation = directory / "evaluation.json"
     return {
         "weights": {name: weights[name].tobytes() for name in sorted(weights)},
         "metrics": [{n: v for n, v in row.items() if n not in TIMES} for row in rows],
+        "events": [event for event in events if event["kind"] not in PROCESS_EVENTS],
         "evaluation": json.loads(evaluation.read_text()) if evaluation.exists() else None,
     }
 

@@ -402,7 +402,7 @@ def make_train_state(args: Args, envs: EsperVectorEnv) -> TrainState:
     agent.to(args.device)
     next_obs, info = envs.reset(seed=seeds)
     where = args.env_id, args.device, args.env
-    telemetry = Telemetry(args.telemetry, *where, envs, info, args.clip_coef, args.max_grad_norm)
+    telemetry = Telemetry(args.telemetry, *where, envs, info, args.max_grad_norm)
     return TrainState(
         agent=agent,
         # The fused kernel takes a third of the time on a CPU.
@@ -532,7 +532,10 @@ def update(
         # The log-probability of an action is the sum over its heads.
         head_logratios = newlogprobs - b_logprobs[:, mb_envs]
         logratio = head_logratios.sum(-1)
-        if args.target_kl is not None and float(kl_estimate(logratio).mean()) > args.target_kl:
+        if (
+            args.target_kl is not None
+            and float(kl_estimate(logratio.detach()).mean()) > args.target_kl
+        ):
             break
         pg_loss = policy_loss(logratio.exp(), b_advantages[:, mb_envs], args.clip_coef)
         v_loss = 0.5 * ((newvalues - b_returns[:, mb_envs]) ** 2).mean()
@@ -565,7 +568,7 @@ def run_iteration(state: TrainState, envs: EsperVectorEnv, args: Args) -> dict[s
     telemetry = state.telemetry
     with telemetry.clock.measure("inference"):
         rollout = collect_rollout(state, envs, args)
-    watch = telemetry.watch_update(state.agent, args.num_minibatches, args.update_epochs)
+    watch = telemetry.watch_update(state.agent, args)
     with telemetry.clock.measure("update"):
         metrics, telemetry.problems = update(state, rollout, args, watch)
     state.seconds += time.perf_counter() - began

@@ -23,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.kill_runs import TIMES
 from esper_agent import ppo_lstm
 from esper_agent.envs import make_envs
 from esper_agent.networks import load_network, save_network
@@ -42,6 +43,8 @@ from esper_agent.ppo_lstm import (
     train,
     update,
 )
+from esper_agent.telemetry.events import EpisodeEnded
+from esper_agent.telemetry.metrics import find
 from esper_env import EsperVectorEnv
 from tests.builders import ID, sharpen, tiny_config
 
@@ -127,7 +130,7 @@ def record(envs: EsperVectorEnv, args: Args, num_rollouts: int) -> Recorded:
         for _ in range(num_rollouts):
             for values in seen.values():
                 values.clear()
-            rollout, _ = collect_rollout(state, envs, args)
+            rollout = collect_rollout(state, envs, args)
     seen |= {name: torch.stack(seen[name]) for name in ("log_probs", "values")}
     return Recorded(state, rollout, **seen)
 
@@ -144,12 +147,20 @@ def record_second_rollout() -> Iterator[Recorded]:
     envs.close()
 
 
+def train_on(state: TrainState, rollout: Rollout, args: Args) -> dict[str, float]:
+    """Update an agent with a rollout; return metrics."""
+    watch = state.telemetry.watch_update(state.agent, args)
+    metrics, problems = update(state, rollout, args, watch)
+    assert problems == []
+    return metrics
+
+
 def update_once(recorded: Recorded, **changes: Any) -> tuple[dict[str, float], int]:
     """Update a copy of the agent; return metrics and the number of optimizer steps."""
     state = copy.deepcopy(recorded.state)
     calls: list[Any] = []
     state.optimizer.register_step_pre_hook(lambda *arguments: calls.append(arguments))
-    metrics = update(state, recorded.rollout, tiny_args(num_steps=8, **changes))
+    metrics = train_on(state, recorded.rollout, tiny_args(num_steps=8, **changes))
     return metrics, len(calls)
 
 
@@ -213,7 +224,10 @@ def test_the_rollout_and_its_figures_are_those_of_the_environment(envs: EsperVec
     committed score at the end minus that at the start. Tolerance 1e-9: sums of 6 float64 rewards.
     """
     args = tiny_args(num_steps=12)
-    rollout, episodes = collect_rollout(begin(envs, args), envs, args)
+    state = begin(envs, args)
+    rollout = collect_rollout(state, envs, args)
+    metrics, events = state.telemetry.environment.finish("normal", 48, rollout.obs.numpy())
+    episodes = [event for event in events if isinstance(event, EpisodeEnded)]
     # Groups of two share their reset seeds.
     obs, info = envs.reset(seed=[1, 1, 2, 2])
     first_scores = info["score"]
@@ -223,10 +237,15 @@ def test_the_rollout_and_its_figures_are_those_of_the_environment(envs: EsperVec
         assert np.array_equal(rollout.rewards[t].numpy(), rewards)
         assert np.array_equal(rollout.truncations[t].numpy(), truncations)
     returns = [*rollout.rewards[:6].sum(dim=0).tolist(), *rollout.rewards[6:].sum(dim=0).tolist()]
-    assert episodes["return"] == pytest.approx(returns, abs=1e-9)
-    assert episodes["score"][NUM_ENVS:] == info["final_info"]["committed_score"].tolist()
-    assert episodes["parameters"][NUM_ENVS:] == info["final_info"]["parameters"].tolist()
-    gains = np.array(episodes["score"][:NUM_ENVS]) - first_scores
+    scores = [episode.score for episode in episodes]
+    assert [e.episodic_return for e in episodes] == pytest.approx(returns, abs=1e-9)
+    assert metrics["charts/episodic_return"] == pytest.approx(np.mean(returns), abs=1e-9)
+    assert metrics["charts/episodic_score"] == pytest.approx(np.mean(scores), abs=1e-9)
+    assert scores[NUM_ENVS:] == info["final_info"]["committed_score"].tolist()
+    parameters = [episode.parameters for episode in episodes]
+    assert parameters[NUM_ENVS:] == info["final_info"]["parameters"].tolist()
+    assert metrics["charts/episodic_parameters"] == np.mean(parameters)
+    gains = np.array(scores[:NUM_ENVS]) - first_scores
     assert returns[:NUM_ENVS] == pytest.approx(gains.tolist(), abs=1e-9)
     first = rollout.obs[0]
     assert torch.equal(first[0], first[1])
@@ -257,7 +276,7 @@ def test_an_update_is_two_adam_steps_on_the_loss_written_out(recorded: Recorded)
     rollout, settings = recorded.rollout, {"ent_coef": 0.1, "vf_coef": 0.7, "max_grad_norm": 0.1}
     args = tiny_args(num_steps=8, num_minibatches=1, clip_coef=1e-3, **settings)
     state, plain = copy.deepcopy(recorded.state), copy.deepcopy(recorded.state)
-    metrics = update(state, rollout, args)
+    metrics = train_on(state, rollout, args)
 
     with torch.no_grad():
         old, _, _, values = evaluate_rollout(plain.agent, rollout, EVERYONE)
@@ -271,7 +290,8 @@ def test_an_update_is_two_adam_steps_on_the_loss_written_out(recorded: Recorded)
     advantages = (advantages - advantages.mean()) / advantages.std()
     rows = []
     for _ in range(2):
-        new, entropies, choices, predicted = evaluate_rollout(plain.agent, rollout, EVERYONE)
+        new, entropies, num_legal, predicted = evaluate_rollout(plain.agent, rollout, EVERYONE)
+        choices = num_legal > 1
         logratio = (new - old).sum(-1)
         ratio = logratio.exp()
         clipped = ratio.clamp(1 - 1e-3, 1 + 1e-3)
@@ -362,7 +382,7 @@ def test_the_train_state_is_all_that_a_run_carries_from_iteration_to_iteration(
     for start in (state, saved):
         envs.set_state(environment)
         metrics = run_iteration(start, envs, args)
-        metrics = {n: v for n, v in metrics.items() if n not in ("charts/SPS", "time/policy_share")}
+        metrics = {n: v for n, v in metrics.items() if n not in TIMES}
         results.append((metrics, [p.tolist() for p in start.agent.parameters()]))
     assert results[0] == results[1]
 
@@ -516,14 +536,6 @@ def run_two_iterations_again(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_to_end(tiny_args(run_dir=tmp_path_factory.mktemp("runs") / "b"))
 
 
-def documented_metrics(head_names: list[str]) -> set[str]:
-    """Names in the table of metrics in the module's docstring, one set per head expanded."""
-    assert ppo_lstm.__doc__ is not None
-    table = ppo_lstm.__doc__.split("`metrics.jsonl` and TensorBoard")[1]
-    names = re.findall(r"^ {4}([a-z]+/[a-zA-Z_<>]+) ", table, re.M)
-    return {n.replace("<head>", head) for n in names for head in head_names}
-
-
 def test_a_run_writes_its_files(run: Run) -> None:
     """The configuration, metrics, TensorBoard events, checkpoint and evaluation; no pickle."""
     names = {path.name for path in run.directory.iterdir()}
@@ -532,6 +544,7 @@ def test_a_run_writes_its_files(run: Run) -> None:
     agent, evaluation = {"agent.safetensors", "agent.json"}, {"evaluation.json", "evaluation.png"}
     assert names - events == {
         *("config.json", "metrics.jsonl", "checkpoints", ".lock", "finished.json"),
+        "events.jsonl",
         *agent,
         *evaluation,
     }
@@ -540,16 +553,13 @@ def test_a_run_writes_its_files(run: Run) -> None:
     assert config["env"]["batches_per_step"] == 1
 
 
-def test_metrics_are_finite_and_those_of_the_module_docstring(
-    run: Run, envs: EsperVectorEnv
-) -> None:
-    """Neither a metric without a description nor a description without a metric."""
+def test_metrics_are_finite_and_those_of_the_table(run: Run) -> None:
+    """tests/test_telemetry.py proves that none is missing."""
     rows = run.rows()
     assert [row.pop("step") for row in rows] == [24, 48]
-    expected = documented_metrics([head.name for head in envs.heads])
-    assert {"entropy/alpha_curve", "losses/value_loss", "charts/SPS"} <= expected
     for row in rows:
-        assert set(row) == expected
+        assert {"entropy/alpha_curve", "losses/value_loss", "charts/SPS"} <= set(row)
+        assert all(find(name) for name in row)
         assert all(np.isfinite(value) for value in row.values())
         assert row["losses/first_ratio_error"] < ROUNDING
     assert [row["charts/learning_rate"] for row in rows] == pytest.approx([1e-3, 5e-4])
@@ -562,7 +572,7 @@ def test_tensorboard_has_the_values_of_metrics_jsonl(run: Run) -> None:
     events = EventAccumulator(str(run.directory))
     events.Reload()
     rows = run.rows()
-    assert set(events.Tags()["scalars"]) == set(rows[0]) - {"step"}
+    assert set(events.Tags()["scalars"]) == set().union(*rows) - {"step"}
     for name in ("losses/value_loss", "charts/episodic_score"):
         logged = [(event.step, event.value) for event in events.Scalars(name)]
         assert [step for step, _ in logged] == [24, 48]
@@ -583,7 +593,7 @@ def test_a_run_ends_with_an_evaluation_of_four_agents(run: Run) -> None:
     summary = result["agents"]["never-grow"]["summary"]
     assert f"{summary['low']:.4f} .. {summary['high']:.4f}" in run.output
     assert "…" not in run.output
-    assert re.search(r"^step 48  episodic_score .* min left$", run.output, re.M)
+    assert re.search(r"^step 48  score - never-grow .* min left$", run.output, re.M)
 
 
 def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(
@@ -591,7 +601,7 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(
 ) -> None:
     """Everything but wall time, whether or not an evaluation follows."""
     for row, again in zip(run.rows(), repeated.rows(), strict=True):
-        for name in ("charts/SPS", "time/policy_share"):
+        for name in TIMES:
             del row[name], again[name]
         assert row == again
     other = run_to_end(tiny_args(run_dir=tmp_path / "c", seed=2, total_timesteps=24))
@@ -654,8 +664,8 @@ def test_training_does_not_depend_on_the_number_of_threads() -> None:
         torch.set_num_threads(count)
         envs = make_envs(ID, NUM_ENVS, "cpu", TINY)
         state = make_train_state(args, envs)
-        rollout, _ = collect_rollout(state, envs, args)
-        update(state, rollout, args)
+        rollout = collect_rollout(state, envs, args)
+        train_on(state, rollout, args)
         envs.close()
         results.append([rollout.actions, *state.agent.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

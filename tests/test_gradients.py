@@ -19,7 +19,7 @@ EXACT = 1e-12
 def record(norms: npt.NDArray[np.float64], config: EnvConfig) -> Measurements:
     """Record gradients of all members into fresh measurements."""
     measured = Measurements.empty(*norms.shape[:2])
-    record_gradients(measured, np.arange(len(norms)), norms, config)
+    record_gradients(measured, np.arange(len(norms)), norms, np.zeros(len(norms)), config)
     return measured
 
 
@@ -82,6 +82,7 @@ def test_the_norm_of_a_seed_is_that_of_all_its_tensors_and_finite() -> None:
 def test_members_that_were_not_trained_keep_their_measurements() -> None:
     measured = record(np.array([[[1.0]], [[2.0]], [[3.0]]]), EnvConfig())
     before = copy.deepcopy(measured)
-    record_gradients(measured, np.array([2, 0]), np.array([[[5.0]], [[7.0]]]), EnvConfig())
+    norms = np.array([[[5.0]], [[7.0]]])
+    record_gradients(measured, np.array([2, 0]), norms, np.zeros(2), EnvConfig())
     assert measured.gradient_norm[:, 0].tolist() == [7.0, 2.0, 5.0]
     assert measured.has_contribution.tolist() == before.has_contribution.tolist()

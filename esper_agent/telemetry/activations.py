@@ -79,7 +79,8 @@ def effective_rank(features: Tensor) -> Tensor:
 
     Source: Kumar et al. (2021), section 3.
     """
-    matrix = features.flatten(0, -2).double()
+    # Numbers that are not finite end the run elsewhere; here they must not stop the solver.
+    matrix = features.flatten(0, -2).double().nan_to_num(0.0, 0.0, 0.0)
     # Eigenvalues of the small Gram matrix are the squared singular values, and cheaper.
     values = torch.linalg.eigvalsh(matrix.T @ matrix).clamp(min=0).sqrt().flip(0)
     is_needed = values.cumsum(0) < RANK_SHARE * values.sum()

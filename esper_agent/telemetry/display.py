@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -33,6 +33,8 @@ SHOWN = (
 """Label, metric and format of each figure of the live display."""
 IN_LINES = ("score - never-grow", "score", "parameters", "KL [nats]", "env steps/s")
 """Labels of the figures in a line."""
+_OPEN: list[Display] = []
+"""The live display of this process, if there is one."""
 
 
 class Display:
@@ -43,8 +45,6 @@ class Display:
         is_quiet: Whether to show nothing.
     """
 
-    _is_any_open: ClassVar[bool] = False
-
     def __init__(self, total_steps: int, is_quiet: bool) -> None:
         self._total, self._is_quiet = total_steps, is_quiet
         self._best, self._shown = -math.inf, 0
@@ -52,7 +52,7 @@ class Display:
         self._live: Live | None = None
         console = Console()
         # A second display, such as that of an evaluation, would overwrite the first one.
-        if has_terminal(console) and not is_quiet and not Display._is_any_open:
+        if has_terminal(console) and not is_quiet and not _OPEN:
             self._live = Live(console=console, auto_refresh=False)
             self._bar = Progress(
                 TextColumn("step {task.completed:,.0f} of {task.total:,.0f}"),
@@ -66,7 +66,7 @@ class Display:
     def __enter__(self) -> Display:
         """Start the live display."""
         if self._live is not None:
-            Display._is_any_open = True
+            _OPEN.append(self)
             self._live.start()
         return self
 
@@ -78,7 +78,7 @@ class Display:
     ) -> None:
         """End the live display; what it shows stays."""
         if self._live is not None:
-            Display._is_any_open = False
+            _OPEN.remove(self)
             with ignore_closed_stdout():
                 self._live.stop()
 
@@ -161,5 +161,5 @@ def progress(items: Sequence[Item], description: str) -> Iterable[Item]:
     """
     console = Console(stderr=True)
     # Below a live display there is no room for a second one.
-    is_shown = has_terminal(console) and not Display._is_any_open
+    is_shown = has_terminal(console) and not _OPEN
     return track(items, description, console=console, disable=not is_shown, transient=True)

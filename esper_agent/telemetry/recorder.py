@@ -19,7 +19,7 @@ from esper_agent.telemetry.environment import EnvironmentWatch
 from esper_agent.telemetry.events import AlertRaised, Event, RatiosFound, Updated
 from esper_agent.telemetry.metrics import LEVELS, Level, has_level
 from esper_agent.telemetry.reference import NeverGrowScores
-from esper_agent.telemetry.training import Clock, Limits, UpdateWatch, Watched
+from esper_agent.telemetry.training import Clock, UpdateSettings, UpdateWatch, Watched
 from esper_env import EnvConfig, EsperVectorEnv
 
 DECAY = 0.9
@@ -30,6 +30,8 @@ LAST_UPDATES = 20
 """Updates over which oscillation and the response to the learning rate are computed."""
 FEWEST = 5
 """Updates below which these two have no data."""
+MOST_SHOWN = 3
+"""Tensors, and metrics, that the message about numbers that are not finite names."""
 TRENDS = (
     "losses/approx_kl",
     "losses/entropy",
@@ -78,7 +80,6 @@ class Telemetry:
         config: Environment settings.
         envs: Environment of the training.
         info: Info of its reset.
-        clip_coef: Clipping range of the ratio.
         max_grad_norm: Norm that gradients are clipped to.
         debug_updates: Updates that an alert keeps at level debug.
         thresholds: Thresholds of the detectors.
@@ -92,7 +93,6 @@ class Telemetry:
         config: EnvConfig,
         envs: EsperVectorEnv,
         info: dict[str, Any],
-        clip_coef: float,
         max_grad_norm: float,
         *,
         debug_updates: int = 5,
@@ -106,12 +106,6 @@ class Telemetry:
         """Events of the last iteration."""
         self._chosen, self._debug_left, self._debug_updates = level, 0, debug_updates
         self._device = torch.device(device)
-        self._limits = Limits(
-            clip_coef=clip_coef,
-            max_grad_norm=max_grad_norm,
-            ratio_low=limits.ratio_low,
-            ratio_high=limits.ratio_high,
-        )
         self._never_grow = NeverGrowScores(env_id, device, config, envs.num_instances)
         is_on = has_level(level, "normal")
         self.environment = EnvironmentWatch(envs, info, self._never_grow if is_on else None)
@@ -152,12 +146,10 @@ class Telemetry:
         change = state["change"]
         self._change = None if change is None else [t.to(self._device) for t in change]
 
-    def watch_update(
-        self, network: Watched, num_minibatches: int, update_epochs: int
-    ) -> UpdateWatch:
-        """Return the collector of the coming update of some epochs of some minibatches."""
-        common = network, self.level, self._limits, self.clock
-        return UpdateWatch(*common, num_minibatches, update_epochs, self._change)
+    def watch_update(self, network: Watched, settings: UpdateSettings) -> UpdateWatch:
+        """Return the collector of the coming update."""
+        limits = self.alerts.limits.ratio_low, self.alerts.limits.ratio_high
+        return UpdateWatch(network, self.level, settings, limits, self.clock, self._change)
 
     def finish(
         self,
@@ -193,12 +185,12 @@ class Telemetry:
                 if watch.worst:
                     self.events.append(RatiosFound(step=step, transitions=watch.worst))
                 self.events.append(Updated(step=step, iteration=iteration, level=level))
-        wrong = [f"{n} is {value}" for n, value in metrics.items() if not math.isfinite(value)]
-        self.problems = wrong + self.problems
+        wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+        shown = [f"{name} is {value}" for name, value in wrong.items()][:MOST_SHOWN]
+        more = [f"{len(wrong) - len(shown)} more metrics"] if len(wrong) > len(shown) else []
+        self.problems = self.problems[:MOST_SHOWN] + shown + more
         if self.problems:
             self.events.append(raised_nonfinite(step, self.problems))
-            for name in [n for n, value in metrics.items() if not math.isfinite(value)]:
-                del metrics[name]
 
     def _set_level(self, events: list[Event]) -> None:
         """Count down the updates at level debug; an alert starts the count."""

@@ -87,16 +87,24 @@ class Experience(Protocol):
         """LSTM state before the first step."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Limits of the update that figures refer to."""
+class UpdateSettings(Protocol):
+    """Settings of PPO that figures refer to."""
 
-    clip_coef: float
-    max_grad_norm: float
-    ratio_low: float
-    """Smallest joint ratio that the detector allows."""
-    ratio_high: float
-    """Largest joint ratio that the detector allows."""
+    @property
+    def num_minibatches(self) -> int:
+        """Minibatches per epoch."""
+
+    @property
+    def update_epochs(self) -> int:
+        """Epochs of an update that is not stopped early."""
+
+    @property
+    def clip_coef(self) -> float:
+        """Clipping range of the ratio."""
+
+    @property
+    def max_grad_norm(self) -> float:
+        """Norm that gradients are clipped to."""
 
 
 @dataclass(kw_only=True)
@@ -135,10 +143,9 @@ class UpdateWatch:
     Args:
         network: Network to watch.
         level: Level of detail.
-        limits: Limits of the update.
+        settings: Settings of the update.
+        ratios: Smallest and largest joint ratio that the detectors allow.
         clock: Clock to which the time spent here is added.
-        num_minibatches: Minibatches per epoch.
-        update_epochs: Epochs of an update that is not stopped early.
         change_before: Change of each weight by the update before, if known.
     """
 
@@ -146,18 +153,17 @@ class UpdateWatch:
         self,
         network: Watched,
         level: Level,
-        limits: Limits,
+        settings: UpdateSettings,
+        ratios: tuple[float, float],
         clock: Clock,
-        num_minibatches: int,
-        update_epochs: int,
         change_before: list[Tensor] | None = None,
     ) -> None:
         self.change = change_before
         """Change of each weight by the last update that was watched."""
         self.worst: tuple[dict[str, Any], ...] = ()
         """Transitions with the most extreme ratios (level debug)."""
-        self._network, self._limits, self._clock = network, limits, clock
-        self._num_minibatches, self._update_epochs = num_minibatches, update_epochs
+        self._network, self._settings, self._clock = network, settings, clock
+        self._ratios = ratios
         self._is_on, self._is_debug = has_level(level, "normal"), has_level(level, "debug")
         self._weights = dict(network.named_parameters())
         self._groups = network.weight_groups()
@@ -266,7 +272,7 @@ class UpdateWatch:
 
     def before_clipping(self) -> None:
         """Collect figures of the gradient of one minibatch, before it is clipped."""
-        is_first_epoch = len(self._minibatches) < self._num_minibatches
+        is_first_epoch = len(self._minibatches) < self._settings.num_minibatches
         if not (self._is_watched() or (self._is_on and is_first_epoch)):
             return
         with self._clock.measure("telemetry"), torch.no_grad():
@@ -280,9 +286,9 @@ class UpdateWatch:
                     self._mean_gradient = [torch.zeros_like(w) for w in self._weights.values()]
                 for total, weight in zip(self._mean_gradient, self._weights.values(), strict=True):
                     if weight.grad is not None:
-                        total.add_(weight.grad, alpha=1 / self._num_minibatches)
-            if self._is_debug and len(self._minibatches) % self._num_minibatches == 0:
-                limit = self._limits.max_grad_norm
+                        total.add_(weight.grad, alpha=1 / self._settings.num_minibatches)
+            if self._is_debug and len(self._minibatches) % self._settings.num_minibatches == 0:
+                limit = self._settings.max_grad_norm
                 rows = [gradients.tensor_figures(g, limit) for g in found]
                 self._tensors.append(torch.stack(rows))
 
@@ -367,9 +373,9 @@ class UpdateWatch:
             pairs = zip(self._figures, values[:count], strict=True)
             metrics = {n: v for n, v in pairs if not (math.isnan(v) and find(n).is_optional)}
             if self._is_on:
-                epochs = len(self._minibatches) / self._num_minibatches
+                epochs = len(self._minibatches) / self._settings.num_minibatches
                 metrics["update/epochs"] = epochs
-                metrics["update/stopped_early"] = float(epochs < self._update_epochs)
+                metrics["update/stopped_early"] = float(epochs < self._settings.update_epochs)
             if self._is_debug:
                 self._unpack(metrics, values[count + 1 :])
         return metrics, problems
@@ -385,31 +391,32 @@ class UpdateWatch:
         self._ratio = logratio.exp()
         distance = (self._ratio - 1).abs()
         figures["losses/approx_kl"] = kl_estimate(logratio).mean()
-        figures["losses/clipfrac"] = (distance > self._limits.clip_coef).float().mean()
+        figures["losses/clipfrac"] = (distance > self._settings.clip_coef).float().mean()
         figures["losses/first_ratio_error"] = distance[0].max()
 
     def _add_policy(self, logratios: Tensor) -> None:
         """Add figures of the probability ratios; `logratios` is (minibatches, ..., num_heads)."""
-        figures, limits, ratio = self._figures, self._limits, self._ratio
+        figures, ratio = self._figures, self._ratio
+        clip_coef, (low, high) = self._settings.clip_coef, self._ratios
         head_ratios, over = logratios.exp(), (0, 1, 2)
         kls = kl_estimate(logratios).mean(over)
-        clipped = ((head_ratios - 1).abs() > limits.clip_coef).float().mean(over)
+        clipped = ((head_ratios - 1).abs() > clip_coef).float().mean(over)
         largest = head_ratios.amax(over)
         for h, name in enumerate(self._network.heads):
             figures[f"kl/{name}"], figures[f"clipping/{name}"] = kls[h], clipped[h]
             figures[f"ratio/max/{name}"] = largest[h]
-        figures["clipping/above"] = (ratio > 1 + limits.clip_coef).float().mean()
-        figures["clipping/below"] = (ratio < 1 - limits.clip_coef).float().mean()
+        figures["clipping/above"] = (ratio > 1 + clip_coef).float().mean()
+        figures["clipping/below"] = (ratio < 1 - clip_coef).float().mean()
         # In the first minibatch all ratios are 1.
         later = ratio[1:] if len(ratio) > 1 else ratio
         figures["ratio/mean"], figures["ratio/std"] = later.mean(), later.std()
         figures["ratio/min"], figures["ratio/max"] = later.min(), later.max()
-        is_extreme = (later < limits.ratio_low) | (later > limits.ratio_high)
+        is_extreme = (later < low) | (later > high)
         figures["ratio/extreme"] = is_extreme.float().mean()
 
     def _add_gradients(self, norms: Tensor, envs: Tensor) -> None:
         """Add figures of the gradients, given their norms and sub-environments by minibatch."""
-        figures, limit = self._figures, self._limits.max_grad_norm
+        figures, limit = self._figures, self._settings.max_grad_norm
         figures["gradients/clipped_norm"] = norms.clamp(max=limit).mean()
         figures["gradients/clipped"] = (norms > limit).float().mean()
         # (steps, minibatches, minibatch envs) -> (minibatches,)
@@ -428,7 +435,7 @@ class UpdateWatch:
                 norm = torch.where(self._choice[heads.index(name)] > 0, norm, unknown)
             figures[f"gradients/norm/{name}"] = norm
         figures["gradients/noise_scale"] = unknown
-        count, sequences = self._num_minibatches, self._rollout.obs.shape[1]
+        count, sequences = self._settings.num_minibatches, self._rollout.obs.shape[1]
         if 1 < count <= len(norms):
             small = norms[:count].square().mean()
             big = gradients.norm(self._mean_gradient).square()
@@ -450,7 +457,7 @@ class UpdateWatch:
         """Add figures of the recurrent core and of plasticity, with the updated weights."""
         network, figures, rollout = self._network, self._figures, self._rollout
         # A part of the sequences is enough, and cheaper.
-        some = slice(max(1, rollout.obs.shape[1] // self._num_minibatches))
+        some = slice(max(1, rollout.obs.shape[1] // self._settings.num_minibatches))
         h, c = (part[:, some] for part in rollout.lstm_state)
         layers = network.activations(rollout.obs[:, some], (h, c), rollout.dones[:, some])
         figures["plasticity/effective_rank"] = effective_rank(layers.pop("core"))
