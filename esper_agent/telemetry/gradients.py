@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+SMALLEST_NORM = 1e-15
+"""Norm below which a gradient has no direction."""
 TOP_SHARE = 0.01
 """Share of the elements of each tensor that `concentration` calls the largest."""
 
@@ -31,7 +33,10 @@ def dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
 
 def cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     """Return the cosine of the angle between two gradients; NaN if one is zero. () float32."""
-    return dot(first, second) / (norm(first) * norm(second))
+    norms = norm(first), norm(second)
+    # Below this norm, products of elements underflow.
+    is_known = torch.minimum(*norms) > SMALLEST_NORM
+    return torch.where(is_known, dot(first, second) / norms[0] / norms[1], torch.nan)
 
 
 def negative_share(tensors: Sequence[Tensor]) -> Tensor:
