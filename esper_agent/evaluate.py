@@ -250,6 +250,11 @@ def evaluate_agents(
     }
 
 
+def mean_scores(result: dict[str, Any]) -> dict[str, float]:
+    """Return the mean committed score of each agent, given the result of `evaluate_agents`."""
+    return {name: agent["summary"]["mean"] for name, agent in result["agents"].items()}
+
+
 def check_policies(policies: dict[str, Policy], envs: EsperVectorEnv, seed: int) -> None:
     """Begin an episode with every policy; those that do not fit the environment raise."""
     envs.reset(seed=seed)

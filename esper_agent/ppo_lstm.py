@@ -31,7 +31,7 @@ from esper_agent.arguments import check_ranges, config_of, find_unusual, load_ar
 from esper_agent.baselines import Actions, Policy
 from esper_agent.checkpoint import capture, restore
 from esper_agent.envs import TRAINING, ReturnScale, make_envs, one_thread, pad_masks
-from esper_agent.evaluate import evaluate_agents, evaluate_beside_baselines, report
+from esper_agent.evaluate import evaluate_agents, evaluate_beside_baselines, mean_scores, report
 from esper_agent.layers import LstmState, MaskedCategorical, layer_init, run_lstm
 from esper_agent.run import Run, exit_codes
 from esper_agent.telemetry.display import Display
@@ -573,6 +573,7 @@ def run_iteration(state: TrainState, envs: EsperVectorEnv, args: Args) -> dict[s
         metrics, telemetry.problems = update(state, rollout, args, watch)
     state.seconds += time.perf_counter() - began
     state.iteration += 1
+    metrics["returns/scale"] = state.return_scale.std
     metrics["charts/learning_rate"] = state.optimizer.param_groups[0]["lr"]
     metrics["charts/SPS"] = state.iteration * args.batch_size / state.seconds
     metrics["time/policy_share"] = 1 - state.env_seconds / state.seconds
@@ -620,9 +621,10 @@ def finish(args: Args, envs: EsperVectorEnv, state: TrainState, run: Run) -> Pat
                     with telemetry.clock.measure("evaluation"):
                         policies = {"now": TrainedPolicy(copy.deepcopy(state.agent).cpu())}
                         result = evaluate_some(policies, config=args.env, episodes=EVAL_EPISODES)
-                    score = result["agents"]["now"]["summary"]["mean"]
-                    metrics["eval/committed_score"] = score
-                    run.keep_best(score, state.agent)
+                    scores = mean_scores(result)
+                    metrics["eval/committed_score"] = scores["now"]
+                    run.record_evaluation(global_step, scores)
+                    run.keep_best(scores["now"], state.agent)
                 run.record(global_step, metrics, telemetry.events)
                 minutes = state.seconds * (args.num_iterations / state.iteration - 1) / 60
                 display.show(global_step, metrics, telemetry.events, minutes)
@@ -636,8 +638,7 @@ def finish(args: Args, envs: EsperVectorEnv, state: TrainState, run: Run) -> Pat
                 policies = {"ppo_lstm": TrainedPolicy(directory)}
                 settings = evaluate_some, args.env, args.eval_episodes
                 result = evaluate_beside_baselines(policies, *settings)
-                agents = result["agents"].items()
-                run.record_evaluation({name: agent["summary"]["mean"] for name, agent in agents})
+                run.record_evaluation(total, mean_scores(result))
                 report(result, run.directory / "evaluation.json")
     return directory
 

@@ -317,9 +317,9 @@ class Run:
             say(f"{self.directory} is not writable; the trained network is in {directory}")
             return directory
 
-    def record_evaluation(self, scores: dict[str, float]) -> None:
-        """Log the mean score of each agent in an evaluation."""
-        self._log_events([Evaluated(step=self._step, scores=scores)])
+    def record_evaluation(self, step: int, scores: dict[str, float]) -> None:
+        """Log the mean score of each agent in an evaluation after a step."""
+        self._log_events([Evaluated(step=step, scores=scores)])
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:

@@ -192,7 +192,7 @@ class EnvConfig:
     max_rollbacks: int = 3
     """Number of rollbacks at which an episode terminates."""
 
-    flag_contribution: float = 0.02
+    flag_contribution: float = 0.05
     """Contributions above which `flag_parasite` and `flag_attribution` are possible [accuracy]."""
     flag_ratio: float = 2.0
     """Sum of the contributions at which `flag_attribution` is set [multiples of the joint gain]."""

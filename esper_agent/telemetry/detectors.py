@@ -106,7 +106,8 @@ class Thresholds:
     memory_updates: int = 20
     """Updates that it must last."""
     early: float = 0.1
-    """Progress before which entropy, plasticity and performance are not judged."""
+    """Progress before which entropy, plasticity and performance are not judged, and flags are not
+    critical."""
     collapse_from: float = 0.25
     """Progress before which a policy may still be like another."""
     entropy_critical_until: float = 0.5
@@ -353,7 +354,8 @@ def hacking(look: Look) -> Findings:
     for subject in look.subjects("env/flag/"):
         # Before there are enough updates, the missing ones count as free of flags.
         rate = sum(row[f"env/flag/{subject}"] for row in rows) / limits.flags_updates
-        if rate > limits.flags_critical:
+        # An untrained policy acts at random, and its churn means nothing.
+        if rate > limits.flags_critical and look.progress >= limits.early:
             found[subject] = Finding("critical", rate, limits.flags_critical)
         elif rate > limits.flags_warning:
             found[subject] = Finding("warning", rate, limits.flags_warning)

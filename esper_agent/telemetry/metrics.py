@@ -156,7 +156,9 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         Metric("ratio/max/<head>", "", "largest ratio of one head"),
     ),
     "Entropy": (
-        Metric("entropy/<head>", "nats", "mean entropy over steps where the head had a choice"),
+        Metric(
+            "entropy/<head>", "nats", "mean entropy over steps where the head had a choice", _OFF
+        ),
         Metric(
             "entropy_share/<head>",
             "share",
@@ -164,7 +166,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             low=0.05,
             is_optional=True,
         ),
-        Metric("choice/<head>", "share", "steps where the head had a choice"),
+        Metric("choice/<head>", "share", "steps where the head had a choice", _OFF),
         Metric("choice/none", "share", "steps where no head had a choice"),
     ),
     "Advantages and returns": (
@@ -178,7 +180,9 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         Metric("returns/p10", "", "10th percentile of A + V"),
         Metric("returns/p50", "", "median of A + V"),
         Metric("returns/p90", "", "90th percentile of A + V"),
-        Metric("returns/scale", "accuracy", "standard deviation of returns that divides rewards"),
+        Metric(
+            "returns/scale", "accuracy", "standard deviation of returns that divides rewards", _OFF
+        ),
     ),
     "Critic": (
         Metric(
