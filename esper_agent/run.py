@@ -445,6 +445,10 @@ class Run:
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that the results depend on."""
-    names = ("esper-env", "torch", "numpy", "numba", "gymnasium")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    """Return the versions of Python and of the installed packages that results depend on."""
+    versions = {"python": platform.python_version()}
+    for name in ("esper-env", "torch", "numpy", "numba", "gymnasium"):
+        # A checkout that is only on the path has no version.
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
