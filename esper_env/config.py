@@ -194,9 +194,9 @@ class EnvConfig:
 
     flag_contribution: float = 0.05
     """Contributions above which `flag_parasite` and `flag_attribution` are possible [accuracy]."""
-    flag_ratio: float = 2.0
+    flag_ratio: float = 3.0
     """Sum of the contributions at which `flag_attribution` is set [multiples of the joint gain]."""
-    flag_prunes: int = 3
+    flag_prunes: int = 10
     """Prunes of young seeds in an episode at which `flag_churn` is set."""
     flag_age: int = 5
     """Age below which a seed counts as young for `flag_churn` [env steps]."""

@@ -185,7 +185,7 @@ def fill_device(training: Training) -> None:
 
 WARM = {"progress": 0.3}
 GROWTH = {"op": ["WAIT", "GERMINATE", "ADVANCE", "PRUNE", "FOSSILIZE"]}
-LONG = {"env": {"episode_steps": 12, "heads": {**GROWTH, "alpha_speed": [0]}}}
+LONG = {"env": {"episode_steps": 12, "flag_prunes": 2, "heads": {**GROWTH, "alpha_speed": [0]}}}
 PAID = {
     "episode_steps": 16,
     "rent_weight": 2.0,

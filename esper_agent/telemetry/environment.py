@@ -321,11 +321,16 @@ class EnvironmentWatch:
         metrics["env/accuracy"] = float(np.mean(counts.accuracy))
         metrics["env/flops"] = float(np.mean(counts.flops))
         metrics["env/same_start"] = max(counts.start.values()) / episodes
-        gains = [e.score - e.never_grow for e in counts.episodes if e.never_grow is not None]
+        gains: dict[int, list[float]] = {}
+        for e in counts.episodes:
+            if e.never_grow is not None:
+                gains.setdefault(e.instance, []).append(e.score - e.never_grow)
         if gains:
-            metrics["env/score_gain"] = float(np.mean(gains))
+            metrics["env/score_gain"] = float(np.mean([x for own in gains.values() for x in own]))
         if len(gains) > 1:
-            metrics["env/score_error"] = float(np.std(gains, ddof=1) / len(gains) ** 0.5)
+            # Episodes of one instance are alike, so only instances count as independent.
+            means = [np.mean(own) for own in gains.values()]
+            metrics["env/score_error"] = float(np.std(means, ddof=1) / len(means) ** 0.5)
         return metrics
 
     def _figures_of_observations(self, obs: npt.NDArray[np.float32]) -> dict[str, float]:

@@ -366,7 +366,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         Metric(
             "env/score_error",
             "accuracy",
-            "standard error of the mean score",
+            "standard error of env/score_gain, of which the mean of each instance is one sample",
             is_optional=True,
         ),
         Metric(

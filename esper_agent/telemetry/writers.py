@@ -68,7 +68,7 @@ class JsonLines(Log):
 
     def add(self, *rows: Mapping[str, Any]) -> None:
         """Write rows."""
-        lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
+        lines = [json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n" for row in rows]
         self.append("".join(lines).encode())
 
     def cut(self, step: int) -> None:
