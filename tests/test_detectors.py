@@ -209,7 +209,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Change, Change, int]] = {
         0,
     ),
     "entropy": ("entropy[op]", WARM, prefer(WAIT=30.0), load, 0),
-    "drift": ("drift[critic]", {}, break_weights("critic.2.bias", offset=30.0), load, 11),
+    "drift": ("drift[critic]", {}, scale_rewards(1e3), unscale, 11),
     "vanishing": (
         "vanishing[encoder]",
         {},
