@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from docs import results, speed
+from docs import results, speed, telemetry
 from docs.environment import environment_page
 from docs.error_examples import error_examples
 from docs.findings import cited_findings, with_cited_tests
@@ -22,11 +22,13 @@ from docs.page import COMMAND, ROOT, with_generated
 
 def pages() -> dict[Path, str]:
     """Return the expected text of each page by its path."""
+    telemetry_page = ROOT / "docs/telemetry.md"
     extending, findings = ROOT / "docs/extending.md", ROOT / "docs/dev/findings.md"
     return {
         ROOT / "docs/environment.md": environment_page(),
         extending: with_generated(extending.read_text(), "errors", error_examples()),
         **{page: with_blocks(page.read_text(), blocks) for page, blocks in measured().items()},
+        telemetry_page: with_blocks(telemetry_page.read_text(), telemetry.blocks()),
         findings: with_cited_tests(findings.read_text(), cited_findings(ROOT / "tests")),
     }
 

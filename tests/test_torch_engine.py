@@ -103,9 +103,10 @@ def test_a_tiny_gradient_is_not_clipped() -> None:
     piece = Piece(np.array([0]), Column(TensorSpec("weight", (1,)), 0))
     sgd = ModuleSGD([piece], np.zeros((1, 1), dtype=bool), SGDSettings(), torch.device("cpu"))
     weight, gradient, momentum = torch.zeros(1), torch.full((1,), 1e-7), torch.zeros(1)
-    squares = sgd.step(weight, gradient, momentum, sgd.spread_rates(np.array([[0.5]])))
+    rates = sgd.spread_rates(np.array([[0.5]]))
+    squares, of_modules = sgd.step(weight, gradient, momentum, rates)
     assert weight.item() == pytest.approx(-0.5e-7)
-    assert squares.item() == pytest.approx(1e-14)
+    assert squares.item() == of_modules.item() == pytest.approx(1e-14)
 
 
 # ------------------------------------------------------------------ bfloat16
