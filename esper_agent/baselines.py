@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -75,9 +75,12 @@ class RandomLegal:
 class RuleBased:
     """Base of policies that follow rules: the first rule with a legal slot decides the action.
 
-    The other heads get the blueprint of their slot, full alpha, and otherwise the first legal
-    option.
+    The other heads get the blueprint of their slot, full alpha, `style` if it is offered, and
+    otherwise the first legal option.
     """
+
+    style: ClassVar[str | None] = None
+    """Style of all germinations; None for the first legal one."""
 
     def begin(self, envs: EsperVectorEnv, seed: int) -> None:
         """Look up the options of all heads and reset the step count."""
@@ -163,6 +166,8 @@ class RuleBased:
         wanted: dict[str, Any] = {"blueprint": blueprint}
         if 1.0 in targets:
             wanted["alpha_target"] = targets.index(1.0)
+        if self.style in self._options["style"]:
+            wanted["style"] = self._options["style"].index(self.style)
         heads = [np.full(len(rows), op), slot]
         for name in list(self._options)[2:]:
             legal, option = masks[name][rows, op, slot], wanted.get(name, 0)
@@ -298,6 +303,39 @@ class PlateauHeuristic(RuleBased):
         return actions
 
 
+class Churner(RuleBased):
+    """Adversary: prunes every seed as soon as possible and germinates the next one.
+
+    It sets `info["flag_churn"]`.
+    """
+
+    def act(self, observation: npt.NDArray[np.float32], info: dict[str, Any]) -> Actions:
+        """Apply the rules in the order prune, germinate."""
+        del observation, info
+        everywhere = np.ones((self._envs.num_envs, len(self._slots)), dtype=bool)
+        rules = ((Op.PRUNE, everywhere), (Op.GERMINATE, everywhere))
+        return self._follow(rules, self._look_up_everywhere(None))
+
+
+class ParasiteGrower(RuleBased):
+    """Adversary: blends untrained seeds that harm together, though each one looks needed.
+
+    Seeds of two slots that scale the features (LINEAR_MULTIPLY, where it is offered) cancel some of
+    each other's harm. Without one of them the network is worse, without both it is better. It sets
+    `info["flag_parasite"]` and `info["flag_attribution"]`.
+    """
+
+    style = "LINEAR_MULTIPLY"
+
+    def act(self, observation: npt.NDArray[np.float32], info: dict[str, Any]) -> Actions:
+        """Apply the rules in the order prune, advance, germinate; a holding seed is pruned."""
+        del observation
+        is_holding = info["stage"][:, self._slots] == Stage.HOLDING
+        everywhere = np.ones_like(is_holding)
+        rules = ((Op.PRUNE, is_holding), (Op.ADVANCE, everywhere), (Op.GERMINATE, everywhere))
+        return self._follow(rules, self._look_up_everywhere("conv_small"))
+
+
 def parse_plan(text: str) -> Plan:
     """Parse a plan such as "conv_heavy@0+norm@1:20": blueprint@slot or blueprint@slot:step.
 
@@ -339,6 +377,8 @@ BASELINES: dict[str, Callable[[], Policy]] = {
     "periodic": Periodic,
     "heuristic": PlateauHeuristic,
     "tuned-heuristic": partial(PlateauHeuristic, **TUNED_HEURISTIC),
+    "churner": Churner,
+    "parasite": ParasiteGrower,
     "best-schedule": partial(FixedSchedule, parse_plan(BEST_SCHEDULE)),
 }
 """Baselines by their name in `evaluate --agents`."""

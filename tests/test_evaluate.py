@@ -252,9 +252,9 @@ def test_the_same_call_gives_the_same_result() -> None:
 def test_an_unknown_agent_raises_with_the_known_names(name: str) -> None:
     """Also an import string whose module or attribute does not exist."""
     expected = (
-        r"agents: expected \['best-schedule', 'heuristic', 'never-grow', 'periodic', 'random', "
-        r"'tuned-heuristic'\], ppo:RUN_DIR, sampled-ppo:RUN_DIR, schedule:PLAN or MODULE:FACTORY, "
-        r"got "
+        r"agents: expected \['best-schedule', 'churner', 'heuristic', 'never-grow', 'parasite', "
+        r"'periodic', 'random', 'tuned-heuristic'\], ppo:RUN_DIR, sampled-ppo:RUN_DIR, "
+        r"schedule:PLAN or MODULE:FACTORY, got "
     )
     with pytest.raises(ValueError, match=expected + re.escape(repr(name))):
         make_policy(name)
