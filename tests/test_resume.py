@@ -291,6 +291,9 @@ def test_evaluation_in_between_keeps_the_best_agent_and_changes_nothing(
     results = results_of(tmp_path / "run")
     rows = [row.pop("eval/committed_score") for row in results["metrics"]]
     assert rows == [0.1, 0.3, 0.2, 0.1, 0.2]
+    evaluated = [event for event in results["events"] if event["kind"] == "evaluated"]
+    assert [event["scores"]["now"] for event in evaluated] == rows
+    results["events"] = [event for event in results["events"] if event not in evaluated]
     assert results == results_of(whole)
 
 

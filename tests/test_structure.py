@@ -60,6 +60,7 @@ AGENT_ROWS = {
         *("baselines", "evaluate", "run", "telemetry.display", "telemetry.gradients"),
         *("telemetry.metrics", "telemetry.profiler", "telemetry.recorder", "telemetry.training"),
     },
+    "report": {"checkpoint", "command_line", "evaluate", "telemetry.metrics"},
     "__init__": set(),
     "telemetry.__init__": set(),
 }

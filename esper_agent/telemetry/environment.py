@@ -327,10 +327,12 @@ class EnvironmentWatch:
                 gains.setdefault(e.instance, []).append(e.score - e.never_grow)
         if gains:
             metrics["env/score_gain"] = float(np.mean([x for own in gains.values() for x in own]))
-        if len(gains) > 1:
-            # Episodes of one instance are alike, so only instances count as independent.
-            means = [np.mean(own) for own in gains.values()]
-            metrics["env/score_error"] = float(np.std(means, ddof=1) / len(means) ** 0.5)
+        # Episodes of one instance are alike, so only instances count as independent.
+        samples = [float(np.mean(own)) for own in gains.values()]
+        if len(gains) == 1:
+            (samples,) = gains.values()
+        if len(samples) > 1:
+            metrics["env/score_error"] = float(np.std(samples, ddof=1) / len(samples) ** 0.5)
         return metrics
 
     def _figures_of_observations(self, obs: npt.NDArray[np.float32]) -> dict[str, float]:

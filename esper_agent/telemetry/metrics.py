@@ -366,7 +366,8 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         Metric(
             "env/score_error",
             "accuracy",
-            "standard error of env/score_gain, of which the mean of each instance is one sample",
+            "standard error of env/score_gain; the mean of each instance is one sample, or each "
+            "episode if there is one instance",
             is_optional=True,
         ),
         Metric(
