@@ -29,6 +29,7 @@ from esper_agent.baselines import BASELINES, FixedSchedule, Policy, parse_plan
 from esper_agent.checkpoint import write_json
 from esper_agent.command_line import ignore_closed_stdout
 from esper_agent.envs import TRAINING, make_envs
+from esper_agent.telemetry.display import progress
 from esper_env import EnvConfig, EsperVectorEnv, Stage
 
 MAX_ENVS = 64
@@ -215,7 +216,7 @@ def evaluate_agents(
     # A policy that does not fit the environment must raise before another one's episodes are run.
     check_policies(policies, envs, seed)
     agents: dict[str, Any] = {}
-    for name, policy in policies.items():
+    for name, policy in progress(list(policies.items()), f"{env_id}: agents"):
         agents[name] = {"episodes": run_episodes(policy, envs, episodes, seed)}
     envs.close()
     rng = np.random.default_rng(seed)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 import tyro
 from plotly.offline import get_plotlyjs
 from rich.console import Console
@@ -142,96 +141,109 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------ charts
 
 
+Trace = dict[str, Any]
+"""A trace of Plotly."""
+LAYOUT = {
+    "margin": {"l": 48, "r": 8, "t": 8, "b": 32},
+    "colorway": COLORS,
+    "font": {"size": 12},
+    "legend": {"orientation": "h", "y": -0.18, "font": {"size": 11}},
+    "hovermode": "x",
+    "xaxis": {"gridcolor": "#eee", "rangemode": "tozero"},
+    "yaxis": {"gridcolor": "#eee", "zerolinecolor": "#ddd"},
+}
+"""Layout that all charts share."""
+
+
 class Charts:
-    """Charts of a page, each drawn by Plotly from its own JSON."""
+    """Charts of a page, each drawn by Plotly from its own JSON.
+
+    The JSON is written directly: Plotly's Python classes would check every trace, which takes ten
+    times as long as all the rest.
+    """
 
     def __init__(self) -> None:
         self._calls: list[str] = []
 
-    def add(self, title: str, caption: str, figure: go.Figure, height: int = 240) -> str:
-        """Return the HTML of a chart with its title and caption."""
-        figure.update_layout(
-            template="plotly_white",
-            height=height,
-            margin={"l": 48, "r": 8, "t": 8, "b": 32},
-            colorway=COLORS,
-            font={"size": 12},
-            legend={"orientation": "h", "y": -0.18, "font": {"size": 11}},
-            hovermode="x",
-        )
+    def add(
+        self,
+        title: str,
+        caption: str,
+        traces: list[Trace],
+        height: int = 240,
+        **layout: Any,
+    ) -> str:
+        """Return the HTML of a chart with its title and caption; `layout` changes `LAYOUT`."""
         name = f"chart{len(self._calls)}"
-        options = '{responsive:true,displaylogo:false,displayModeBar:"hover"}'
-        spec = figure.to_json().replace("</", "<\\/")
-        self._calls.append(f"f={spec};Plotly.newPlot('{name}',f.data,f.layout,{options});")
+        layout = {"showlegend": len(traces) > 1, "height": height, **layout}
+        # No string of a run can end the script.
+        spec = json.dumps([traces, layout], allow_nan=False).replace("<", "\\u003c")
+        self._calls.append(f"draw('{name}',...{spec});")
         head = f"<b>{html.escape(title)}</b><figcaption>{html.escape(caption)}</figcaption>"
         return f'<figure>{head}<div id="{name}" style="height:{height}px"></div></figure>'
 
     def script(self) -> str:
         """Return the script that draws all charts."""
-        return f"<script>let f;{''.join(self._calls)}</script>"
+        options = '{responsive:true,displaylogo:false,displayModeBar:"hover"}'
+        draw = f"Plotly.newPlot(n,d,{{...structuredClone(common),...l}},{options})"
+        start = f"const common={json.dumps(LAYOUT)};const draw=(n,d,l)=>{draw};"
+        return f"<script>{start}{''.join(self._calls)}</script>"
 
 
-def lines(parts: Iterable[tuple[str, tuple[list[float], list[float]]]]) -> go.Figure:
-    """Return a chart with one line per name."""
-    figure = go.Figure()
-    for name, (x, y) in parts:
-        figure.add_trace(go.Scatter(x=x, y=y, name=name, mode="lines", line={"width": 1.5}))
-    figure.update_layout(showlegend=len(figure.data) > 1)
-    figure.update_xaxes(rangemode="tozero")
-    return figure
+def line(name: str, points: tuple[list[float], list[float]], **look: Any) -> Trace:
+    """Return a line; `look` is its color, width or dash."""
+    x, y = points
+    return {"x": x, "y": y, "name": name, "mode": "lines", "line": {"width": 1.5, **look}}
 
 
-def learning_curve(run: RunData) -> go.Figure:
+def learning_curve(run: RunData) -> list[Trace]:
     """Return the score minus that of never-grow, its average, baselines and alerts."""
     name = GAIN if any(GAIN in row for row in run.rows) else SCORE
-    figure = lines([("each iteration", run.series(name))])
-    figure.data[0].line.color = "#c3cfdf"
+    traces = [line("each iteration", run.series(name), color="#c3cfdf")]
+    ends = [0.0, run.rows[-1]["step"]]
     if name == GAIN:
-        x, y = run.series(f"trend/{GAIN}")
-        figure.add_trace(go.Scatter(x=x, y=y, name="moving average", line={"color": COLORS[0]}))
-        figure.add_hline(y=0, line={"color": "#888", "width": 1})
+        traces.append(line("moving average", run.series(f"trend/{GAIN}"), color=COLORS[0], width=2))
         agents = (run.evaluation or {}).get("agents", {})
         zero = agents.get("never-grow", {}).get("summary", {}).get("mean")
         for k, (agent, record) in enumerate(agents.items()):
-            if zero is not None and agent != "never-grow":
-                level = record["summary"]["mean"] - zero
-                line = {"dash": "dot", "width": 1, "color": COLORS[(k + 1) % len(COLORS)]}
-                ends = [0, run.rows[-1]["step"]]
-                trace = go.Scatter(x=ends, y=[level] * 2, name=f"{agent} (evaluation)", line=line)
-                figure.add_trace(trace.update(mode="lines"))
+            if zero is not None:
+                level, color = record["summary"]["mean"] - zero, COLORS[(k + 1) % len(COLORS)]
+                look = {"dash": "dot", "width": 1, "color": color}
+                traces.append(line(f"{agent} (evaluation)", (ends, [level, level]), **look))
     for severity, color in (("warning", "#d9a400"), ("critical", "#b3261e")):
         alerts = [e for e in run.of_kind("alert_raised") if e["severity"] == severity]
+        low = min(run.series(name)[1], default=0.0)
         if alerts:
-            low = min(run.series(name)[1], default=0.0)
-            marker = {"color": color, "symbol": "triangle-up", "size": 9}
-            figure.add_trace(
-                go.Scatter(
-                    x=[e["step"] for e in alerts],
-                    y=[low] * len(alerts),
-                    text=[f"{e['name']}: {e['value']:.3g}" for e in alerts],
-                    name=severity,
-                    mode="markers",
-                    marker=marker,
-                )
+            traces.append(
+                {
+                    "x": [e["step"] for e in alerts],
+                    "y": [low] * len(alerts),
+                    "text": [f"{e['name']}: {e['value']:.3g}" for e in alerts],
+                    "name": severity,
+                    "mode": "markers",
+                    "marker": {"color": color, "symbol": "triangle-up", "size": 9},
+                }
             )
-    figure.update_layout(showlegend=True)
-    return figure
+    return traces
 
 
 def metric_charts(runs: list[RunData], charts: Charts) -> str:
     """Return small charts of all metrics, group by group; a family shares a chart."""
+    names = dict.fromkeys(name for run in runs for row in run.rows for name in row)
+    own: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if name != "step":
+            own[find(name).name].append(name)
     parts = []
     for title, group in GROUPS.items():
-        figures = [chart for metric in group if (chart := _metric_chart(runs, metric, charts))]
+        figures = [_metric_chart(runs, m, own[m.name], charts) for m in group if m.name in own]
         if figures:
             parts.append(f"<h2>{title}</h2><div class=grid>{''.join(figures)}</div>")
     return "".join(parts)
 
 
-def _metric_chart(runs: list[RunData], metric: Metric, charts: Charts) -> str:
-    """Return the chart of a metric or a family, or an empty string without data."""
-    names = list(dict.fromkeys(n for run in runs for row in run.rows for n in row if n != "step"))
-    own = [name for name in names if find(name) is metric]
+def _metric_chart(runs: list[RunData], metric: Metric, own: list[str], charts: Charts) -> str:
+    """Return the chart of a metric, or of a family with its members."""
     parts = []
     for run, name in itertools.product(runs, own):
         short = name
@@ -240,17 +252,18 @@ def _metric_chart(runs: list[RunData], metric: Metric, charts: Charts) -> str:
             short = name.removeprefix(start).removesuffix(end)
         label = short if len(runs) == 1 else f"{run.name} {short}" * bool(metric.placeholder)
         parts.append((label or run.name, run.series(name)))
-    if not parts:
-        return ""
-    figure = lines(parts)
+    traces = [line(label, points) for label, points in parts]
+    layout: dict[str, Any] = {}
     if metric.low is not None or metric.high is not None:
         # Without a limit on one side the shade ends with the data.
         values = [value for _, (_, y) in parts for value in y]
         low = min([*values, *_known(metric.high)]) if metric.low is None else metric.low
         high = max([*values, *_known(metric.low)]) if metric.high is None else metric.high
-        figure.add_hrect(y0=low, y1=high, fillcolor="#4f8a3c", opacity=0.07, line_width=0)
+        shade = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "y0": low, "y1": high}
+        shade |= {"fillcolor": "#4f8a3c", "opacity": 0.07, "line": {"width": 0}}
+        layout["shapes"] = [shade]
     unit = f" [{metric.unit}]" if metric.unit else ""
-    return charts.add(metric.name + unit, metric.meaning, figure)
+    return charts.add(metric.name + unit, metric.meaning, traces, **layout)
 
 
 def _known(limit: float | None) -> list[float]:
@@ -262,41 +275,43 @@ def growth_charts(run: RunData, charts: Charts) -> str:
     figures = []
     ops = sorted(n for n in set().union(*run.rows) if n.startswith("env/op/"))
     if ops:
-        figure = go.Figure()
-        for name in ops:
-            x, y = run.series(name)
-            label = name.removeprefix("env/op/")
-            trace = go.Scatter(x=x, y=y, name=label, stackgroup="ops", line={"width": 0.5})
-            figure.add_trace(trace)
-        figures.append(charts.add("Ops", "share of env steps with each op", figure, 300))
+        traces = [line(n.removeprefix("env/op/"), run.series(n), width=0.5) for n in ops]
+        traces = [{**trace, "stackgroup": "ops"} for trace in traces]
+        figures.append(charts.add("Ops", "share of env steps with each op", traces, 300))
     first: dict[tuple[int, int], dict[str, Any]] = {}
     for event in run.of_kind("germinated"):
         first.setdefault((event["member"], event["episode"]), event)
     if first:
-        figure = go.Figure()
-        blueprints = sorted({e["blueprint"] for e in first.values()})
+        traces, blueprints = [], sorted({e["blueprint"] for e in first.values()})
         for blueprint in blueprints:
             own = [e for e in first.values() if e["blueprint"] == blueprint]
             counts = Counter((e["step"], e["at"], e["slot"]) for e in own)
             shown = list(counts)[:: max(1, -(-len(counts) // MOST_POINTS))]
-            figure.add_trace(
-                go.Scatter(
-                    x=[step for step, _, _ in shown],
-                    y=[at for _, at, _ in shown],
-                    text=[f"slot {slot}: {counts[step, at, slot]}" for step, at, slot in shown],
-                    name=blueprint,
-                    mode="markers",
-                    marker={"size": 5, "opacity": 0.6},
-                )
+            traces.append(
+                {
+                    "x": [step for step, _, _ in shown],
+                    "y": [at for _, at, _ in shown],
+                    "text": [f"slot {slot}: {counts[step, at, slot]}" for step, at, slot in shown],
+                    "name": blueprint,
+                    "mode": "markers",
+                    "marker": {"size": 5, "opacity": 0.6},
+                }
             )
         caption = "env step of the first germination of each episode, by blueprint"
-        figures.append(charts.add("First germination", caption, figure, 300))
+        layout = {"hovermode": "closest", "showlegend": True}
+        figures.append(charts.add("First germination", caption, traces, 300, **layout))
         table = Counter((e["blueprint"], e["slot"]) for e in first.values())
         slots = sorted({slot for _, slot in table})
-        z = [[table[blueprint, slot] for slot in slots] for blueprint in blueprints]
-        heat = go.Heatmap(z=z, x=[f"slot {s}" for s in slots], y=blueprints, colorscale="Blues")
+        heat = {
+            "type": "heatmap",
+            "z": [[table[blueprint, slot] for slot in slots] for blueprint in blueprints],
+            "x": [f"slot {slot}" for slot in slots],
+            "y": blueprints,
+            "colorscale": [[0, "#f3f6fa"], [1, "#1f4e8c"]],
+        }
         caption = "number of first germinations, over all episodes"
-        figures.append(charts.add("Where and what", caption, go.Figure(heat), 300))
+        layout = {"margin": {"l": 90, "r": 8, "t": 8, "b": 32}, "hovermode": "closest"}
+        figures.append(charts.add("Where and what", caption, [heat], 300, **layout))
     figures.extend(_episode_chart(run, episode, charts) for episode in _sample_episodes(run))
     if not figures:
         return "<p>No events: the run was made with --telemetry off.</p>"
@@ -313,7 +328,7 @@ def _sample_episodes(run: RunData) -> list[dict[str, Any]]:
 
 def _episode_chart(run: RunData, end: dict[str, Any], charts: Charts) -> str:
     """Return the timeline of one episode: the stage of each slot, and the accuracy."""
-    key, figure = (end["member"], end["episode"]), go.Figure()
+    key = end["member"], end["episode"]
     kinds = ("germinated", "stage_changed", "pruned", "fossilized")
     events = [e for e in run.of_kind(*kinds) if (e["member"], e["episode"]) == key]
     bars: dict[str, list[tuple[int, int, int, str]]] = defaultdict(list)
@@ -322,33 +337,43 @@ def _episode_chart(run: RunData, end: dict[str, Any], charts: Charts) -> str:
         for event, following in itertools.zip_longest(own, own[1:]):
             stop = following["at"] if following else end["length"]
             bars[event["stage"]].append((slot, event["at"], stop - event["at"], event["blueprint"]))
+    traces: list[Trace] = []
     for stage, color in STAGE_COLORS.items():
         if bars[stage]:
             slots, starts, widths, names = zip(*bars[stage], strict=True)
-            figure.add_trace(
-                go.Bar(
-                    y=[f"slot {slot}" for slot in slots],
-                    x=widths,
-                    base=starts,
-                    orientation="h",
-                    name=stage.lower(),
-                    text=names,
-                    hovertext=[f"{n}, {stage.lower()}" for n in names],
-                    textposition="inside",
-                    marker={"color": color},
-                )
+            traces.append(
+                {
+                    "type": "bar",
+                    "y": [f"slot {slot}" for slot in slots],
+                    "x": widths,
+                    "base": starts,
+                    "orientation": "h",
+                    "name": stage.lower(),
+                    "hovertext": [f"{name}, {stage.lower()}" for name in names],
+                    # The name of a seed stands where it stays.
+                    "text": names if stage in ("HOLDING", "FOSSILIZED") else None,
+                    "textposition": "inside",
+                    "textangle": 0,
+                    "marker": {"color": color},
+                }
             )
-    points = [(e["at"], e["accuracy"]) for e in events]
-    x, y = [at for at, _ in points], [accuracy for _, accuracy in points]
-    accuracy = go.Scatter(x=x, y=y, name="accuracy", yaxis="y2", mode="markers+lines")
-    figure.add_trace(accuracy.update(line={"color": "#222", "width": 1}, marker={"size": 4}))
-    axis = {"overlaying": "y", "side": "right", "range": [0, 1], "showgrid": False}
-    figure.update_layout(barmode="overlay", yaxis2=axis)
-    figure.update_xaxes(range=[0, end["length"]])
-    caption = f"instance {end['instance']}, score {end['score']:.3f}" + (
-        f", never-grow {end['never_grow']:.3f}" if end["never_grow"] is not None else ""
+    points = [e["at"] for e in events], [e["accuracy"] for e in events]
+    accuracy = line("accuracy (right)", points, color="#222", width=1)
+    traces.append({**accuracy, "mode": "markers+lines", "marker": {"size": 4}, "yaxis": "y2"})
+    caption = f"instance {end['instance']}, score {end['score']:.3f}"
+    if end["never_grow"] is not None:
+        caption += f", never-grow {end['never_grow']:.3f}"
+    return charts.add(
+        f"Episode that ended at step {end['step']:,}",
+        caption,
+        traces,
+        300,
+        barmode="overlay",
+        hovermode="closest",
+        margin={"l": 48, "r": 40, "t": 8, "b": 32},
+        xaxis={"range": [0, end["length"]]},
+        yaxis2={"overlaying": "y", "side": "right", "range": [0, 1], "showgrid": False},
     )
-    return charts.add(f"Episode that ended at step {end['step']}", caption, figure, 300)
 
 
 # ------------------------------------------------------------------ page
@@ -407,7 +432,7 @@ def _single(run: RunData, charts: Charts) -> str:
 def _compare(runs: list[RunData], charts: Charts) -> str:
     """Return the comparison of several runs."""
     name = f"trend/{GAIN}" if all(f"trend/{GAIN}" in run.rows[-1] for run in runs) else SCORE
-    figure = lines((run.name, run.series(name)) for run in runs)
+    traces = [line(run.name, run.series(name)) for run in runs]
     finals = np.array([run.series(name)[1][-1] for run in runs])
     low, high = bootstrap_interval(finals, np.random.default_rng(0))
     mean = float(interquartile_mean(finals))
@@ -428,12 +453,11 @@ def _compare(runs: list[RunData], charts: Charts) -> str:
         ("interquartile mean at the end", f"{mean:+.4f}"),
         ("95 % bootstrap interval", f"{low:+.4f} .. {high:+.4f}"),
     ]
-    # Families would have a line for each member and run.
     parts = [
         "<h1>Comparison</h1>",
         _keys(keys),
         "<h2>Learning curves</h2>",
-        charts.add("Score", find(name).meaning, figure, 380),
+        charts.add("Score", find(name).meaning, traces, 380),
         f"<h2>Runs</h2><div class=wide>{_table(head, rows)}</div>",
         metric_charts(runs, charts),
     ]
