@@ -108,7 +108,10 @@ def run_every_level(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
 
 
 def test_a_run_writes_every_metric_of_its_level_and_no_other_one(runs: dict[str, Path]) -> None:
-    """Findings TEL-1, TEL-7, SYN-M12, SYN-M13: the table and the rows are the same set."""
+    """The table and the rows are the same set.
+
+    Findings TEL-1, TEL-6, TEL-7, GRD-H4, SYN-M12, SYN-M13.
+    """
     for level, directory in runs.items():
         written = set().union(*rows_of(directory, "metrics.jsonl")) - {"step"}
         described = {find(name) for name in written}
@@ -128,7 +131,7 @@ def test_metrics_without_data_are_the_optional_ones(runs: dict[str, Path]) -> No
 
 
 def test_every_kind_of_event_occurs(runs: dict[str, Path]) -> None:
-    """Finding TEL-9: events are frozen records; `cleared` needs the alert of a later update."""
+    """Findings TEL-9, GRD-L5: events are frozen records."""
     events = rows_of(runs["debug"], "events.jsonl")
     kinds = {event["kind"] for event in events}
     assert kinds == set(EVENTS)
@@ -226,7 +229,7 @@ def test_the_table_describes_each_metric(metric: Metric) -> None:
 
 
 def test_norms_cosines_and_shares_are_those_of_joined_gradients() -> None:
-    """Findings GRD-C1, GRD-C2, GRD-L1, TEL-12, TEL-13: to 1e-6 of what NumPy says."""
+    """Findings GRD-C1, GRD-C2, GRD-L1, GRD-L2, TEL-12, TEL-13: to 1e-6 of what NumPy says."""
     generator = torch.Generator().manual_seed(3)
     first, second = (
         [torch.randn(*shape, generator=generator) for shape in ((5, 3), (7,), (2, 2, 2))]
@@ -260,7 +263,7 @@ def test_the_noise_scale_of_known_batches() -> None:
 
 
 def test_gradient_figures_compile_into_one_graph() -> None:
-    """Findings SYN-C6, SYN-G5: no graph break."""
+    """Findings SYN-C6, SYN-G5, TEL-15: no graph break, no private function."""
     grads = [torch.randn(4, 3), torch.randn(200)]
 
     def figures(grads: list[Tensor]) -> Tensor:
@@ -343,7 +346,7 @@ def test_an_updates_figures_are_those_of_plain_autograd(envs: EsperVectorEnv) ->
 
 
 def test_worst_transitions_are_those_of_the_most_extreme_ratios(envs: EsperVectorEnv) -> None:
-    """Finding GRD-I2: the record holds the action, both log-probabilities and the gradient."""
+    """Findings GRD-I2, SYN-G1: with the action, both log-probabilities and the gradient norm."""
     args = small_args(telemetry="debug", learning_rate=0.05, max_grad_norm=10.0)
     state = make_train_state(args, envs)
     rollout = collect_rollout(state, envs, args)
