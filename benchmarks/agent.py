@@ -13,6 +13,7 @@ threads, and an LSTM call for every step as in CleanRL's `ppo_atari_lstm.py`.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from benchmarks import write_result
 from esper_agent import ppo_lstm
 from esper_agent.envs import make_envs
+from esper_agent.telemetry.metrics import LEVELS
 from esper_env import EnvConfig
 
 
@@ -120,6 +122,40 @@ def measure(args: Args, num_envs: int) -> dict[str, Any]:
     }
 
 
+def measure_telemetry(args: Args, num_envs: int) -> dict[str, Any]:
+    """Time iterations at each level of telemetry in turn; all do the same training.
+
+    Scores of never-grow are played before: once per instance and run, which is also timed.
+    """
+    runs, reference = [], 0.0
+    for level in LEVELS:
+        training = dataclasses.replace(training_arguments(args, num_envs), telemetry=level)
+        envs = make_envs(args.env_id, num_envs, "cpu", training.env)
+        state = ppo_lstm.make_train_state(training, envs)
+        began = time.perf_counter()
+        if level != "off":
+            state.telemetry.never_grow(np.arange(envs.num_instances))
+        reference = time.perf_counter() - began
+        runs.append((state, envs, training))
+    rows = []
+    for _ in range(args.rounds + 1):
+        row = []
+        for state, envs, training in runs:
+            began, env_before = time.perf_counter(), state.env_seconds
+            ppo_lstm.run_iteration(state, envs, training)
+            total = time.perf_counter() - began
+            row.append((total, total - (state.env_seconds - env_before)))
+        rows.append(row)
+    # Without warm-up. (rounds, levels, [all, outside the environment])
+    seconds = np.array(rows[1:])
+    # The environment does the same work at each level, so its noise is left out.
+    extra = (seconds[..., 1] - seconds[:, :1, 1]) / seconds[:, :1, 0]
+    result: dict[str, Any] = {
+        f"{level}_share": _spread(extra[:, k]) for k, level in enumerate(LEVELS) if k
+    }
+    return result | {"never_grow_seconds": reference, "num_envs": num_envs}
+
+
 def _spread(values: np.ndarray) -> dict[str, float]:
     """Return median, minimum and maximum over the rounds."""
     return {
@@ -142,7 +178,9 @@ def main() -> None:
             if isinstance(value, dict):
                 spread = f"{value['median']:9.3f} ({value['min']:.3f} .. {value['max']:.3f})"
                 print(f"  {name:24s} {spread}", flush=True)
-    write_result(args.out, args, rows=rows)
+    telemetry = measure_telemetry(args, args.num_envs[0])
+    print(f"telemetry: {telemetry}")
+    write_result(args.out, args, rows=rows, telemetry=telemetry)
 
 
 if __name__ == "__main__":

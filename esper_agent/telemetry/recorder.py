@@ -106,9 +106,9 @@ class Telemetry:
         """Events of the last iteration."""
         self._chosen, self._debug_left, self._debug_updates = level, 0, debug_updates
         self._device = torch.device(device)
-        self._never_grow = NeverGrowScores(env_id, device, config, envs.num_instances)
+        self.never_grow = NeverGrowScores(env_id, device, config, envs.num_instances)
         is_on = has_level(level, "normal")
-        self.environment = EnvironmentWatch(envs, info, self._never_grow if is_on else None)
+        self.environment = EnvironmentWatch(envs, info, self.never_grow if is_on else None)
         num_options = {head.name: len(head.options) for head in envs.heads}
         self.alerts = Alerts(limits, max_grad_norm, num_options)
         self._trends = Trends()
@@ -130,7 +130,7 @@ class Telemetry:
         return {
             "debug_left": self._debug_left,
             "environment": self.environment.get_state(),
-            "never_grow": self._never_grow.get_state(),
+            "never_grow": self.never_grow.get_state(),
             "alerts": self.alerts.get_state(),
             "trends": {"totals": self._trends.totals, "counts": self._trends.counts},
             "change": self._change,
@@ -140,7 +140,7 @@ class Telemetry:
         """Continue from the result of `get_state`."""
         self._debug_left = state["debug_left"]
         self.environment.set_state(state["environment"])
-        self._never_grow.set_state(state["never_grow"])
+        self.never_grow.set_state(state["never_grow"])
         self.alerts.set_state(state["alerts"])
         self._trends = Trends(**state["trends"])
         change = state["change"]
