@@ -169,7 +169,7 @@ class Telemetry:
             obs: Observations of the rollout. (num_steps, num_envs, num_features) float32.
         """
         num_steps = obs.shape[0] * obs.shape[1]
-        step, progress = iteration * num_steps, iteration / num_iterations
+        step, progress = iteration * num_steps, min(1.0, iteration / num_iterations)
         level, self._change = self.level, watch.change
         with self.clock.measure("telemetry"):
             figures, self.events = self.environment.finish(level, step, obs.cpu().numpy())
