@@ -104,7 +104,9 @@ class Telemetry:
         """Numbers of the last update that are not finite, in words."""
         self.events: list[Event] = []
         """Events of the last iteration."""
-        self._chosen, self._debug_left, self._debug_updates = level, 0, debug_updates
+        self._chosen, self._debug_left = level, 0
+        self.debug_updates = debug_updates
+        """Updates that an alert keeps at level debug."""
         self._device = torch.device(device)
         self.never_grow = NeverGrowScores(env_id, device, config, envs.num_instances)
         is_on = has_level(level, "normal")
@@ -196,7 +198,7 @@ class Telemetry:
         """Count down the updates at level debug; an alert starts the count."""
         self._debug_left = max(0, self._debug_left - 1)
         if any(isinstance(event, AlertRaised) for event in events):
-            self._debug_left = self._debug_updates
+            self._debug_left = self.debug_updates
 
     def _trends_of(self, metrics: dict[str, float]) -> dict[str, float]:
         """Return trends, and figures of the last updates."""
