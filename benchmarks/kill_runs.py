@@ -31,6 +31,7 @@ import tyro
 from safetensors.numpy import load_file
 
 from benchmarks import write_result
+from benchmarks.processes import end_with_parent
 from esper_agent import ppo_lstm
 from esper_agent.run import Run
 from esper_agent.telemetry.recorder import PARTS
@@ -115,7 +116,7 @@ def in_process(
     # The server has imported what a training needs, and its children start in no time.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["esper_agent.ppo_lstm"])
-    process = context.Process(target=function, args=arguments)
+    process = context.Process(target=_run, args=(function, arguments))
     process.start()
     process.join(seconds)
     if process.is_alive():
@@ -123,6 +124,11 @@ def in_process(
     process.join()
     assert process.exitcode is not None
     return process.exitcode
+
+
+def _run(function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    end_with_parent()
+    function(*arguments)
 
 
 @contextlib.contextmanager

@@ -285,7 +285,12 @@ def run_tests(area: Area, copy: Path, timeout: float) -> tuple[bool, str]:
     if not area.compiles:
         environment["NUMBA_DISABLE_JIT"] = "1"
     tests = [test for test in area.tests if (copy / test).exists()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    processes = str(Path(__file__).with_name("processes.py"))
+    code = (
+        f"import runpy, sys; runpy.run_path({processes!r})['end_with_parent']({os.getpid()}); "
+        "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
         result = subprocess.run(
             command, capture_output=True, text=True, cwd=copy, env=environment, timeout=timeout

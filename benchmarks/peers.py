@@ -14,9 +14,9 @@ each uses one thread, which the environment sets in a forked process.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
-import os
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -27,7 +27,6 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 
 from benchmarks import calls_per_round, seconds_per_call
-from benchmarks.processes import end_with_parent
 from benchmarks.states import grow, make_envs, settings_of
 
 OURS = "vector"
@@ -39,15 +38,17 @@ def make_single(env_id: str, settings: dict[str, Any]) -> gym.Env[Any, Any]:
     return gym.make(env_id, disable_env_checker=True, **settings)
 
 
-def _serve(
-    parent: int, pipe: Connection, env_id: str, num_envs: int, settings: dict[str, Any]
-) -> None:
-    """Run a vector environment in this process: reset for a seed, step for an array of actions."""
-    end_with_parent(parent)
+def _serve(pipe: Connection, env_id: str, num_envs: int, settings: dict[str, Any]) -> None:
+    """Run a vector environment in this process: reset for a seed, step for an array of actions.
+
+    The process ends when the other side of the pipe is closed, also because its owner was killed.
+    """
     torch.set_num_threads(1)
     envs = make_envs(env_id, num_envs, **settings)
-    while (order := pipe.recv()) is not None:
-        pipe.send(envs.reset(seed=order) if isinstance(order, int) else envs.step(order))
+    with contextlib.suppress(EOFError):
+        while True:
+            order = pipe.recv()
+            pipe.send(envs.reset(seed=order) if isinstance(order, int) else envs.step(order))
 
 
 class TwoProcesses:
@@ -56,11 +57,14 @@ class TwoProcesses:
     def __init__(self, env_id: str, num_envs: int, settings: dict[str, Any]) -> None:
         self.num_envs, self.half = num_envs, num_envs // 2
         self.pipes, self.processes = [], []
+        # Forked processes would hold each other's pipes, and never see the end of one.
+        context = multiprocessing.get_context("spawn")
         for count in (self.half, num_envs - self.half):
-            own, other = multiprocessing.Pipe()
-            arguments = (os.getpid(), other, env_id, count, settings)
-            process = multiprocessing.Process(target=_serve, args=arguments, daemon=True)
+            own, other = context.Pipe()
+            arguments = (other, env_id, count, settings)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
+            other.close()
             self.pipes.append(own)
             self.processes.append(process)
 
@@ -75,7 +79,7 @@ class TwoProcesses:
     def close(self) -> None:
         """End both processes."""
         for pipe, process in zip(self.pipes, self.processes, strict=True):
-            pipe.send(None)
+            pipe.close()
             process.join()
 
     def _order(self, *orders: Any) -> FloatRows:

@@ -19,16 +19,21 @@ LOCK = ".lock"
 """File that the user of a directory has locked."""
 
 
-def end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int | None = None) -> None:
     """End this process at once when its parent has ended, also if the parent was killed.
 
     Linux could send a signal instead, but when the starting thread ends, not the process.
 
     Args:
-        parent: Process id of the parent, which may have ended already.
+        parent: Process id of the parent, which may have ended already. None for a process of
+            `multiprocessing`, where a forkserver may be between it and its parent.
     """
 
     def watch() -> None:
+        if parent is None:
+            owner = multiprocessing.parent_process()
+            assert owner is not None
+            owner.join()
         while os.getppid() == parent:
             time.sleep(INTERVAL)
         os._exit(1)
@@ -38,14 +43,13 @@ def end_with_parent(parent: int) -> None:
 
 def process_pool(jobs: int) -> ProcessPoolExecutor:
     """Return a pool of processes with one torch thread each, which end with this process."""
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, context, _begin, (os.getpid(),))
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin)
 
 
-def _begin(parent: int) -> None:
+def _begin() -> None:
     import torch  # Not above: `compare_checkouts` loads this file before its first imports.
 
-    end_with_parent(parent)
+    end_with_parent()
     torch.set_num_threads(1)
 
 

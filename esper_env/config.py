@@ -196,7 +196,7 @@ class EnvConfig:
     """Contributions above which `flag_parasite` and `flag_attribution` are possible [accuracy]."""
     flag_ratio: float = 3.0
     """Sum of the contributions at which `flag_attribution` is set [multiples of the joint gain]."""
-    flag_prunes: int = 15
+    flag_prunes: int = 20
     """Prunes of young seeds in an episode at which `flag_churn` is set."""
     flag_age: int = 5
     """Age below which a seed counts as young for `flag_churn` [env steps]."""

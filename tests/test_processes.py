@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,64 +15,76 @@ from benchmarks import ablations, learning
 from benchmarks.processes import only_user
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 20.0
-"""Time for a process to end on a busy machine [seconds]; it takes about 0.1."""
-
-POOL = """
-import os, time
+WORK = """
+import os, sys, time
+os.write(2, b"ready\\n")
+time.sleep(100)
+os.write(2, b"ended by itself\\n")
+os._exit(0)
+"""
+POOL = f"""
 from benchmarks.processes import process_pool
 pool = process_pool(1)
-pids = [pool.submit(os.getpid).result()]
-pool.submit(time.sleep, 100)
+pool.submit(exec, {WORK!r}).result()
 """
 CHECKOUTS = """
-import pathlib
+import os, pathlib, time
 from benchmarks.compare_checkouts import Worker
-worker = Worker(pathlib.Path().resolve(), pathlib.Path("{cache}"), 1)
+worker = Worker(pathlib.Path().resolve(), pathlib.Path("{folder}"), 1)
 worker.send(what="nothing")
 worker.receive()  # It has started.
-worker.send(what="record", settings={{}}, num_envs=2, steps=10**6)
-pids = [worker.process.pid]
+worker.send(what="record", settings={}, num_envs=2, steps=3000)
+os.write(2, b"ready\\n")
+time.sleep(100)
 """
 PEERS = """
+import os, time
 from benchmarks.peers import TwoProcesses
-pids = [process.pid for process in TwoProcesses("Esper-Digits-v0", 2, {{}}).processes]
+sides = TwoProcesses("Esper-Digits-v0", 2, {})
+sides.reset(seed=0)
+os.write(2, b"ready\\n")
+time.sleep(100)
 """
+KILLS = f"""
+from benchmarks.kill_runs import in_process
+in_process(exec, {WORK!r})
+"""
+MUTANTS = """
+from pathlib import Path
+from benchmarks.mutants import Area, run_tests
+run_tests(Area((), ("test_of_a_mutant.py",), 1, True), Path("{folder}"), 1000)
+"""
+PARENTS = {
+    "pool": POOL, "checkouts": CHECKOUTS, "peers": PEERS, "kills": KILLS, "mutants": MUTANTS,
+}  # fmt: skip
+"""Programs that start workers. Without their parent, workers end by an error, or by themselves and
+say so."""
 
 
-def is_running(pid: int) -> bool:
-    """Return whether a process exists that is not a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-@pytest.mark.parametrize("code", [POOL, CHECKOUTS, PEERS], ids=["pool", "checkouts", "peers"])
-def test_workers_end_with_their_parent_that_is_killed(code: str, tmp_path: Path) -> None:
-    code = code.format(cache=tmp_path) + "print(*pids, flush=True); time.sleep(100)\n"
+@pytest.mark.parametrize("name", PARENTS)
+def test_workers_end_with_their_parent_that_is_killed(name: str, tmp_path: Path) -> None:
+    # Workers inherit this pipe or open it, so its end comes when the last of them has ended.
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(pipe, os.O_WRONLY)
+    os.set_blocking(reader, True)
+    test = f"import os\nos.dup2(os.open({str(pipe)!r}, os.O_WRONLY), 2)\n{WORK}"
+    (tmp_path / "test_of_a_mutant.py").write_text(test)
     parent = subprocess.Popen(
-        [sys.executable, "-c", "import time\n" + code],
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", PARENTS[name].replace("{folder}", str(tmp_path))],
+        stderr=writer,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert parent.stdout is not None
-    pids = [int(word) for word in parent.stdout.readline().split()]
-    assert pids
-    assert all(map(is_running, pids))
-    parent.kill()
-    parent.wait()  # Not `communicate`, because workers hold the same pipe.
-    until = time.monotonic() + PATIENCE
-    while any(map(is_running, pids)) and time.monotonic() < until:
-        time.sleep(0.05)
-    running = list(filter(is_running, pids))
-    for pid in running:
-        os.kill(pid, signal.SIGKILL)
-    parent.stdout.close()
-    assert running == []
+    os.close(writer)
+    with open(reader) as lines:
+        assert "ready\n" in lines
+        parent.kill()
+        rest = lines.read()
+    parent.wait()
+    assert "by itself" not in rest
+    assert "Error" not in rest
 
 
 @pytest.mark.parametrize("script", [learning, ablations], ids=["learning", "ablations"])
