@@ -83,16 +83,28 @@ def short_mistakes() -> Iterator[None]:
 
 def say(text: str) -> None:
     """Print a line at once; if the reader of stdout has gone, discard all further output."""
-    with ignore_closed_stdout():
+    with lenient_stdout():
         print(text, flush=True)
 
 
 @contextlib.contextmanager
-def ignore_closed_stdout() -> Iterator[None]:
-    """Discard all output from the moment on when the reader of stdout has gone (`| head`)."""
+def lenient_stdout() -> Iterator[None]:
+    """Let nothing that is printed end the process.
+
+    Characters that the locale does not know are printed as escape sequences. From the moment on
+    when the reader of stdout has gone (`| head`), all output is discarded.
+    """
+    stream = sys.stdout if isinstance(sys.stdout, io.TextIOWrapper) else None
+    errors = stream.errors if stream is not None else ""
     try:
-        yield
-        sys.stdout.flush()
+        try:
+            if stream is not None:
+                stream.reconfigure(errors="backslashreplace")
+            yield
+            sys.stdout.flush()
+        finally:
+            if stream is not None:
+                stream.reconfigure(errors=errors)
     except OSError:
         # BrokenPipeError of a pipe, or EIO of a terminal that was closed.
         null = os.open(os.devnull, os.O_WRONLY)

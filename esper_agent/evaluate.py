@@ -27,7 +27,7 @@ from scipy import stats
 from esper_agent import command_line
 from esper_agent.baselines import BASELINES, FixedSchedule, Policy, parse_plan
 from esper_agent.checkpoint import write_json
-from esper_agent.command_line import ignore_closed_stdout
+from esper_agent.command_line import lenient_stdout
 from esper_agent.envs import TRAINING, make_envs
 from esper_agent.telemetry.display import progress
 from esper_env import EnvConfig, EsperVectorEnv, Stage
@@ -296,8 +296,8 @@ def report(result: dict[str, Any], out: Path | None) -> None:
         write_json(out, result)
         plot_scores(result, out.with_suffix(".png"))
     console = Console()
-    console.width = max(console.width, 140)
-    with ignore_closed_stdout():
+    console.size = (max(console.width, 140), console.height)
+    with lenient_stdout():
         console.print(make_table(result))
         if out is not None:
             console.print(f"saved: {out} and .png", soft_wrap=True)

@@ -538,7 +538,7 @@ def print_metrics() -> None:
             table.add_column(column, overflow="fold")
         for metric in group:
             table.add_row(metric.name, metric.level, metric.unit, metric.meaning)
-        with command_line.ignore_closed_stdout():
+        with command_line.lenient_stdout():
             console.print(table)
 
 

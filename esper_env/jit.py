@@ -146,7 +146,9 @@ class _Cache:
         self._compiled = compiled
         self._rebuild = _numba.core.compiler.CompileResult._rebuild
         self._dumps = _numba.core.serialize.dumps
-        self._prefix = f"{source.stem}.{name}.{sys.implementation.cache_tag}-"
+        # Bytecode without docstrings numbers its constants in another way, so it has its own files.
+        mode = ".opt-2" if sys.flags.optimize >= 2 else ""
+        self._prefix = f"{source.stem}.{name}.{sys.implementation.cache_tag}{mode}-"
         self._names: dict[Any, tuple[str, str]] = {}
         self.cache_path = _folders(source.parent)
         self.is_announced = False

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -115,6 +116,11 @@ class Modules:
             sys.modules.pop(name, None)
         importlib.invalidate_caches()
         return importlib.import_module("above")
+
+    def environment(self) -> dict[str, str]:
+        """Return environment variables with which another process finds the modules."""
+        path = os.pathsep.join([str(self.folder), str(Path(esper_env.__file__).parents[1])])
+        return {"PYTHONPATH": path, "NUMBA_CACHE_DIR": numba.config.CACHE_DIR}
 
     def run(self) -> tuple[dict[str, int], set[str]]:
         """Call all entry points; return their results and the names of the compiled ones."""
@@ -324,18 +330,29 @@ def run_python(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(("options", "processor", "misses"), [(["-O"], "", 0), ([], "generic", 1)])
-def test_another_process_uses_the_code_unless_the_processor_differs(
+@pytest.mark.parametrize(
+    ("options", "processor", "misses"), [(["-O"], "", 0), (["-OO"], "", 1), ([], "generic", 1)]
+)
+def test_another_process_uses_the_code_unless_processor_or_bytecode_differ(
     modules: Modules, options: list[str], processor: str, misses: int
 ) -> None:
     modules.run()
     code = "import sys, above; print(above.scale(1), sum(above.scale.stats.cache_misses.values()))"
-    path = os.pathsep.join([str(modules.folder), str(Path(esper_env.__file__).parents[1])])
-    environment = {"PYTHONPATH": path, "NUMBA_CACHE_DIR": numba.config.CACHE_DIR}
+    environment = modules.environment()
     if processor:
         environment["NUMBA_CPU_NAME"] = processor
     assert run_python(*options, "-c", code, **environment).split() == ["2", str(misses)]
     assert modules.run() == (RESULTS, set()), "both are kept"
+
+
+def test_processes_that_compile_at_once_leave_whole_files(modules: Modules) -> None:
+    code = "import above; print(above.scale(1), above.shift(1))"
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(run_python, "-c", code, **modules.environment()) for _ in range(3)]
+    assert [run.result().split() for run in runs] == [["2", "2"]] * 3
+    assert len(kept(modules.folder)) == 2
+    assert not list(modules.folder.rglob("*.tmp"))
+    assert modules.run()[1] == set(RESULTS) - {"scale", "shift"}
 
 
 CONTENTS = """

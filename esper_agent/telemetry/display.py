@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 from rich.table import Table
 from rich.text import Text
 
-from esper_agent.command_line import ignore_closed_stdout, say
+from esper_agent.command_line import lenient_stdout, say
 from esper_agent.telemetry.events import AlertCleared, AlertRaised, Event
 
 Item = TypeVar("Item")
@@ -67,7 +67,8 @@ class Display:
         """Start the live display."""
         if self._live is not None:
             _OPEN.append(self)
-            self._live.start()
+            with lenient_stdout():
+                self._live.start()
         return self
 
     def __exit__(
@@ -79,7 +80,7 @@ class Display:
         """End the live display; what it shows stays."""
         if self._live is not None:
             _OPEN.remove(self)
-            with ignore_closed_stdout():
+            with lenient_stdout():
                 self._live.stop()
 
     def show(
@@ -104,7 +105,7 @@ class Display:
             self._show_alert(event)
         if self._live is not None:
             self._bar.update(self._task, completed=step)
-            with ignore_closed_stdout():
+            with lenient_stdout():
                 self._live.update(Group(self._bar, self._table(metrics)), refresh=True)
             return
         # The first line comes early, with the estimate of the time.
@@ -130,7 +131,7 @@ class Display:
         if self._live is None:
             say(text)
         else:
-            with ignore_closed_stdout():
+            with lenient_stdout():
                 self._live.console.print(Text(text), style="yellow")
 
     def _table(self, metrics: Mapping[str, float]) -> Table:
