@@ -113,9 +113,9 @@ def in_process(
         arguments: Its arguments.
         seconds: Time after which the process is killed.
     """
-    # The server has imported what a training needs, and its children start in no time.
+    # The server has done a training, so its children start in no time.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["esper_agent.ppo_lstm"])
+    context.set_forkserver_preload(["benchmarks.warm"])
     process = context.Process(target=_run, args=(function, arguments))
     process.start()
     process.join(seconds)

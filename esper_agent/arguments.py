@@ -7,9 +7,14 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
+
+import numpy as np
+import typeguard
 
 Args = TypeVar("Args")
+MOST = 2**53
+"""Largest integer."""
 
 
 def load_arguments(kind: type[Args], directory: Path | str, **nested: type[Any]) -> Args:
@@ -59,6 +64,31 @@ def config_of(args: Any) -> dict[str, Any]:
         raise ValueError(f"run_dir: expected none beside --resume, got {args.run_dir}")
     values = json.loads(json.dumps(dataclasses.asdict(args), allow_nan=False, default=str))
     return {name: value for name, value in values.items() if name not in ("run_dir", "resume")}
+
+
+def check_types(args: Any) -> None:
+    """Check that every field of a dataclass has its type; NumPy scalars become Python's own.
+
+    Raises:
+        TypeError: For the first field of another type; no truth value is a number.
+        ValueError: For an integer whose size no float can hold.
+    """
+    for name, hint in get_type_hints(type(args)).items():
+        value = getattr(args, name)
+        if isinstance(value, np.generic):
+            value = value.item()
+            object.__setattr__(args, name, value)  # The class may be frozen.
+        is_fit = isinstance(value, bool) <= (hint is bool)
+        try:
+            typeguard.check_type(value, hint)
+        except typeguard.TypeCheckError:
+            is_fit = False
+        if not is_fit:
+            expected = str(getattr(hint, "__name__", hint)).replace("typing.", "")
+            got = f"{value!r} of type {type(value).__name__}"
+            raise TypeError(f"{name}: expected {expected}, got {got}")
+        if isinstance(value, int) and abs(value) > MOST:
+            raise ValueError(f"{name}: expected at most {MOST}, got {value}")
 
 
 def check_ranges(

@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from rich.table import Table
 from scipy import stats
 
 from esper_agent import command_line
+from esper_agent.arguments import check_types
 from esper_agent.baselines import BASELINES, FixedSchedule, Policy, parse_plan
 from esper_agent.checkpoint import write_json
 from esper_agent.command_line import lenient_stdout
@@ -80,7 +81,8 @@ class Args:
     """JSON file for the result; a plot of the same name is written beside it."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check types and ranges."""
+        check_types(self)
         for name, least in (("episodes", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 got = getattr(self, name)
@@ -95,9 +97,12 @@ def make_policy(name: str) -> Policy:
     """Return the policy with a name that `--agents` accepts.
 
     Raises:
+        TypeError: If the name is no string.
         ValueError: If the name is unknown, or a plan cannot be parsed.
         FileNotFoundError: If there is no checkpoint.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"agents: expected names, got {name!r} of type {type(name).__name__}")
     if name in BASELINES:
         return BASELINES[name]()
     prefix, colon, rest = name.partition(":")
@@ -206,12 +211,18 @@ def evaluate_agents(
         paired differences of the committed score between the first policy and each other one.
 
     Raises:
+        TypeError: If an argument has a wrong type.
         ValueError: If there are no policies or episodes, or a policy does not fit the environment.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes: expected at least 1, got {episodes}")
-    if not policies:
-        raise ValueError("agents: expected at least one policy")
+    known = policies.values() if isinstance(policies, Mapping) else [policies]
+    if not all(hasattr(policy, "begin") and hasattr(policy, "act") for policy in known):
+        raise TypeError(f"policies: expected a dictionary of policies by name, got {policies!r}")
+    # The checks of the command line; its names of policies and config are agents and env.
+    settings = Args(
+        agents=tuple(policies), env_id=env_id, env=config, episodes=episodes, seed=seed,
+        device=device,
+    )  # fmt: skip
+    episodes, seed = settings.episodes, settings.seed
     envs = make_envs(env_id, min(episodes, MAX_ENVS), device, config)
     # A policy that does not fit the environment must raise before another one's episodes are run.
     check_policies(policies, envs, seed)
@@ -373,7 +384,15 @@ def begin(args: Args) -> tuple[dict[str, Policy], EnvConfig]:
 
 
 def prepare_output(out: Path) -> None:
-    """Create the folder of a JSON file, and check that files can be written there."""
+    """Create the folder of a JSON file, and check that files can be written there.
+
+    Raises:
+        TypeError: If `out` is no path.
+        ValueError: If it is a folder or a picture.
+        OSError: If it cannot be written.
+    """
+    if not isinstance(out, Path):
+        raise TypeError(f"out: expected a Path, got {out!r} of type {type(out).__name__}")
     if out.is_dir() or out.suffix == ".png":
         raise ValueError(f"out: expected a JSON file; a plot of the same name follows; got {out}")
     try:

@@ -45,9 +45,13 @@ def load_network(directory: Path | str, make: Callable[..., Network]) -> Network
         make: Constructor of the network.
 
     Raises:
+        TypeError: If `directory` is no path.
         FileNotFoundError: If the directory has no checkpoint.
         ValueError: If a file is damaged.
     """
+    if not isinstance(directory, str | Path):
+        got = f"{directory!r} of type {type(directory).__name__}"
+        raise TypeError(f"directory: expected a Path or a string, got {got}")
     directory = Path(directory).expanduser()
     path = directory / "agent.json"
     if not path.exists():

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_agent import command_line, networks
-from esper_agent.arguments import check_ranges, config_of, find_unusual, load_arguments
+from esper_agent.arguments import check_ranges, check_types, config_of, find_unusual, load_arguments
 from esper_agent.baselines import Actions, Policy
 from esper_agent.checkpoint import capture, restore
 from esper_agent.envs import TRAINING, ReturnScale, make_envs, one_thread, pad_masks
@@ -131,7 +131,8 @@ class Args:
     """Directory of an unfinished run to continue; all other arguments are those of the run."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check types and ranges."""
+        check_types(self)
         counts = ("num_envs", "num_steps", "num_minibatches", "group_size", "update_epochs")
         check_ranges(self, "at least 1", *counts, "hidden_size", "keep_checkpoints", least=1)
         check_ranges(self, "at least 0", "seed", "eval_episodes", "eval_every", "profile", least=0)

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from esper_agent import command_line
+from esper_agent.arguments import check_types
 from esper_agent.checkpoint import write_file
 from esper_agent.evaluate import bootstrap_interval, interquartile_mean
 from esper_agent.telemetry.metrics import GROUPS, Metric, find
@@ -72,6 +73,10 @@ class Args:
     metrics: bool = False
     """Print the table of metrics instead."""
 
+    def __post_init__(self) -> None:
+        """Check types."""
+        check_types(self)
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -106,13 +111,14 @@ def load(directory: Path) -> RunData:
 
     Raises:
         FileNotFoundError: If the directory has no run, or no metrics yet.
+        ValueError: If a file is damaged.
     """
     directory = directory.expanduser()
     if not (directory / "config.json").exists():
         raise FileNotFoundError(
             f"runs: expected the directory of a run with a config.json, got {directory}"
         )
-    rows = _read_lines(directory / "metrics.jsonl")
+    rows = _read_lines(directory / "metrics.jsonl", "step")
     if not rows:
         raise FileNotFoundError(
             f"runs: expected a run with metrics, but {directory} has none yet; wait for its first "
@@ -121,21 +127,35 @@ def load(directory: Path) -> RunData:
     evaluation = directory / "evaluation.json"
     return RunData(
         directory=directory,
-        config=json.loads((directory / "config.json").read_text()),
+        config=_parse(directory / "config.json", None, "env_id", "env"),
         rows=rows,
-        events=_read_lines(directory / "events.jsonl"),
-        evaluation=json.loads(evaluation.read_text()) if evaluation.exists() else None,
+        events=_read_lines(directory / "events.jsonl", "step", "kind"),
+        evaluation=_parse(evaluation, None, "agents", "episodes") if evaluation.exists() else None,
         is_finished=(directory / "finished.json").exists(),
     )
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
     """Return the objects of a file of JSON lines; empty if there is no file."""
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
     # What follows the last line break is not finished.
-    return [json.loads(line) for line in lines[:-1]]
+    return [_parse(path, line, *keys) for line in lines[:-1]]
+
+
+def _parse(path: Path, text: bytes | None, *keys: str) -> dict[str, Any]:
+    """Return a JSON object that has some keys; the text is that of the file if it is None."""
+    text = path.read_bytes() if text is None else text
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    is_fit = isinstance(value, dict) and all(key in value for key in keys)
+    if not is_fit or not isinstance(value.get("step", 0), int):
+        expected = f"a JSON object with {', '.join(keys)}"
+        raise ValueError(f"{path}: expected {expected}, got {text[:60]!r}; copy the file again")
+    return dict(value)
 
 
 # ------------------------------------------------------------------ charts

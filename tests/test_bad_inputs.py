@@ -9,10 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
+from esper_agent import evaluate, ppo_lstm, report
+from esper_agent.checkpoint import load_checkpoint
+from esper_agent.networks import load_network
 from esper_env import EnvConfig, EsperEnv, EsperVectorEnv
 from tests.builders import SMALL, assert_same, make, make_single
 
@@ -108,3 +112,86 @@ def test_wrong_values_of_all_arguments_raise_named_errors_and_change_nothing() -
     assert_same((envs.get_state(), env.get_state()), before)
     assert signatures() == compiled > 0
     assert SMALL["batch_size"] == envs.config.batch_size
+
+
+def agent_arguments() -> Iterator[tuple[str, Callable[[Any], Any]]]:
+    """Yield the arguments of trainings, evaluations and reports, as above.
+
+    A name may have alternatives, as errors of Gymnasium do not name arguments.
+    """
+    env_id = "Esper-Digits-v0"
+    for kind in (ppo_lstm.Args, evaluate.Args, report.Args):
+        for f in dataclasses.fields(kind):
+            yield f.name, lambda v, kind=kind, name=f.name: kind(**{name: v})
+    policies = {"never-grow": evaluate.make_policy("never-grow")}
+    settings = {"policies": policies, "env_id": env_id, "config": EnvConfig(**SMALL), "episodes": 1}
+    names = {"policies": "agents|policies", "config": "env", "env_id": "env_id|nvironment"}
+    for name in ("policies", "env_id", "config", "episodes", "seed", "device"):
+        yield (
+            names.get(name, name),
+            lambda v, name=name: evaluate.evaluate_agents(**{**settings, name: v}),
+        )
+    yield "agents", evaluate.make_policy
+    yield "out", evaluate.prepare_output
+    yield "directory|checkpoint", lambda v: load_network(v, ppo_lstm.Agent)
+
+
+def test_wrong_values_of_all_arguments_of_the_agent_raise_named_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # "x" is the name of a folder for some of them.
+    problems, num_rejected = [], 0
+    for name, call in agent_arguments():
+        for value in ODD:
+            try:
+                call(value)
+            except (TypeError, ValueError, OSError, gym.error.Error) as error:
+                num_rejected += 1
+                if not any(part in str(error) for part in name.split("|")):
+                    problems.append(f"{name}, {value!r}: {error!r}")
+            except Exception as error:
+                problems.append(f"{name}, {value!r}: {error!r}")
+    assert not problems, "\n".join(problems)
+    assert num_rejected > 900
+
+
+def files(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield the JSON files that are read in a run directory, each with a call that reads it."""
+    yield "config.json", lambda: ppo_lstm.load_args(folder)
+    yield "config.json", lambda: report.load(folder)
+    yield "agent.json", lambda: load_network(folder, ppo_lstm.Agent)
+    yield "metrics.jsonl", lambda: report.load(folder)
+    yield "events.jsonl", lambda: report.load(folder)
+    yield "evaluation.json", lambda: report.load(folder)
+    yield "checkpoint.json", lambda: load_checkpoint(folder / "checkpoint.json", {})
+
+
+CONTENTS = ("", "{", "null", "true", "1", "1.5", "NaN", '"x"', "[]", "[1]", "[[1]]", "{}",
+            '{"x": 1}', '{"step": "x"}', "\x00", "\ud800", "1" * 5000)  # fmt: skip
+"""Texts that are no such file."""
+
+
+def test_a_file_with_any_other_content_is_one_error_that_names_it(tmp_path: Path) -> None:
+    problems = []
+    good = {
+        "config.json": '{"env_id": "x", "env": {}}',
+        "metrics.jsonl": '{"step": 1}\n',
+        "events.jsonl": "",
+    }
+    for name, read in files(tmp_path):
+        for content in CONTENTS:
+            for file, text in good.items():
+                (tmp_path / file).write_text(text)
+            (tmp_path / "evaluation.json").unlink(missing_ok=True)
+            end = "\n" if name.endswith("l") else ""
+            (tmp_path / name).write_bytes((content + end).encode(errors="surrogatepass"))
+            try:
+                read()
+            except (ValueError, OSError) as error:
+                if name not in str(error):
+                    problems.append(f"{name}, {content!r}: {error!r}")
+            except Exception as error:
+                problems.append(f"{name}, {content!r}: {error!r}")
+            else:
+                problems.append(f"{name}, {content!r}: accepted")
+    assert not problems, "\n".join(problems)

@@ -171,7 +171,10 @@ def test_a_signal_in_the_evaluation_ends_it_and_resuming_repeats_it(
     if is_resumed:
         interrupt(tmp_path / "run", 4, eval_episodes=2)
         args = load_args(tmp_path / "run")
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
+        # Shells start background jobs with SIGINT ignored, and it would stay so.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        stack.callback(signal.signal, signal.SIGINT, before)
         stop = lambda *_: signal.raise_signal(signal.SIGINT)  # noqa: E731
         patch.setattr(ppo_lstm, "evaluate_beside_baselines", stop)
         with pytest.raises(Interrupted) as caught:

@@ -35,7 +35,9 @@ AGENT_ROWS = {
     "layers": set(),
     "networks": {"checkpoint"},
     "baselines": set(),
-    "evaluate": {"envs", "checkpoint", "command_line", "baselines", "telemetry.display"},
+    "evaluate": {
+        *("arguments", "envs", "checkpoint", "command_line", "baselines", "telemetry.display")
+    },
     "telemetry.metrics": set(),
     "telemetry.events": set(),
     "telemetry.gradients": set(),
@@ -60,7 +62,7 @@ AGENT_ROWS = {
         *("baselines", "evaluate", "run", "telemetry.display", "telemetry.gradients"),
         *("telemetry.metrics", "telemetry.profiler", "telemetry.recorder", "telemetry.training"),
     },
-    "report": {"checkpoint", "command_line", "evaluate", "telemetry.metrics"},
+    "report": {"arguments", "checkpoint", "command_line", "evaluate", "telemetry.metrics"},
     "__init__": set(),
     "telemetry.__init__": set(),
 }

@@ -145,9 +145,7 @@ def test_all_surroundings_at_once_change_nothing(tmp_path: Path, expected: str) 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", SURROUNDINGS)
-def test_each_of_the_surroundings_changes_nothing(
-    name: str, tmp_path: Path, expected: str
-) -> None:
+def test_each_of_the_surroundings_changes_nothing(name: str, tmp_path: Path, expected: str) -> None:
     options, environment = SURROUNDINGS[name]
     found, text = run_in(tmp_path / "out", options, environment)
     assert found == expected
