@@ -30,17 +30,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
 from benchmarks import write_result
 from benchmarks.headroom import GRID
 from benchmarks.processes import only_user, process_pool
 from benchmarks.protocol import compare, play, summarize, table_of
 from benchmarks.references import Episodes, train_equal_compute, train_grown_size
-from esper_agent import ppo_lstm
+from esper_agent import command_line, ppo_lstm
 from esper_agent.baselines import BASELINES, FixedSchedule, PlateauHeuristic, Policy, parse_plan
 from esper_agent.checkpoint import write_file
-from esper_agent.envs import TRAINING, make_envs
+from esper_agent.envs import TRAINING, make_envs, settings_of
 from esper_agent.evaluate import MAX_ENVS, run_episodes
 from esper_env import EnvConfig
 
@@ -90,6 +89,10 @@ class Args:
     """Whether to use the smallest sizes, as a test of the script."""
     out: Path | None = None
     """JSON file for the result."""
+
+    def __post_init__(self) -> None:
+        """Complete the settings of the environment."""
+        object.__setattr__(self, "env", settings_of(self.env_id, self.env))
 
 
 def smallest(env: EnvConfig) -> EnvConfig:
@@ -311,7 +314,7 @@ def search(args: Args) -> dict[str, Any]:
 
 def main() -> None:
     """Parse the command line, and run."""
-    args = tyro.cli(Args)
+    args = command_line.parse(Args)
     args = quick(args) if args.quick else args
     with only_user(args.work_dir):
         run(args)

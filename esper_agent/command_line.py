@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -32,12 +33,18 @@ def parse(
     Args:
         kind: Dataclass of the arguments.
         arguments: Command line without the program; None for that of this process.
-        default: Values of the arguments that are not given; None for those of the dataclass.
+        default: Values of the arguments that are not given; None for those of the dataclass. If it
+            has a field `env_id` and the command line gives it, other defaults may depend on it.
     """
     box = io.StringIO()
-    # tyro takes the absence of `default` as "the defaults of the dataclass".
-    defaults = {} if default is None else {"default": default}
+    given = sys.argv[1:] if arguments is None else arguments
+    has_id = any(f.name == "env_id" for f in dataclasses.fields(kind))  # type: ignore[arg-type]
+    env_id = value_of("--env-id", given) if has_id and default is None else None
     try:
+        if env_id is not None:
+            default = kind(env_id=env_id)  # type: ignore[call-arg]
+        # tyro takes the absence of `default` as "the defaults of the dataclass".
+        defaults = {} if default is None else {"default": default}
         with contextlib.redirect_stderr(box):
             args: Args = tyro.cli(kind, args=arguments, **defaults)  # type: ignore[call-overload]
     except SystemExit as error:
@@ -53,7 +60,7 @@ def parse(
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:
     """Return the value of one option of a command line, before all of it is parsed."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument(flag, dest="value")
+    parser.add_argument(flag, flag[:2] + flag[2:].replace("-", "_"), dest="value")
     with contextlib.suppress(argparse.ArgumentError):
         value: str | None = parser.parse_known_args(list(arguments))[0].value
         return value

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -35,24 +36,63 @@ the return is the objective. The heads that control blending have one option eac
 when, where and what to grow, keep or remove."""
 
 
-def make_envs(env_id: str, num_envs: int, device: str, config: EnvConfig) -> EsperVectorEnv:
-    """Make a vector environment; only settings that differ from their default are passed.
+EVALUATION = dataclasses.replace(TRAINING, instances="test")
+"""Default settings for evaluation."""
+NAMES = [f.name for f in dataclasses.fields(EnvConfig)]
+
+
+def settings_of(env_id: str, config: EnvConfig) -> EnvConfig:
+    """Return complete settings for an environment id.
+
+    Args:
+        env_id: Environment id.
+        config: `TRAINING` or `EVALUATION`, which mean the id's own settings with what is changed
+            there; or complete settings, which are returned.
 
     Raises:
-        ValueError: If the id is that of another package, or the device does not exist.
+        ValueError: If the id is that of another package.
+        gymnasium.error.Error: If there is no such id.
+    """
+    if config is not TRAINING and config is not EVALUATION:
+        return config
+    default = EnvConfig()
+    changed = {n: getattr(config, n) for n in NAMES if getattr(config, n) != getattr(default, n)}
+    return dataclasses.replace(_make(env_id, 1, "cpu", {}).config, **changed)
+
+
+def make_envs(env_id: str, num_envs: int, device: str, config: EnvConfig) -> EsperVectorEnv:
+    """Make a vector environment.
+
+    Args:
+        env_id: Environment id.
+        num_envs: Number of sub-environments.
+        device: Device of the environment.
+        config: Complete settings, such as those of `settings_of`.
+
+    Raises:
+        ValueError: If the id is that of another package, the device does not exist, or the
+            settings are those of another task.
         gymnasium.error.Error: If there is no such id.
     """
     check_device(device)
-    default = EnvConfig()
-    names = [f.name for f in dataclasses.fields(config)]
-    changed = {n: getattr(config, n) for n in names if getattr(config, n) != getattr(default, n)}
+    task = gym.spec(env_id).kwargs.get("task", config.task)
+    if config.task != task:
+        raise ValueError(
+            f"env.task: expected {task!r}, the task of {env_id}, got {config.task!r}; start from "
+            f"settings_of({env_id!r}, TRAINING)"
+        )
+    settings = {name: getattr(config, name) for name in NAMES}
+    return _make(env_id, num_envs, device, settings)
+
+
+def _make(env_id: str, num_envs: int, device: str, settings: dict[str, Any]) -> EsperVectorEnv:
     entry_point: object = gym.spec(env_id).vector_entry_point
     if isinstance(entry_point, str):
         entry_point = gym.envs.registration.load_env_creator(entry_point)
     envs = None
     if isinstance(entry_point, type) and issubclass(entry_point, EsperVectorEnv):
         envs = gym.make_vec(
-            env_id, num_envs=num_envs, device=device, autoreset_mode="SameStep", **changed
+            env_id, num_envs=num_envs, device=device, autoreset_mode="SameStep", **settings
         ).unwrapped
     if not isinstance(envs, EsperVectorEnv):
         raise ValueError(

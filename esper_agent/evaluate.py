@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
+import signal
 import tempfile
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +27,11 @@ from rich.table import Table
 from scipy import stats
 
 from esper_agent import command_line
-from esper_agent.arguments import check_types
+from esper_agent.arguments import check_types, difference
 from esper_agent.baselines import BASELINES, FixedSchedule, Policy, parse_plan
 from esper_agent.checkpoint import write_json
 from esper_agent.command_line import lenient_stdout
-from esper_agent.envs import TRAINING, make_envs
+from esper_agent.envs import EVALUATION, make_envs, settings_of
 from esper_agent.telemetry.display import progress
 from esper_env import EnvConfig, EsperVectorEnv, Stage
 
@@ -67,10 +69,8 @@ class Args:
     is called without arguments and returns a `baselines.Policy`."""
     env_id: str = "Esper-Digits-v0"
     """Environment id."""
-    env: EnvConfig = field(default_factory=lambda: TRAINING)
-    """Environment settings; only those that differ from their default are passed on."""
-    instances: Literal["default", "train", "test"] = "test"
-    """Set of instances, used in turn."""
+    env: EnvConfig = field(default_factory=lambda: EVALUATION)
+    """Environment settings; by default those of the id for training, with the test instances."""
     episodes: int = 64
     """Episodes per agent."""
     seed: int = SEED
@@ -83,6 +83,7 @@ class Args:
     def __post_init__(self) -> None:
         """Check types and ranges."""
         check_types(self)
+        object.__setattr__(self, "env", settings_of(self.env_id, self.env))
         for name, least in (("episodes", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 got = getattr(self, name)
@@ -368,19 +369,32 @@ def plot_scores(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def begin(args: Args) -> tuple[dict[str, Policy], EnvConfig]:
-    """Check everything that can be checked before the first episode.
+def begin(args: Args) -> dict[str, Policy]:
+    """Return the policies, after checking everything that can be checked before the first episode.
 
     Raises:
         ValueError: If an argument is wrong.
         OSError: If a checkpoint is missing, or `--out` cannot be written.
     """
-    config = dataclasses.replace(args.env, instances=args.instances)
     policies = {name: make_policy(name) for name in args.agents}
-    check_policies(policies, make_envs(args.env_id, 1, args.device, config), args.seed)
+    check_policies(policies, make_envs(args.env_id, 1, args.device, args.env), args.seed)
+    for name in args.agents:
+        if note := other_settings(name, args.env):
+            command_line.say(f"{name}: trained with other settings than those here: {note}")
     if args.out is not None:
         prepare_output(args.out)
-    return policies, config
+    return policies
+
+
+def other_settings(name: str, config: EnvConfig) -> str:
+    """Return the settings that differ from those of a checkpoint's run, the instances aside."""
+    prefix, _, rest = name.partition(":")
+    path = Path(rest).expanduser() / "config.json"
+    if prefix not in CHECKPOINTS or not path.exists():
+        return ""
+    known = json.loads(path.read_text())["env"]
+    actual = json.loads(json.dumps(dataclasses.asdict(config)))
+    return difference("env", known | {"instances": config.instances}, actual)
 
 
 def prepare_output(out: Path) -> None:
@@ -406,9 +420,12 @@ def main() -> None:
     """Parse the command line, evaluate, print and save."""
     with command_line.short_mistakes():
         args = command_line.parse(Args)
-        policies, config = begin(args)
-    settings = args.env_id, config, args.episodes, args.seed, args.device
-    report(evaluate_agents(policies, *settings), args.out)
+        policies = begin(args)
+    settings = args.env_id, args.env, args.episodes, args.seed, args.device
+    try:
+        report(evaluate_agents(policies, *settings), args.out)
+    except KeyboardInterrupt:
+        command_line.exit_with("interrupted; nothing is saved", 128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

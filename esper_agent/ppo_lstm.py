@@ -4,11 +4,10 @@ Differences from CleanRL: An action has several heads with conditional masks. Th
 sequences of a minibatch in one call. Log-probabilities and values of the old policy are recomputed
 before each update, so the first ratio is 1 up to rounding. A truncated episode bootstraps from its
 own last observation. Rewards are divided by the standard deviation of the returns.
+docs/telemetry.md lists the metrics of `metrics.jsonl` and TensorBoard, one row per iteration.
 
 Sources: PPO, Schulman et al. (2017); GAE, Schulman et al. (2016); implementation details, Huang et
 al. (2022); bootstrapping at truncation, Pardo et al. (2018).
-
-docs/telemetry.md lists the metrics of `metrics.jsonl` and TensorBoard, one row per iteration.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from esper_agent import command_line, networks
 from esper_agent.arguments import check_ranges, check_types, config_of, find_unusual, load_arguments
 from esper_agent.baselines import Actions, Policy
 from esper_agent.checkpoint import capture, restore
-from esper_agent.envs import TRAINING, ReturnScale, make_envs, one_thread, pad_masks
+from esper_agent.envs import TRAINING, ReturnScale, make_envs, one_thread, pad_masks, settings_of
 from esper_agent.evaluate import evaluate_agents, evaluate_beside_baselines, mean_scores, report
 from esper_agent.layers import LstmState, MaskedCategorical, layer_init, run_lstm
 from esper_agent.run import Run, exit_codes
@@ -58,7 +57,7 @@ class Args:
     env_id: str = "Esper-Digits-v0"
     """Environment id."""
     env: EnvConfig = field(default_factory=lambda: TRAINING)
-    """Environment settings; only those that differ from their default are passed on."""
+    """Environment settings; by default those of the id for training."""
     seed: int = 1
     """Random seed of the agent and of the training episodes."""
     device: str = "cpu"
@@ -133,6 +132,7 @@ class Args:
     def __post_init__(self) -> None:
         """Check types and ranges."""
         check_types(self)
+        object.__setattr__(self, "env", settings_of(self.env_id, self.env))
         counts = ("num_envs", "num_steps", "num_minibatches", "group_size", "update_epochs")
         check_ranges(self, "at least 1", *counts, "hidden_size", "keep_checkpoints", least=1)
         check_ranges(self, "at least 0", "seed", "eval_episodes", "eval_every", "profile", least=0)

@@ -522,8 +522,25 @@ def test_one_illegal_action_raises_and_names_its_row(row: int) -> None:
     actions = waits(3)
     actions[[row, 2]] = action(Op.FOSSILIZE)
     active = np.array([True, True, False])
-    with pytest.raises(ValueError, match=rf"actions\[{row}\] is illegal .*FOSSILIZE"):
+    with pytest.raises(ValueError, match=rf"actions\[{row}\] is illegal .*: op: expected .*FOSS"):
         space.parse(actions, masks, active, raises_on_illegal=True)
+
+
+def test_an_illegal_action_raises_with_the_first_wrong_option_and_the_legal_ones() -> None:
+    space = ActionSpace(2, BLUEPRINTS, EnvConfig())
+    state, measured = SlotState.empty(1, 2), Measurements.empty(1, 2)
+    masks = space.conditional_masks(state, measured, SEED_PARAMETERS[:1], HOST_PARAMETERS[:1])
+    germinate = action(Op.GERMINATE)
+    for head, option, expected in (
+        (0, 3, r"op: expected one of \['WAIT', 'GERMINATE'\], got 'SET_ALPHA' in"),
+        (6, 1, r"alpha_speed of GERMINATE in slot 0: expected one of \[0\], got 3 in"),
+    ):
+        actions = np.array([germinate])
+        actions[0, head] = option
+        with pytest.raises(ValueError, match=expected):
+            space.parse(actions, masks, np.array([True]), raises_on_illegal=True)
+    with pytest.raises(ValueError, match=r"slot of WAIT: expected one of \[0\], got 1 in"):
+        space.parse([[0, 1, *[0] * 6]], masks, np.array([True]), raises_on_illegal=True)
 
 
 @pytest.mark.parametrize(

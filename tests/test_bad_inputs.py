@@ -120,12 +120,15 @@ def agent_arguments() -> Iterator[tuple[str, Callable[[Any], Any]]]:
     A name may have alternatives, as errors of Gymnasium do not name arguments.
     """
     env_id = "Esper-Digits-v0"
+    names = {"policies": "agents|policies", "config": "env", "env_id": "env_id|nvironment"}
     for kind in (ppo_lstm.Args, evaluate.Args, report.Args):
         for f in dataclasses.fields(kind):
-            yield f.name, lambda v, kind=kind, name=f.name: kind(**{name: v})
+            yield (
+                names.get(f.name, f.name),
+                lambda v, kind=kind, name=f.name: kind(**{name: v}),
+            )
     policies = {"never-grow": evaluate.make_policy("never-grow")}
     settings = {"policies": policies, "env_id": env_id, "config": EnvConfig(**SMALL), "episodes": 1}
-    names = {"policies": "agents|policies", "config": "env", "env_id": "env_id|nvironment"}
     for name in ("policies", "env_id", "config", "episodes", "seed", "device"):
         yield (
             names.get(name, name),

@@ -19,7 +19,8 @@ import matplotlib.image as mpimg
 import numpy as np
 import pytest
 
-from esper_agent import evaluate
+from esper_agent import command_line, evaluate
+from esper_agent.arguments import config_of
 from esper_agent.baselines import (
     FixedSchedule,
     NeverGrow,
@@ -28,7 +29,7 @@ from esper_agent.baselines import (
     RandomLegal,
     parse_plan,
 )
-from esper_agent.envs import make_envs
+from esper_agent.envs import TRAINING, make_envs, settings_of
 from esper_agent.evaluate import (
     FIGURES,
     bootstrap_interval,
@@ -496,7 +497,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     out = tmp_path / "results" / "evaluation.json"
     command = [sys.executable, "-m", "esper_agent.evaluate", "--agents"]
     command += ["random", "esper_agent.baselines:NeverGrow"]
-    command += ["--episodes", "2", "--seed", "5", "--out", str(out), "--instances", "test"]
+    command += ["--episodes", "2", "--seed", "5", "--out", str(out), "--env.instances", "test"]
     command += ["--env.batches-per-step", "1", "--env.batch-size", "8", "--env.episode-steps", "6"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -510,6 +511,59 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     assert set(episodes) == {*("seed", "instance", "growth"), *FIGURES}
     assert all(len(values) == 2 for values in episodes.values())
     assert (episodes["seed"], episodes["instance"]) == ([5, 6], [0, 1])
+
+
+def test_settings_of_an_id_are_its_own_with_those_for_training() -> None:
+    config = settings_of("Esper-CIFAR10-v0", TRAINING)
+    assert (config.task, config.episode_steps, config.batch_size) == ("cifar10", 150, 128)
+    assert config.heads == TRAINING.heads
+    assert settings_of(ID, TRAINING) == TRAINING
+    assert settings_of(ID, TINY) is TINY
+    assert make_envs("Esper-CIFAR10-v0", 1, "cpu", config).config == config
+    with pytest.raises(ValueError, match=r"env\.task: expected 'cifar10', the task of .* 'digits'"):
+        make_envs("Esper-CIFAR10-v0", 1, "cpu", TRAINING)
+
+
+@pytest.mark.parametrize("flag", ["--env-id", "--env_id"])
+@pytest.mark.parametrize("kind", [Args, evaluate.Args], ids=["training", "evaluation"])
+def test_a_value_of_the_command_line_holds_also_if_another_id_has_it_by_default(
+    kind: Any, flag: str
+) -> None:
+    """The batch size of Esper-CIFAR10-v0 is 128, that of Esper-Digits-v0 is 32."""
+    arguments = [flag, "Esper-CIFAR10-v0"]
+    default = command_line.parse(kind, arguments).env
+    assert (default.batch_size, default.episode_steps) == (128, 150)
+    changed = command_line.parse(kind, [*arguments, "--env.batch-size", "32"]).env
+    assert changed == dataclasses.replace(default, batch_size=32)
+
+
+def test_an_evaluation_says_how_its_settings_differ_from_those_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = Args(env=TINY, gamma=TINY.gamma, hidden_size=8)
+    envs = make_envs(ID, args.num_envs, "cpu", TINY)
+    save_network(tmp_path, make_train_state(args, envs).agent)
+    (tmp_path / "config.json").write_text(json.dumps(config_of(args)))
+    for rent, expected in ((0.5, "env.rent_weight=0.5 (run: 0.25)"), (TINY.rent_weight, "")):
+        config = dataclasses.replace(TINY, instances="test", rent_weight=rent)
+        evaluate.begin(evaluate.Args(agents=(f"ppo:{tmp_path}",), env=config))
+        printed = capsys.readouterr().out
+        assert expected.replace("0.25", str(TINY.rent_weight)) in printed
+        assert bool(printed) == bool(expected)
+
+
+def test_ctrl_c_in_an_evaluation_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "run_episodes", interrupt)
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--episodes", "1"])
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main()
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted; nothing is saved\n"
 
 
 def test_the_plot_shows_every_agent(tmp_path: Path) -> None:

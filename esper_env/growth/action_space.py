@@ -236,13 +236,11 @@ class ActionSpace:
         acts = active & is_legal
         if raises_on_illegal and (active & ~is_legal).any():
             row = int((active & ~is_legal).argmax())
-            given = {
-                head.name: head.options[o] for head, o in zip(self.heads, array[row], strict=True)
-            }
             raise ValueError(
-                f"actions[{row}] is illegal in the current state: {given}; choose a legal action "
-                "with conditional_masks() or sample_valid_actions(rng), or set "
-                "illegal_actions='wait'"
+                f"actions[{row}] is illegal in the current state: "
+                f"{self._why_illegal(array[row], [mask[row] for mask in conditional.values()])}; "
+                "choose a legal action with conditional_masks() or sample_valid_actions(rng), or "
+                "set illegal_actions='wait'"
             )
         # A row of zeros is WAIT. Illegal actions and inactive sub-environments get such a row.
         # (num_envs, heads) -> one (num_envs,) array per head
@@ -259,6 +257,22 @@ class ActionSpace:
             curve=chosen["alpha_curve"],
         )
         return request, is_legal
+
+    def _why_illegal(self, action: IntArray, masks: list[BoolArray]) -> str:
+        """Return the first option of an illegal action that its mask excludes, with the mask.
+
+        Args:
+            action: Option indices. (heads,).
+            masks: Conditional masks of the sub-environment, without its axis.
+        """
+        op, slot = action[:2]
+        given = [head.options[o] for head, o in zip(self.heads, action, strict=True)]
+        rows = [masks[0], masks[1][op], *[mask[op, slot] for mask in masks[2:]]]
+        h = next(h for h, row in enumerate(rows) if not row[action[h]])
+        legal = [o for o, is_legal in zip(self.heads[h].options, rows[h], strict=True) if is_legal]
+        place = ("", f" of {given[0]}", f" of {given[0]} in slot {given[1]}")[min(h, 2)]
+        whole = dict(zip(HEAD_NAMES, given, strict=True))
+        return f"{HEAD_NAMES[h]}{place}: expected one of {legal}, got {given[h]!r} in {whole}"
 
     def sample(
         self, conditional: dict[str, BoolArray], rng: np.random.Generator
