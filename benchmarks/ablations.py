@@ -24,6 +24,7 @@ from benchmarks.processes import only_user
 from benchmarks.protocol import Episodes, compare, play, summarize, table_of
 from esper_agent import ppo_lstm
 from esper_agent.envs import TRAINING
+from esper_agent.telemetry.display import progress
 from esper_env import EnvConfig
 
 DEFAULT = "default"
@@ -137,7 +138,7 @@ def run(args: Args) -> None:
             remember(
                 args.work_dir / _slug(name) / f"{run.seed}.json", partial(evaluate, name, run, args)
             )
-            for run in runs
+            for run in progress(runs, f"{name}: evaluations")
         ]
         table = table_of(episodes)
         default = table if default is None else default

@@ -3,7 +3,8 @@
 `esper_agent.ppo_lstm` runs with its default arguments. The agent starts untrained, so it germinates
 seeds at random. Three versions of the update are timed in turn on the same rollout, each with a
 copy of the agent: the default (one thread, one LSTM call for whole sequences), the default with all
-threads, and an LSTM call for every step as in CleanRL's `ppo_atari_lstm.py`.
+threads, and an LSTM call for every step as in CleanRL's `ppo_atari_lstm.py`. Then iterations at all
+levels of telemetry are timed in turn, and decisions and updates with and without `torch.compile`.
 
     python benchmarks/agent.py --out benchmarks/results/agent.json && python docs/generate.py
 
@@ -47,6 +48,8 @@ class Args:
     """Torch threads."""
     seed: int = 0
     """Random seed of the agent and of the environment."""
+    compile: bool = True
+    """Whether to measure `torch.compile`, which needs a C++ compiler."""
     quick: bool = False
     """Whether to use tiny networks and short rollouts, as a test of the script."""
     out: Path | None = None
@@ -139,7 +142,8 @@ def measure_telemetry(args: Args, num_envs: int) -> dict[str, Any]:
         reference = time.perf_counter() - began
         runs.append((state, envs, training))
     rows = []
-    for _ in range(args.rounds + 1):
+    # The differences are small, so they need more rounds.
+    for _ in range(3 * args.rounds + 1):
         row = []
         for state, envs, training in runs:
             began, env_before = time.perf_counter(), state.env_seconds
@@ -155,6 +159,55 @@ def measure_telemetry(args: Args, num_envs: int) -> dict[str, Any]:
         f"{level}_share": _spread(extra[:, k]) for k, level in enumerate(LEVELS) if k
     }
     return result | {"never_grow_seconds": reference, "num_envs": num_envs}
+
+
+def measure_compiled(args: Args, num_envs: int) -> dict[str, Any]:
+    """Time decisions and updates in turn with and without `torch.compile`.
+
+    All networks of an update are in `evaluate_rollout`, those of a decision in `get_next_state` and
+    `get_action`. The most likely action is taken, as a generator cannot be compiled.
+    """
+    training = dataclasses.replace(training_arguments(args, num_envs), telemetry="off")
+    envs = make_envs(args.env_id, num_envs, "cpu", training.env)
+    state = ppo_lstm.make_train_state(training, envs)
+    rollout = ppo_lstm.collect_rollout(state, envs, training)
+    envs.close()
+    # (envs, heads, width) -> (envs, ops, slots, heads, width): the same for every op and slot
+    counts = [len(options) for options in state.agent.heads.values()][:2]
+    masks = rollout.masks[0][:, None, None].expand(-1, *counts, -1, -1)
+    agents = {"plain": state.agent, "compiled": copy.deepcopy(state.agent)}
+
+    @ppo_lstm.one_thread()
+    @torch.inference_mode()
+    def decide(next_state: Any, action: Any) -> None:
+        hidden, slots, _ = next_state(rollout.obs[0], rollout.lstm_state, rollout.dones[0])
+        action(hidden, slots, masks, None)
+
+    decisions: dict[str, Any] = {
+        name: (agent.get_next_state, agent.get_action) for name, agent in agents.items()
+    }
+    decisions["compiled"] = [torch.compile(function) for function in decisions["compiled"]]
+    evaluate = {"plain": ppo_lstm.evaluate_rollout,
+                "compiled": torch.compile(ppo_lstm.evaluate_rollout)}  # fmt: skip
+    states = {name: copy.deepcopy(state) for name in agents}
+    rows: dict[str, list[list[float]]] = {name: [] for name in agents}
+    for _ in range(args.rounds + 1):
+        for name in agents:
+            began = time.perf_counter()
+            for _ in range(training.num_steps):
+                decide(*decisions[name])
+            row = [time.perf_counter() - began]
+            with mock.patch.object(ppo_lstm, "evaluate_rollout", evaluate[name]):
+                row.append(seconds_of(ppo_lstm.update, states[name], rollout, training))
+            rows[name].append(row)
+    seconds = {name: np.array(rows[name]) for name in agents}
+    ratios = seconds["compiled"][1:] / seconds["plain"][1:]
+    return {
+        "num_envs": num_envs,
+        "compile_seconds": float((seconds["compiled"][0] - seconds["compiled"][1:].mean(0)).sum()),
+        "decision_ratio": _spread(ratios[:, 0]),
+        "update_ratio": _spread(ratios[:, 1]),
+    }
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
@@ -181,7 +234,9 @@ def main() -> None:
                 print(f"  {name:24s} {spread}", flush=True)
     telemetry = measure_telemetry(args, args.num_envs[0])
     print(f"telemetry: {telemetry}")
-    write_result(args.out, args, rows=rows, telemetry=telemetry)
+    compiled = measure_compiled(args, args.num_envs[0]) if args.compile else None
+    print(f"torch.compile: {compiled}")
+    write_result(args.out, args, rows=rows, telemetry=telemetry, compiled=compiled)
 
 
 if __name__ == "__main__":

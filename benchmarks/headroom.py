@@ -24,6 +24,7 @@ import tyro
 from benchmarks import write_result
 from benchmarks.protocol import play, summarize, table_of
 from esper_agent.baselines import FixedSchedule, parse_plan
+from esper_agent.telemetry.display import progress
 from esper_env import EnvConfig
 from esper_env.config import FloatArray
 
@@ -96,7 +97,7 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     rows: dict[str, Any] = {}
     tables: list[FloatArray] = []
-    for name in args.schedules:
+    for name in progress(args.schedules, "schedules"):
         began = time.perf_counter()
         policy = FixedSchedule(parse_plan(name))
         episodes = play(policy, args.env_id, args.env, args.repeats, args.seed)

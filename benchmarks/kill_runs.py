@@ -34,6 +34,7 @@ from benchmarks import write_result
 from benchmarks.processes import end_with_parent
 from esper_agent import ppo_lstm
 from esper_agent.run import Run
+from esper_agent.telemetry.display import progress
 from esper_agent.telemetry.recorder import PARTS
 from esper_env import EnvConfig
 
@@ -229,7 +230,7 @@ def compare(folder: Path, num_runs: int, seed: int) -> list[dict[str, Any]]:
     in_process(train, small_training(folder / "timed"), None)
     seconds = time.perf_counter() - begin
     records = []
-    for k in range(num_runs):
+    for k in progress(range(num_runs), "runs"):
         args, rng = small_training(folder / str(k)), np.random.default_rng([seed, k])
         moments = kill_and_resume(args, seconds, operations, rng)
         actual = results_of(folder / str(k))

@@ -41,6 +41,7 @@ from esper_agent.baselines import BASELINES, FixedSchedule, PlateauHeuristic, Po
 from esper_agent.checkpoint import write_file
 from esper_agent.envs import TRAINING, make_envs, settings_of
 from esper_agent.evaluate import MAX_ENVS, run_episodes
+from esper_agent.telemetry.display import progress
 from esper_env import EnvConfig
 
 SEARCH_SEED = 3_000_000
@@ -164,11 +165,11 @@ def halve(candidates: dict[str, Make], args: Args) -> dict[str, Any]:
     config = dataclasses.replace(args.env, instances="train")
     budget = args.total_timesteps // config.episode_steps // ROUNDS
     names, seed, rounds = list(candidates), SEARCH_SEED, []
-    for _ in range(ROUNDS):
+    for k in range(ROUNDS):
         count = max(1, budget // len(names))
         scores = {}
         envs = make_envs(args.env_id, min(MAX_ENVS, count), "cpu", config)
-        for name in names:
+        for name in progress(names, f"candidates of round {k + 1} of {ROUNDS}"):
             episodes = run_episodes(candidates[name](), envs, count, seed)
             scores[name] = float(np.mean(episodes["committed_score"]))
         envs.close()
@@ -221,7 +222,8 @@ def train_agents(runs: list[ppo_lstm.Args], jobs: int) -> None:
     if not missing:
         return
     with process_pool(jobs) as pool:
-        for run in pool.map(_train, missing):
+        trained = pool.map(_train, missing)
+        for run in progress(trained, f"agents, {jobs} at a time", len(missing)):
             print(f"trained {run}", flush=True)
 
 

@@ -9,6 +9,7 @@ The modules of this folder produce the blocks.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,13 +23,16 @@ from docs.page import COMMAND, ROOT, with_generated
 
 def pages() -> dict[Path, str]:
     """Return the expected text of each page by its path."""
-    telemetry_page = ROOT / "docs/telemetry.md"
+    telemetry_page, reading = ROOT / "docs/telemetry.md", ROOT / "docs/reading.md"
+    telemetry_blocks = telemetry.blocks() | {"cost": speed.telemetry_cost(results.read("agent"))}
+    failures = telemetry.failures(json.loads((ROOT / "docs/reading/failures.json").read_text()))
     extending, findings = ROOT / "docs/extending.md", ROOT / "docs/dev/findings.md"
     return {
         ROOT / "docs/environment.md": environment_page(),
         extending: with_generated(extending.read_text(), "errors", error_examples()),
         **{page: with_blocks(page.read_text(), blocks) for page, blocks in measured().items()},
-        telemetry_page: with_blocks(telemetry_page.read_text(), telemetry.blocks()),
+        telemetry_page: with_blocks(telemetry_page.read_text(), telemetry_blocks),
+        reading: with_generated(reading.read_text(), "failures", failures),
         findings: with_cited_tests(findings.read_text(), cited_findings(ROOT / "tests")),
     }
 
@@ -47,6 +51,7 @@ def measured() -> dict[Path, dict[str, str]]:
             "throughput": speed.throughput(throughput),
             "cifar": speed.throughput(cifar),
             "agent": speed.agent(agent),
+            "compiled": speed.compiled(agent),
             "peers": speed.peers(peers),
             "profile": speed.profile(results.read("profile")),
         },

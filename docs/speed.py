@@ -212,6 +212,35 @@ def agent(result: dict[str, Any]) -> str:
     return f"{machine(result)}; {rounds}.\n\n" + table(head, rows)
 
 
+def compiled(result: dict[str, Any]) -> str:
+    """Return what torch.compile changes."""
+    own = result["compiled"]
+    decision = _spread(own["decision_ratio"], "{:.2f}", "×")
+    update = _spread(own["update_ratio"], "{:.2f}", "×")
+    return (
+        f"{machine(result)}: with `torch.compile` a decision of {own['num_envs']} sub-environments "
+        f"takes {decision} of the time without it, and an update {update}; medians of "
+        f"{result['arguments']['rounds']} rounds (minimum .. maximum). Compilation takes "
+        f"{own['compile_seconds']:.0f} s more in the first round, or several times as long with an "
+        "empty cache."
+    )
+
+
+def telemetry_cost(result: dict[str, Any]) -> str:
+    """Return the cost of telemetry."""
+    own = result["telemetry"]
+    normal, debug = (
+        _spread(own[f"{level}_share"], "{:.1%}", "").replace("..", "to")
+        for level in ("normal", "debug")
+    )
+    return (
+        f"Cost, as share of the time of an iteration at level `off`, by `benchmarks/agent.py` "
+        f"({machine(result)}, medians of {3 * result['arguments']['rounds']} rounds): `normal` "
+        f"{normal}, `debug` {debug}. One episode of never-grow per instance comes on top, "
+        f"{own['never_grow_seconds']:.1f} s per run."
+    )
+
+
 def _ratio(row: Mapping[str, float]) -> str:
     return f"{row['ratio_median']:.2f}× ({row['ratio_min']:.2f} .. {row['ratio_max']:.2f})"
 

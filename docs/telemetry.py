@@ -5,9 +5,48 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 from docs.page import table
 from esper_agent.telemetry import detectors, events, metrics
+
+
+FAILURES = {
+    "ratio": "The learning rate became 1.",
+    "kl": "The same failure: the learning rate became 1.",
+    "value": "The last layer of the critic was multiplied by 1,000.",
+    "entropy": "The logit of WAIT was raised by 30, so the policy hardly samples other ops.",
+    "drift": "Rewards became 1,000 times as large, and their scale was not updated.",
+    "vanishing": "The biases of the encoders fell by 10,000, so all units output 0.",
+    "exploding": "Rewards became 100,000 times as large, and their scale was not updated.",
+    "conflict": "The value loss was made to raise the log-probability of every action.",
+    "core": "The biases of the LSTM's gates rose by 50.",
+    "plasticity": "The biases of encoders and critic fell by 10,000.",
+    "performance": "The policy was made to fossilize the largest blueprint at a high price.",
+    "policy-collapse": "The logit of WAIT was raised by 30.",
+    "hacking": "The policy was made to germinate and prune in turn; `flag_prunes` is 2 in episodes of "
+    "12 steps.",
+    "memory": "20 MB were kept after every env step; `memory_growth` is 0.001 here.",
+    "device memory": "A reading of the device was replaced by 95 %.",
+}
+"""What went wrong in each case of tests/test_detectors.py."""
+
+
+def failures(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a section per failure, given what docs/failures.py measured."""
+    parts = []
+    for case, own in figures.items():
+        name, _ = detectors.split_title(own["alert"])
+        count = f"{own['updates']} update{'s' * (own['updates'] > 1)}"
+        charts = " and ".join(f"`{metric}`" for metric in own["metrics"])
+        parts.append(
+            f"### {own['alert']}\n\n{FAILURES[case]} The alert came after {count}: "
+            f"{own['severity']}, {own['value']:.3g} (threshold {own['threshold']:.3g}).\n\n"
+            f"![Charts of {charts}](reading/{own['picture']})\n\n"
+            f"*Usual cause, and what to try*: {detectors.DETECTORS[name].meaning}."
+        )
+    return "\n\n".join(parts)
 
 
 def blocks() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -196,7 +197,9 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
 # ------------------------------------------------------------------ the agent
 
 
-def test_the_quick_benchmark_of_the_agent_measures_every_figure() -> None:
+def test_the_quick_benchmark_of_the_agent_measures_every_figure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """One timed round; shares are parts of one whole, ratios and times positive."""
     row = agent.measure(agent.Args(quick=True, rounds=1), num_envs=4)
     assert row.pop("num_envs") == 4
@@ -207,6 +210,10 @@ def test_the_quick_benchmark_of_the_agent_measures_every_figure() -> None:
         [telemetry[f"{level}_share"]["median"] for level in ("normal", "debug")]
     ).all()
     assert telemetry["never_grow_seconds"] > 0
+    # Dynamo alone, without a C++ compiler.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    compiled = agent.measure_compiled(agent.Args(quick=True, rounds=1), num_envs=4)
+    assert min(compiled["decision_ratio"]["min"], compiled["update_ratio"]["min"]) > 0
 
 
 # ------------------------------------------------------------------ the soak

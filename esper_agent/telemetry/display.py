@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -153,14 +153,16 @@ def has_terminal(console: Console) -> bool:
     return console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter
 
 
-def progress(items: Sequence[Item], description: str) -> Iterable[Item]:
+def progress(items: Iterable[Item], description: str, total: int | None = None) -> Iterable[Item]:
     """Iterate with a progress bar on stderr, if that is a terminal.
 
     Args:
         items: Items to iterate over.
         description: Text before the bar.
+        total: Number of items, if they have no length.
     """
     console = Console(stderr=True)
     # Below a live display there is no room for a second one.
     is_shown = has_terminal(console) and not _OPEN
-    return track(items, description, console=console, disable=not is_shown, transient=True)
+    look: dict[str, Any] = {"console": console, "disable": not is_shown, "transient": True}
+    return track(items, description, total=total, **look)

@@ -143,6 +143,10 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     1. Truncation: after `episode_steps` env steps. With `horizon="terminal"` this is a termination.
     2. Termination: at `max_rollbacks` rollbacks.
 
+    An episode does not end early when the accuracy stops to rise. That is when growing helps most,
+    and all agents get the same training budget, so their scores can be compared. An agent sees a
+    plateau in `plateau_steps`, and can WAIT to the end.
+
     A *rollback* follows if training diverged or collapsed for `panic_patience` consecutive env
     steps. Training has collapsed if the loss returns to that of random guessing. It has diverged if
     the loss is far above its recent mean. Both rules need the losses of `panic_window` healthy env
