@@ -24,7 +24,10 @@ from docs.page import COMMAND, ROOT, with_generated
 def pages() -> dict[Path, str]:
     """Return the expected text of each page by its path."""
     telemetry_page, reading = ROOT / "docs/telemetry.md", ROOT / "docs/reading.md"
-    telemetry_blocks = telemetry.blocks() | {"cost": speed.telemetry_cost(results.read("agent"))}
+    telemetry_blocks = telemetry.blocks() | {
+        "cost": speed.telemetry_cost(results.read("agent")),
+        "report": speed.report_cost(results.read("report")),
+    }
     failures = telemetry.failures(json.loads((ROOT / "docs/reading/failures.json").read_text()))
     extending, findings = ROOT / "docs/extending.md", ROOT / "docs/dev/findings.md"
     return {

@@ -241,6 +241,20 @@ def telemetry_cost(result: dict[str, Any]) -> str:
     )
 
 
+def report_cost(result: dict[str, Any]) -> str:
+    """Return size and time of the report."""
+    one, several = result["rows"]
+    parts = [
+        f"{row['report_bytes'] / 1e6:.1f} MB, {row['write_seconds']:.1f} s to write and "
+        f"{row['draw_seconds']:.1f} s to draw"
+        for row in (one, several)
+    ]
+    return (
+        f"The report of a default run has {one['charts']} charts ({parts[0]}), that of "
+        f"{several['runs']} runs {several['charts']} ({parts[1]}); `benchmarks/report.py`."
+    )
+
+
 def _ratio(row: Mapping[str, float]) -> str:
     return f"{row['ratio_median']:.2f}× ({row['ratio_min']:.2f} .. {row['ratio_max']:.2f})"
 

@@ -11,7 +11,6 @@ from typing import Any
 from docs.page import table
 from esper_agent.telemetry import detectors, events, metrics
 
-
 FAILURES = {
     "ratio": "The learning rate became 1.",
     "kl": "The same failure: the learning rate became 1.",
@@ -25,8 +24,8 @@ FAILURES = {
     "plasticity": "The biases of encoders and critic fell by 10,000.",
     "performance": "The policy was made to fossilize the largest blueprint at a high price.",
     "policy-collapse": "The logit of WAIT was raised by 30.",
-    "hacking": "The policy was made to germinate and prune in turn; `flag_prunes` is 2 in episodes of "
-    "12 steps.",
+    "hacking": "The policy was made to germinate and prune in turn; `flag_prunes` is 2 in episodes "
+    "of 12 steps.",
     "memory": "20 MB were kept after every env step; `memory_growth` is 0.001 here.",
     "device memory": "A reading of the device was replaced by 95 %.",
 }

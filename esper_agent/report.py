@@ -452,6 +452,8 @@ def _single(run: RunData, charts: Charts) -> str:
 def _compare(runs: list[RunData], charts: Charts) -> str:
     """Return the comparison of several runs."""
     name = f"trend/{GAIN}" if all(f"trend/{GAIN}" in run.rows[-1] for run in runs) else SCORE
+    meaning = find(SCORE if name == SCORE else GAIN).meaning
+    meaning += "" if name == SCORE else ": moving average"
     traces = [line(run.name, run.series(name)) for run in runs]
     finals = np.array([run.series(name)[1][-1] for run in runs])
     low, high = bootstrap_interval(finals, np.random.default_rng(0))
@@ -477,7 +479,7 @@ def _compare(runs: list[RunData], charts: Charts) -> str:
         "<h1>Comparison</h1>",
         _keys(keys),
         "<h2>Learning curves</h2>",
-        charts.add("Score", find(name).meaning, traces, 380),
+        charts.add("Score", meaning, traces, 380),
         f"<h2>Runs</h2><div class=wide>{_table(head, rows)}</div>",
         metric_charts(runs, charts),
     ]

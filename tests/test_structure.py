@@ -282,6 +282,6 @@ def test_benchmarks_explain_themselves(
 ) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as caught:
-        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
     assert caught.value.code == 0
     assert "--out" in capsys.readouterr().out

@@ -63,6 +63,10 @@ class _Counts:
     flops: list[float] = field(default_factory=list)
 
 
+STAGES = {int(stage): stage.name for stage in Stage}
+"""Name of each stage."""
+
+
 class EnvironmentWatch:
     """Collects figures and events of the environment, step by step.
 
@@ -178,44 +182,59 @@ class EnvironmentWatch:
                 }
             )
         has_changed = (after["stage"] != before["stage"]) & (before["stage"] != Stage.EMBARGOED)
-        for i, s in zip(*(part.tolist() for part in np.nonzero(has_changed)), strict=True):
-            old, new = Stage(before["stage"][i, s]), Stage(after["stage"][i, s])
-            at = int(self._at[i])
+        at = np.nonzero(has_changed)
+        if not len(at[0]):
+            return
+        # All changes of the step at once, as single elements of an array are slow.
+        member = at[0]
+        found: list[Array] = [
+            *at,
+            *(before["stage"][at], after["stage"][at]),
+            *(before["blueprint"][at], after["blueprint"][at]),
+            *(before["contribution"][at].astype(float).round(5), before["contribution_valid"][at]),
+            *(self._episode[member], self._at[member]),
+            after["rolled_back"][member],
+            *(part["accuracy"][member].astype(float).round(5) for part in (before, after)),
+            after["parameters"][member],
+        ]
+        columns = [column.tolist() for column in found]
+        for row in zip(*columns, strict=True):
+            i, s, old, new, removed, grown, value, is_measured = row[:8]
+            number, step, is_rolled_back, accuracy_before, accuracy, parameters = row[8:]
             is_gone = new in (Stage.DORMANT, Stage.EMBARGOED)
-            blueprint = (before if is_gone else after)["blueprint"][i, s]
+            blueprint = removed if is_gone else grown
             name = self._blueprints[blueprint]
-            is_measured = bool(before["contribution_valid"][i, s])
-            contribution = round(float(before["contribution"][i, s]), 5) if is_measured else None
+            contribution = value if is_measured else None
             kind: type[Growth] = StageChanged
-            if old is Stage.DORMANT:
+            if old == Stage.DORMANT:
                 kind = Germinated
                 counts.blueprint[name] += 1
                 counts.slot[s] += 1
-                counts.germinated_at.append(at)
+                counts.germinated_at.append(step)
                 if self._start[i, 0] < 0:
-                    self._start[i] = blueprint, s, at
-            elif new is Stage.FOSSILIZED:
+                    self._start[i] = blueprint, s, step
+            elif new == Stage.FOSSILIZED:
                 kind = Fossilized
-                counts.fossilized_at.append(at)
+                counts.fossilized_at.append(step)
                 if contribution is not None:
                     counts.contribution.append(contribution)
-            elif is_gone and not after["rolled_back"][i]:
+            elif is_gone and not is_rolled_back:
                 kind = Pruned
                 counts.pruned += 1
             self._events.append(
                 {
                     "event": kind,
                     "member": i,
-                    "episode": int(self._episode[i]),
-                    "at": at,
+                    "episode": number,
+                    "at": step,
                     "slot": s,
                     "blueprint": name,
-                    "stage_before": old.name,
-                    "stage": new.name,
-                    "accuracy_before": round(float(before["accuracy"][i]), 5),
-                    "accuracy": round(float(after["accuracy"][i]), 5),
+                    "stage_before": STAGES[old],
+                    "stage": STAGES[new],
+                    "accuracy_before": accuracy_before,
+                    "accuracy": accuracy,
                     "contribution": contribution,
-                    "parameters": int(after["parameters"][i]),
+                    "parameters": parameters,
                 }
             )
 

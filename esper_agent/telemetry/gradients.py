@@ -41,12 +41,12 @@ def cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
 
 def negative_share(tensors: Sequence[Tensor]) -> Tensor:
     """Return the share of elements below 0. () float32."""
-    return _share(tensors, [(t < 0).sum() for t in tensors])
+    return _share(tensors, [torch.count_nonzero(t < 0) for t in tensors])
 
 
 def sparsity(tensors: Sequence[Tensor]) -> Tensor:
     """Return the share of elements that are exactly 0. () float32."""
-    return _share(tensors, [(t == 0).sum() for t in tensors])
+    return _share(tensors, [t.numel() - torch.count_nonzero(t) for t in tensors])
 
 
 def concentration(tensors: Sequence[Tensor]) -> Tensor:
