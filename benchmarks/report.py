@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 
 from benchmarks import write_result
 from esper_agent import report
@@ -41,24 +41,21 @@ class Args:
     """JSON file for the result."""
 
 
-def measure(runs: tuple[Path, ...], rounds: int, folder: Path) -> dict[str, Any]:
+def measure(browser: Browser, runs: tuple[Path, ...], rounds: int, folder: Path) -> dict[str, Any]:
     """Write and draw a report several times."""
     path = folder / "report.html"
     write_seconds, draw_seconds, num_charts = [], [], 0
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        for _ in progress(range(rounds), f"reports of {len(runs)} runs"):
-            began = time.perf_counter()
-            report.write(report.Args(runs=runs, out=path))
-            write_seconds.append(time.perf_counter() - began)
-            page = browser.new_page(viewport={"width": 1400, "height": 1000})
-            began = time.perf_counter()
-            page.goto(path.as_uri())
-            page.wait_for_function(DRAWN)
-            draw_seconds.append(time.perf_counter() - began)
-            num_charts = page.locator("figure > div").count()
-            page.close()
-        browser.close()
+    for _ in progress(range(rounds), f"reports of {len(runs)} runs"):
+        began = time.perf_counter()
+        report.write(report.Args(runs=runs, out=path))
+        write_seconds.append(time.perf_counter() - began)
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        began = time.perf_counter()
+        page.goto(path.as_uri())
+        page.wait_for_function(DRAWN)
+        draw_seconds.append(time.perf_counter() - began)
+        num_charts = page.locator("figure > div").count()
+        page.close()
     return {
         "runs": len(runs),
         "rows": sum(len((run / "metrics.jsonl").read_bytes().splitlines()) for run in runs),
@@ -73,9 +70,10 @@ def measure(runs: tuple[Path, ...], rounds: int, folder: Path) -> dict[str, Any]
 def main() -> None:
     """Measure, print and save."""
     args = tyro.cli(Args)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         sets = dict.fromkeys((args.runs[:1], args.runs))
-        rows = [measure(runs, args.rounds, Path(name)) for runs in sets]
+        rows = [measure(browser, runs, args.rounds, Path(name)) for runs in sets]
     for row in rows:
         print(json.dumps(row))
     write_result(args.out, args, rows=rows)

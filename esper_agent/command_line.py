@@ -103,20 +103,30 @@ def lenient_stdout() -> Iterator[None]:
     """
     stream = sys.stdout if isinstance(sys.stdout, io.TextIOWrapper) else None
     errors = stream.errors if stream is not None else ""
+    _print_escapes(stream, "backslashreplace")
     try:
-        try:
-            if stream is not None:
-                stream.reconfigure(errors="backslashreplace")
-            yield
-            sys.stdout.flush()
-        finally:
-            if stream is not None:
-                stream.reconfigure(errors=errors)
+        yield
+        sys.stdout.flush()
     except OSError:
-        # BrokenPipeError of a pipe, or EIO of a terminal that was closed.
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
+        _discard_stdout()
+    finally:
+        _print_escapes(stream, errors or "strict")
+
+
+def _print_escapes(stream: io.TextIOWrapper | None, errors: str) -> None:
+    """Set what a stream does with characters that its encoding does not know."""
+    try:
+        if stream is not None:
+            stream.reconfigure(errors=errors)  # This also writes what is waiting.
+    except OSError:
+        _discard_stdout()
+
+
+def _discard_stdout() -> None:
+    """Discard all output from now on: BrokenPipeError of a pipe, or EIO of a closed terminal."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 def _unbox(text: str) -> str:

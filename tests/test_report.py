@@ -214,12 +214,10 @@ def test_the_page_opens_offline_and_draws_every_chart(
     tab.close()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium (apt-get install chromium)")
-def test_the_benchmark_measures_the_report(run: Path, tmp_path: Path) -> None:
-    pytest.importorskip("playwright.sync_api")
+def test_the_benchmark_measures_the_report(run: Path, tmp_path: Path, browser: Any) -> None:
     from benchmarks.report import measure
 
-    row = measure((run,), 1, tmp_path)
+    row = measure(browser, (run,), 1, tmp_path)
     assert row["runs"] == 1
     assert row["charts"] > 50
     assert row["report_bytes"] < 10e6

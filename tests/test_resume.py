@@ -186,18 +186,24 @@ def test_a_signal_in_the_evaluation_ends_it_and_resuming_repeats_it(
     assert (tmp_path / "run" / "finished.json").exists()
 
 
-def close_stdout(directory: Path) -> None:
-    """Train while the reader of stdout goes away."""
+def close_stdout(directory: Path, iteration: int) -> None:
+    """Train while the reader of stdout goes away, before an iteration or at once."""
     reader, writer = os.pipe()
     os.dup2(writer, 1)
     os.close(writer)
     sys.stdout = os.fdopen(1, "w")
-    with before_iteration(1, lambda: os.close(reader)):
+    sys.stdout.write("Something that waits to be printed.")
+    if iteration < 0:
+        os.close(reader)
+    with before_iteration(iteration, lambda: os.close(reader)):
         train(small(directory, eval_episodes=2))
 
 
-def test_a_reader_of_stdout_that_goes_away_does_not_end_a_training(tmp_path: Path) -> None:
-    assert in_process(close_stdout, tmp_path / "run") == 0
+@pytest.mark.parametrize("iteration", [-1, 1])
+def test_a_reader_of_stdout_that_goes_away_does_not_end_a_training(
+    iteration: int, tmp_path: Path
+) -> None:
+    assert in_process(close_stdout, tmp_path / "run", iteration) == 0
     assert (tmp_path / "run" / "finished.json").exists()
 
 
