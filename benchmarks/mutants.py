@@ -85,7 +85,7 @@ AREAS: dict[str, Area] = {
         14, True,
     ),
     "agent": Area(
-        ("esper_agent/ppo_lstm.py", "esper_agent/envs.py"),
+        ("esper_agent/ppo_lstm.py", "esper_agent/layers.py", "esper_agent/envs.py"),
         ("tests/test_agent_maths.py", "tests/test_agent_training.py"),
         16, True,
     ),

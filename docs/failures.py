@@ -48,7 +48,7 @@ SHOWN = {
     "plasticity": ("plasticity/dormant", "plasticity/effective_rank"),
     "performance": ("env/score_gain", "trend/env/score_gain"),
     "policy-collapse": ("env/main_op", "env/op/WAIT"),
-    "hacking": ("env/flag/churn", "env/pruned"),
+    "hacking": ("env/flag/churn", "env/op/PRUNE"),
     "memory": ("system/memory", "time/environment"),
     "device memory": ("system/device_share", "system/device_memory"),
 }
@@ -133,7 +133,7 @@ def charts_of(failure: Failure, names: tuple[str, ...]) -> tuple[str, report.Cha
     for name in names:
         points = [(row["step"], row[name]) for row in failure.rows if name in row]
         values = [value for _, value in points]
-        trace = report.line(name, ([x for x, _ in points], values))
+        trace = report.line(name, ([x for x, _ in points], values)) | {"mode": "lines+markers"}
         is_wide = min(values) > 0 and max(values) > 100 * min(values)
         layout: dict[str, Any] = {
             "yaxis": {"type": "log" if is_wide else "linear"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import functools
+import multiprocessing
 import pickle
 import threading
 from collections.abc import Sequence
@@ -131,7 +132,21 @@ def test_the_single_environment_names_the_interrupted_call_and_its_own_end(
     assert_same(env.reset(seed=0), make_single(episode_steps=1).reset(seed=0))
 
 
-@pytest.mark.parametrize("context", ["forkserver", "spawn"])
+def test_a_process_that_is_forked_after_a_step_continues_bitwise() -> None:
+    envs = make(3)
+    envs.reset(seed=0)
+    play(envs, 3)
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(
+        target=lambda: writer.send(play(envs, 3, seed=2))
+    )
+    child.start()
+    found = reader.recv()
+    child.join()
+    assert_same(found, play(envs, 3, seed=2))
+
+
+@pytest.mark.parametrize("context", ["fork", "forkserver", "spawn"])
 def test_asynchronous_environments_start_in_every_way(context: str) -> None:
     envs = AsyncVectorEnv(
         [functools.partial(gym.make, f"esper_env:{ID}", **SMALL)] * 1, context=context

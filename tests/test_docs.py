@@ -7,6 +7,7 @@ import dataclasses
 import doctest
 import inspect
 import io
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +17,16 @@ import gymnasium as gym
 import pytest
 
 from benchmarks.states import MODES
-from docs import environment, error_examples, findings, generate, source, speed
+from docs import environment, error_examples, findings, generate, source, speed, telemetry
 from docs.page import COMMAND, ROOT
+from esper_agent.telemetry.detectors import DETECTORS
 from esper_env import EnvConfig, EsperEnv, Stage
 from esper_env.envs.registration import ENVIRONMENTS
 from esper_env.growth.lifecycle import TRANSITIONS
 from esper_env.growth.reward import TERMS
 from esper_env.population.blueprints import CNN_BLUEPRINTS, registered_blueprints
 from tests.builders import INFO_KEYS
+from tests.test_detectors import CASES
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HEADINGS = [
@@ -278,3 +281,11 @@ def test_a_target_is_met_only_if_the_measured_value_is_on_its_side() -> None:
         "share of the agent in the time of a training run: 16",
     ]
     assert text.count("| yes |") == 10
+
+
+def test_reading_shows_a_run_for_each_detector() -> None:
+    shown = json.loads((ROOT / "docs/reading/failures.json").read_text())
+    assert set(shown) == set(telemetry.FAILURES) == set(CASES)
+    assert {case["alert"].split("[")[0] for case in shown.values()} == set(DETECTORS)
+    pictures = {case["picture"] for case in shown.values()} | {"healthy.png"}
+    assert pictures == {path.name for path in (ROOT / "docs/reading").glob("*.png")}
