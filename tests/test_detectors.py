@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from docs.telemetry import FAILURES
 from esper_agent import ppo_lstm
 from esper_agent.envs import make_envs
 from esper_agent.ppo_lstm import Args, TrainState, make_train_state, run_iteration
@@ -286,3 +287,4 @@ def test_a_failure_raises_an_alert_and_recovery_clears_it(
 
 def test_every_detector_has_a_case() -> None:
     assert {name.split("[")[0] for name, *_ in CASES.values()} == set(DETECTORS)
+    assert set(FAILURES) == set(CASES), "docs/reading.md describes all of them"
