@@ -18,7 +18,7 @@ import sys
 import threading
 import uuid
 import warnings
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from enum import Enum
 from operator import attrgetter
 from pathlib import Path
@@ -45,27 +45,36 @@ _code_fields = attrgetter(
 
 def inlined(
     function: Callable[..., Any],
-    fastmath: Set[str] = frozenset(),
     *,
     has_one_call: bool = False,
+    is_called: bool = False,
+    counts_references: bool = True,
 ) -> Callable[..., Any]:
     """Compile a function into its callers; it is not kept on disk by itself.
 
-    An entry point contains all that it calls. If helpers were called at run time, each entry point
-    would bring its own optimized copy, and results could depend on which copy a process links.
+    No formula is rearranged. Otherwise results could depend on the copy of a function that a
+    process links: the one that was compiled with its caller, or the one by itself.
 
     Args:
         function: Loops over arrays and numbers.
-        fastmath: LLVM's fast-math flags. Without any, results are those of the formulas as written.
         has_one_call: Whether one line calls the function. It is then inlined before optimization,
             and not optimized by itself first, which would take as long again for a large function.
             With several calls, type inference would take longer than this saves.
+        is_called: Whether the function is called instead, because it is large.
+        counts_references: Whether references to arrays are counted. Counting is slow in inner
+            loops. Without it, a function cannot allocate an array nor return a part of one.
     """
     options: dict[str, Any] = {"inline": "always"} if has_one_call else {"forceinline": True}
-    compiled: Callable[..., Any] = numba.njit(
-        function, nogil=True, error_model="numpy", fastmath=set(fastmath), **options
-    )
+    if is_called:
+        options = {}
+    compiled: Callable[..., Any] = _compiled(function, counts_references, **options)
     return compiled
+
+
+def _compiled(function: Callable[..., Any], counts_references: bool, **options: Any) -> Any:
+    if not counts_references:
+        options["_nrt"] = False
+    return numba.njit(function, nogil=True, error_model="numpy", **options)
 
 
 def shared(function: Plain) -> Plain:
@@ -76,17 +85,17 @@ def shared(function: Plain) -> Plain:
 
 
 def entry_point(
-    function: Callable[..., Any], fastmath: Set[str] = frozenset()
+    function: Callable[..., Any], *, counts_references: bool = True
 ) -> Callable[..., Any]:
     """Compile a function and all that it calls at the first call; the result is kept on disk.
 
     Args:
         function: Loops over arrays and numbers, or tuples of them. It can call what is `inlined`.
-        fastmath: See `inlined`.
+        counts_references: See `inlined`.
     """
     if _numba.config.DISABLE_JIT:
         return np.errstate(all="ignore")(function)  # Compiled code does not warn either.
-    compiled: Any = numba.njit(function, nogil=True, error_model="numpy", fastmath=set(fastmath))
+    compiled: Any = _compiled(function, counts_references)
     try:  # Numba's private names; where it no longer has them, nothing is kept.
         _, compiled._cache = compiled._cache, _Cache(compiled)
     except AttributeError as error:
@@ -243,8 +252,8 @@ def _content(value: Any, seen: dict[Any, int]) -> Any:
     if is_jitted(value):
         options = tuple(sorted(value.targetoptions.items()))
         return _content_of_function(value.py_func, seen), _content(options, seen)
-    if value is count_up:
-        return _content_of_function(_count_up, seen)
+    if isinstance(value, _numba.extending._Intrinsic):
+        return _content_of_function(value._defn, seen)
     if isinstance(value, FunctionType) and value in _shared:
         return _content_of_function(value, seen), _SHARED_OPTIONS
     if isinstance(value, np.ndarray | np.generic):

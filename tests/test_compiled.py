@@ -12,22 +12,46 @@ import numpy as np
 import pytest
 import torch
 
+from esper_env.config import Float32Array
+from esper_env.jit import entry_point
 from esper_env.population.blueprints import CNN_BLUEPRINTS, Blueprint
 from esper_env.population.hosts import Host
 from esper_env.population.layers import Conv, Layer, Norm, Relu
 from esper_env.population.numba_engine.engine import _pool
-from esper_env.population.numba_engine.kernels import tanh_of
+from esper_env.population.numba_engine.kernels import exp_of, tanh_of
+from esper_env.population.numba_engine.lanes import LANES, load, store_first
 from tests.builders import CONV_LIGHT, TOLERANCE, SmallPopulation, make, play, train_plain, waits
 
 
+@entry_point
+def write_functions(x: Float32Array, tanh: Float32Array, exp: Float32Array) -> None:
+    for i in range(0, len(x), LANES):
+        store_first(tanh, i, tanh_of(load(x, i)), LANES)
+        store_first(exp, i, exp_of(load(x, i)), LANES)
+
+
+def functions_of(*numbers: float) -> tuple[Float32Array, Float32Array, Float32Array]:
+    """Return some numbers, and their tanh and exp."""
+    x = np.zeros(-(-len(numbers) // LANES) * LANES, dtype=np.float32)
+    x[: len(numbers)] = numbers
+    tanh, exp = np.zeros((2, len(x)), dtype=np.float32)
+    write_functions(x, tanh, exp)
+    return x, tanh, exp
+
+
 def test_tanh_is_that_of_numpy() -> None:
-    x = np.concatenate([np.linspace(-12, 12, 4001), [0, 1e-8, -1e-8, 88, -88]]).astype(np.float32)
-    out = np.empty_like(x)
-    tanh_of(out, x)
-    np.testing.assert_allclose(out, np.tanh(x), atol=5e-7)
-    assert out[4001] == 0
-    tanh_of(out[:1], np.array([np.nan], dtype=np.float32))
-    assert np.isnan(out[0])
+    x, tanh, _ = functions_of(0, *np.linspace(-12, 12, 4001), 1e-8, -1e-8, 88, -88, np.inf)
+    np.testing.assert_allclose(tanh, np.tanh(x), atol=5e-7)
+    assert tanh[0] == 0
+    assert np.isnan(functions_of(np.nan)[1][0])
+
+
+def test_exp_is_that_of_numpy() -> None:
+    x, _, exp = functions_of(*np.linspace(-87, 0, 4001))
+    np.testing.assert_allclose(exp, np.exp(x), rtol=2e-7)
+    _, _, exp = functions_of(-1000, -np.inf, np.nan)
+    assert exp[0] == exp[1] < 1e-37
+    assert np.isnan(exp[2])
 
 
 @pytest.mark.usefixtures("threads")

@@ -171,7 +171,7 @@ def kept(folder: Path) -> list[Path]:
         ("below", "FACTOR = 2", "FACTOR = 3", {"scale": 3}),
         ("below", "by=1", "by=3", {"scale": 6}),
         ("below", "x * FACTOR * by", "x * FACTOR - by", {"scale": 1}),
-        ("below", "@inlined\ndef sc", "@(lambda f: inlined(f, {'nsz'}))\ndef sc", {"scale": 2}),
+        ("below", "@inlined\ndef sc", "@(lambda f: inlined(f, is_called=True))\ndef sc", {"scale": 2}),
         ("below", "RED = 1", "RED = 2", {"shift": 3}),
         ("below", "x + Colour", "x - Colour", {"shift": 0}),
         ("below", "make_adder(4)", "make_adder(5)", {"add": 6}),

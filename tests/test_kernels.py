@@ -82,10 +82,22 @@ def conv(cin: int, cout: int, width: int, groups: int = 1, bias: bool = True) ->
 
 
 def norm(rectify: bool) -> Case:
+    """All images in one chunk."""
     buffers = np.ones(4)
+
+    def forward(op: Any, a: FloatArray, p: FloatArray) -> None:
+        k.norm_measure(op, a, a, 0, BATCH)
+        k.norm_finish(op, a, len(a), 1, buffers, BATCH)
+        k.norm_forward(op, a, p, buffers, BATCH, True)
+
+    def backward(op: Any, a: FloatArray, d: FloatArray, p: FloatArray, g: FloatArray) -> None:
+        k.norm_backward_measure(op, a, d, d, 0, BATCH)
+        k.norm_backward_finish(op, a, d, len(a), 1, p, g, BATCH)
+        k.norm_backward(op, a, d, p, BATCH)
+
     return Case(
-        lambda op, a, p: k.norm_forward(op, a, p, buffers, BATCH, True),
-        lambda op, a, d, p, g: k.norm_backward(op, a, d, p, g, BATCH),
+        forward,
+        backward,
         {"in_channels": 2, "side": 3, "rectify": rectify, "running_var": 2, "bias": BIAS},
         region(SRC, 2, 3),
         region(DST, 2, 3),
@@ -185,7 +197,7 @@ def classify() -> Case:
     offsets, parameters = tensors(3, 2)
     return Case(
         lambda op, a, p: k.classify(op, a, p, BATCH, LABELS)[0] / BATCH,
-        lambda op, a, d, p, g: k.classify_backward(op, a, d, p, g, BATCH, LABELS),
+        lambda op, a, d, p, g: k.classify_backward(op, a, d, p, g, BATCH, LABELS, BATCH),
         {"in_channels": 2, "out_channels": 3, "side": 3, **offsets},
         region(SRC, 2, 3),
         np.zeros(0, dtype=np.int64),
@@ -256,6 +268,7 @@ def test_the_backward_pass_is_the_gradient(name: str) -> None:
     case.forward(operation(case.fields), a, p)
     for mode in case.modes:
         d[case.inputs], d[case.outputs] = before, slope
+        g[:] = 0
         case.backward(operation({**case.fields, "mode": mode}), a, d, p, g)
         expected = {
             GradientMode.NONE: before,

@@ -25,12 +25,12 @@ from esper_env.population.numba_engine.interpreter import (
     Results,
     run_members,
 )
-from esper_env.population.numba_engine.program_builder import is_supported
+from esper_env.population.numba_engine.program_builder import chunk_size, is_supported
 from esper_env.population.numba_engine.program_cache import Assignment, ProgramCache
 from esper_env.population.storage import Storage
 
-EVALUATION_BATCH = 32
-"""Images per batch of an evaluation: two vectors of 16 floats."""
+SLACK = 1024
+"""Numbers after the arenas that a kernel may load but does not use."""
 
 
 class CompiledEngine:
@@ -44,6 +44,7 @@ class CompiledEngine:
     def __init__(self, storage: Storage, settings: SGDSettings) -> None:
         self._storage, self._layout = storage, storage.layout
         values = (settings.momentum, settings.weight_decay, settings.clip_norm)
+        self._chunk = chunk_size(storage.layout.host)
         self._settings = np.array(values, dtype=np.float32)
         self.programs = ProgramCache(self._layout)
         self._pictures: dict[int, tuple[ImageSet, Pictures]] = {}
@@ -107,7 +108,7 @@ class CompiledEngine:
         own = member_of[row_start[:-1]]
         labels = np.empty(weights.shape, dtype=np.int64)
         _label_weights(weights, row_start, labels)
-        assignment = self.programs.evaluation(own, seeds, row_start, labels, EVALUATION_BATCH)
+        assignment = self.programs.evaluation(own, seeds, row_start, labels, self._chunk)
         networks = Networks(own, row_start, weights.astype(np.float32), self._settings)
         results = Results(np.zeros(rows), np.zeros(rows))
         self._run(assignment, networks, self._pictures_of(images), results, is_training=False)
@@ -123,7 +124,7 @@ class CompiledEngine:
         known = self._pictures.get(id(images))
         if known is None or known[0] is not images:
             announce(run_members)
-            known = images, Pictures.for_evaluation(images, EVALUATION_BATCH)
+            known = images, Pictures.for_evaluation(images, self._chunk)
             self._pictures[id(images)] = known
         return known[1]
 
@@ -142,7 +143,9 @@ class CompiledEngine:
         thread waits only for helpers that have taken one.
         """
         storage, programs, order = self._storage, assignment.programs, assignment.order
-        arena = int(programs.records["arena"][programs.program].max())
+        records, batch = programs.records[programs.program], pictures.labels.shape[2]
+        chunks = -(-batch // records["chunk"])
+        arena = int((records["arena"] * chunks).max()) + SLACK
         taken, finished = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
         matrices = Matrices(
             storage.parameters.numpy(), storage.momentum.numpy(), storage.buffers.numpy()

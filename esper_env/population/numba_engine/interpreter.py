@@ -15,15 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_env.config import BoolArray, Float32Array, FloatArray, IntArray
-from esper_env.jit import count_up
+from esper_env.jit import count_up, entry_point
 from esper_env.population.images import Draw, ImageSet
 from esper_env.population.numba_engine import kernels as k
 from esper_env.population.numba_engine.kernels import (
     Kind,
+    called_kernel,
     kernel,
-    network_entry_point,
     record_dtype,
 )
+from esper_env.population.numba_engine.lanes import item, set_item
 
 kernel_with_one_call = functools.partial(kernel, has_one_call=True)
 
@@ -39,7 +40,8 @@ PROGRAM = record_dtype(
     *("op_start", "op_stop"),  # Range of its operations.
     *("column_start", "column_stop"),  # Range of its columns.
     *("tensor_start", "tensor_stop"),  # Range of its trained tensors.
-    "arena",  # Length of its arena.
+    "arena",  # Length of the arena of one chunk.
+    "chunk",  # Images in a chunk, at most.
     "cost",  # Estimated time per image [multiply-adds].
 )
 """A program; see `program_builder.Program`."""
@@ -98,11 +100,11 @@ class Pictures(NamedTuple):
     labels: IntArray
     """Classes. (m, batches, batch); in an evaluation (1, batches, batch), -1 for padding."""
     images: npt.NDArray[np.uint8]
-    """Raw images to sample from. (n, size, size, channels)."""
-    mean: Float32Array
-    """Subtracted from each channel. (channels,)."""
-    std: Float32Array
-    """Divides each channel. (channels,)."""
+    """Raw images to sample from, one after the other. (n * size * size * channels,)."""
+    size: int
+    """Height and width of an image."""
+    table: Float32Array
+    """Normalized value of each raw one. (channels, 256)."""
     indices: IntArray = _NO_INDICES
     """Sampled images. (m, batches, batch), in training."""
     shifts: IntArray = _NO_INDICES[..., None]
@@ -119,9 +121,9 @@ class Pictures(NamedTuple):
         none = np.zeros((batches, 0, m, 2), dtype=np.int64)
         return cls(
             labels=_by_member(draw.labels),
-            images=images.images.numpy(),
-            mean=images.mean.numpy(),
-            std=images.std.numpy(),
+            images=images.images.numpy().reshape(-1),
+            size=images.images.shape[1],
+            table=_normalized_values(images),
             indices=_by_member(draw.indices),
             shifts=_by_member(none if draw.shifts is None else draw.shifts),
             flips=_by_member(none[..., 0] > 0 if draw.flips is None else draw.flips),
@@ -140,9 +142,9 @@ class Pictures(NamedTuple):
         chunks = pixels.reshape(num_chunks, batch, -1).transpose(0, 2, 1)
         return cls(
             labels=labels,
-            images=images.images.numpy(),
-            mean=images.mean.numpy(),
-            std=images.std.numpy(),
+            images=images.images.numpy().reshape(-1),
+            size=images.images.shape[1],
+            table=_normalized_values(images),
             chunks=chunks.reshape(num_chunks, -1),
         )
 
@@ -162,12 +164,19 @@ class Results(NamedTuple):
     """Whether all weights and statistics are finite after training. (m,)."""
 
 
+def _normalized_values(images: ImageSet) -> Float32Array:
+    """Return the normalized value of each raw one. (channels, 256) float32."""
+    mean, std = images.mean.numpy()[:, None], images.std.numpy()[:, None]
+    values: Float32Array = (np.arange(256, dtype=np.float32) - mean) / std
+    return values
+
+
 def _by_member(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """(batches, size, m, ...) -> (m, batches, size, ...)."""
     return np.ascontiguousarray(array.transpose(2, 0, 1, *range(3, array.ndim)))
 
 
-@network_entry_point
+@functools.partial(entry_point, counts_references=False)
 def run_members(
     order: IntArray,
     taken: IntArray,
@@ -191,8 +200,8 @@ def run_members(
         order: Positions of the members in arrays with a row per member, in order of work. (m,).
         taken: Number of members that a thread has started. (1,).
         finished: Number of members that are finished. (1,).
-        a: Arena.
-        d: Gradient of the arena; unused in an evaluation.
+        a: Arenas of all chunks.
+        d: Gradient of the arenas; unused in an evaluation.
         g: Gradient of a member's parameters; unused in an evaluation.
         programs: Programs of the members.
         matrices: Tensors of the members; training changes their rows.
@@ -214,10 +223,12 @@ def run_members(
         index = programs.program[m]
         if index != last:
             # Regions of another program lie elsewhere, and their borders must be zero.
-            arena = programs.records[index].arena
-            k.fill(k.run(a, 0, arena), np.float32(0))
+            record = programs.records[index]
+            batch, most = pictures.labels.shape[2], record.chunk
+            length = record.arena * ((batch + most - 1) // most)
+            k.fill(k.run(a, 0, length), np.float32(0))
             if is_training:
-                k.fill(k.run(d, 0, arena), np.float32(0))
+                k.fill(k.run(d, 0, length), np.float32(0))
             last = index
         _run_member(m, a, d, g, programs, matrices, networks, pictures, results, is_training)
         count_up(finished, 1)
@@ -241,7 +252,11 @@ def _run_member(
     results: Results,
     is_training: bool,
 ) -> None:
-    """Run all batches of one member."""
+    """Run all batches of one member, each in chunks of images that fit into the cache.
+
+    A chunk has an arena of its own. All chunks run as far as the next operation that needs a sum
+    over the whole batch, which is a batch norm in training; then they go on from there.
+    """
     program = programs.records[programs.program[m]]
     ops = programs.ops[program.op_start : program.op_stop]
     columns = programs.columns[program.column_start : program.column_stop]
@@ -250,40 +265,78 @@ def _run_member(
     p, momentum = matrices.parameters[row], matrices.momentum[row]
     buffers = matrices.buffers[row]
     alpha = networks.alpha[networks.row_start[m] : networks.row_start[m + 1]]
-    batch = pictures.labels.shape[2]
+    batch, arena, most = pictures.labels.shape[2], program.arena, program.chunk
+    chunks = (batch + most - 1) // most
     # Batches.
     for n in range(pictures.labels.shape[1]):
         labels = pictures.labels[m if is_training else 0, n]
-        if is_training:
-            load(
-                a, pictures.images, pictures.mean, pictures.std, pictures.indices[m, n],
-                pictures.shifts[m, n], pictures.flips[m, n],
-            )  # fmt: skip
-        else:
-            k.copy(k.run(a, 0, pictures.chunks.shape[1]), pictures.chunks[n])
         start = 0
-        # Classifiers: one in training, one per network in an evaluation.
+        # Operations up to a classifier (one in training, one per network in an evaluation) or norm.
         for i in range(len(ops)):
-            head = ops[i]
-            if head.kind == Kind.CLASSIFY:
-                _forward(ops[start:i], a, p, buffers, alpha, batch, is_training)
-                loss, hits = k.classify(head, a, p, batch, labels)
-                network = networks.row_start[m] + head.row
-                results.losses[network] += loss / (batch if is_training else 1)
-                results.hits[network] += hits
-                start = i + 1
-        if is_training:
-            k.classify_backward(ops[-1], a, d, p, g, batch, labels)
-            _backward(ops[:-1], a, d, p, g, alpha, networks.beta[m], batch)
-            rates, squares = networks.rates[m], results.squares[m]
-            host = _update(p, momentum, g, columns, tensors, rates, networks.settings, squares)
-            results.host_squares[m] += host
+            op = ops[i]
+            is_norm = is_training and (op.kind == Kind.NORM or op.kind == Kind.NORM_POOL)
+            if not is_norm and op.kind != Kind.CLASSIFY:
+                continue
+            for j in range(chunks):
+                first, size = j * most, min(most, batch - j * most)
+                part = k.run(a, j * arena, arena)
+                if start == 0 and is_training:
+                    load(
+                        part, pictures.images, pictures.size, pictures.table,
+                        pictures.indices[m, n], pictures.shifts[m, n], pictures.flips[m, n],
+                        first, size,
+                    )  # fmt: skip
+                elif start == 0:
+                    k.copy(k.run(part, 0, pictures.chunks.shape[1]), pictures.chunks[n])
+                _forward(ops[start:i], part, p, buffers, alpha, size, is_training)
+                if is_norm:
+                    k.norm_measure(op, a, part, first, size)
+                else:
+                    loss, hits = k.classify(op, part, p, size, labels[first : first + size])
+                    network = networks.row_start[m] + op.row
+                    results.losses[network] += loss / (batch if is_training else 1)
+                    results.hits[network] += hits
+            start = i + 1
+            if is_norm:
+                k.norm_finish(op, a, arena, chunks, buffers, batch)
+                start = i
+        if not is_training:
+            continue
+        k.fill(g, np.float32(0))
+        stop = len(ops)
+        # The same backwards: a norm needs sums over the gradients of the whole batch.
+        for i in range(len(ops) - 2, -2, -1):
+            is_norm = i >= 0 and (ops[i].kind == Kind.NORM or ops[i].kind == Kind.NORM_POOL)
+            if i >= 0 and not is_norm:
+                continue
+            for j in range(chunks):
+                first, size = j * most, min(most, batch - j * most)
+                part, grads = k.run(a, j * arena, arena), k.run(d, j * arena, arena)
+                own = labels[first : first + size]
+                _backward(
+                    ops[i + 1 : stop], part, grads, p, g, alpha, networks.beta[m], size, own, batch
+                )
+                if is_norm and ops[i].kind == Kind.NORM:
+                    k.norm_backward_measure(ops[i], part, d, grads, first, size)
+                elif is_norm:
+                    k.norm_pool_backward_measure(ops[i], part, d, grads, p, first, size)
+            if is_norm:
+                k.norm_backward_finish(ops[i], a, d, arena, chunks, p, g, batch)
+            stop = i + 1
+        rates, squares = networks.rates[m], results.squares[m]
+        host = _update(p, momentum, g, columns, tensors, rates, networks.settings, squares)
+        results.host_squares[m] += host
     if is_training:
         # A sum is finite only if every number is.
-        total = np.float32(0)
-        for i in columns:
-            total += p[i]
-        results.is_finite[m] = math.isfinite(total) and math.isfinite(k.total_of(buffers))
+        total = k.total_of(buffers, 0, len(buffers))
+        for t in tensors:
+            begin, count = columns[t.start], t.stop - t.start
+            if columns[t.stop - 1] - begin == count - 1:
+                total += k.total_of(p, begin, count)
+            else:
+                for i in range(t.start, t.stop):
+                    total += p[columns[i]]
+        results.is_finite[m] = math.isfinite(total)
 
 
 @kernel_with_one_call
@@ -302,6 +355,8 @@ def _forward(
             k.conv_forward(op, a, p, batch)
         elif op.kind == Kind.NORM:
             k.norm_forward(op, a, p, buffers, batch, is_training)
+        elif op.kind == Kind.NORM_POOL:
+            k.norm_pool_forward(op, a, p, buffers, batch, is_training)
         elif op.kind == Kind.RELU:
             k.relu_forward(op, a, batch)
         elif op.kind == Kind.EXCITE:
@@ -326,14 +381,21 @@ def _backward(
     alpha: Float32Array,
     beta: Float32Array,
     batch: int,
+    labels: IntArray,
+    images: int,
 ) -> None:
-    """Run the backward passes of operations other than CLASSIFY, last operation first."""
+    """Run the backward passes of operations, last operation first.
+
+    `batch` is the number of images in this chunk, `images` that in all chunks.
+    """
     for n in range(len(ops) - 1, -1, -1):
         op = ops[n]
         if op.kind == Kind.CONV:
             k.conv_backward(op, a, d, p, g, batch)
         elif op.kind == Kind.NORM:
-            k.norm_backward(op, a, d, p, g, batch)
+            k.norm_backward(op, a, d, p, batch)
+        elif op.kind == Kind.NORM_POOL:
+            k.norm_pool_backward(op, a, d, p, batch)
         elif op.kind == Kind.RELU:
             k.relu_backward(op, a, d, batch)
         elif op.kind == Kind.EXCITE:
@@ -342,44 +404,72 @@ def _backward(
             k.mix_backward(op, a, d, p, g, alpha[op.row, op.slot], beta[op.slot], batch)
         elif op.kind == Kind.POOL:
             k.pool_backward(op, a, d, batch)
+        elif op.kind == Kind.CLASSIFY:
+            k.classify_backward(op, a, d, p, g, batch, labels, images)
 
 
-@kernel
+@called_kernel
 def load(
     a: Float32Array,
-    images: npt.NDArray[np.uint8],
-    mean: Float32Array,
-    std: Float32Array,
+    raw: npt.NDArray[np.uint8],
+    side: int,
+    table: Float32Array,
     indices: IntArray,
     shifts: IntArray,
     flips: BoolArray,
+    first: int,
+    batch: int,
 ) -> None:
-    """Write a batch of sampled, augmented and normalized images into the first region."""
+    """Write sampled, augmented and normalized images into the first region.
+
+    They are `batch` images of a larger batch, from the one at index `first` on.
+    """
     # a[0]: (channels, side + 2, side + 2, batch)
-    # images: (n, side, side, channels); indices: (batch,)
-    # shifts: (batch, 2) or (0, 2); flips: (batch,) or (0,)
-    batch, side, channels = len(indices), images.shape[1], images.shape[3]
+    # raw: (n * side * side * channels,); table: (channels, 256)
+    # indices: (images,); shifts: (images, 2) or (0, 2); flips: (images,) or (0,)
+    channels = table.shape[0]
+    own, size = indices[first : first + batch], side * side * channels
     row = (side + 2) * batch
-    # Images of the batch.
+    if len(shifts) == 0 and len(flips) == 0:
+        # Pixels, then images: writes are contiguous.
+        for c in range(channels):
+            values = table[c]
+            for y in range(side):
+                for x in range(side):
+                    to = k.first_row(0, c, side, batch) + y * row + x * batch
+                    for i in range(batch):
+                        value = item(raw, item(own, i) * size + (y * side + x) * channels + c)
+                        set_item(a, to + i, item(values, value))
+        return
+    # Images, rows and channels of the crop.
     for i in range(batch):
         dy, dx, flip = 0, 0, False
         if len(shifts):
-            dy, dx = shifts[i, 0], shifts[i, 1]
+            dy, dx = shifts[first + i, 0], shifts[first + i, 1]
         if len(flips):
-            flip = flips[i]
-        # Pixels of the crop; (u, v) is where a pixel comes from, black outside the image.
+            flip = flips[first + i]
         for y in range(side):
-            for x in range(side):
-                u = y + dy
-                v = (side - 1 - x if flip else x) + dx
-                inside = u >= 0 and u < side and v >= 0 and v < side
-                for c in range(channels):
-                    value = np.float32(images[indices[i], u, v, c]) if inside else np.float32(0)
-                    at = k.first_row(0, c, side, batch) + y * row + x * batch + i
-                    a[at] = (value - mean[c]) / std[c]
+            u, step = y + dy, -channels if flip else channels
+            # Columns of the crop that lie in the image; all others are black.
+            start, stop = max(0, -dx), min(side, side - dx)
+            if flip:
+                start, stop = max(0, dx), min(side, side + dx)
+            if u < 0 or u >= side:
+                start, stop = side, side
+            left = (side - 1 - start if flip else start) + dx
+            for c in range(channels):
+                at, values = k.first_row(0, c, side, batch) + y * row + i, table[c]
+                for x in range(start):
+                    set_item(a, at + x * batch, values[0])
+                source = ((own[i] * side + u) * side + left) * channels + c
+                for x in range(start, stop):
+                    set_item(a, at + x * batch, item(values, item(raw, source)))
+                    source += step
+                for x in range(stop, side):
+                    set_item(a, at + x * batch, values[0])
 
 
-@kernel
+@called_kernel
 def _update(
     p: Float32Array,
     momentum: Float32Array,
@@ -395,25 +485,45 @@ def _update(
     Returns the squared gradient norm of the host.
     """
     # p, momentum, g: (parameters,); columns: (n,); rates: (1 + slots,); squares: (slots, tensors)
-    mu, decay, clip = settings[0], settings[1], settings[2]
-    norms = np.zeros(len(rates), dtype=np.float32)
-    # Trained tensors and their numbers: squared norms of each module, and of each seed's tensor.
-    for t in tensors:
-        total = np.float32(0)
-        for i in range(t.start, t.stop):
-            total += g[columns[i]] * g[columns[i]]
-        norms[t.module] += total
-        if t.module > 0:
-            squares[t.module - 1, t.index] += total
-    # Trained tensors again, as each is scaled by the norm of its whole module.
-    for t in tensors:
-        if not t.is_frozen:
-            rate = rates[t.module]
-            scale = clip / (np.sqrt(norms[t.module]) + np.float32(1e-6))
-            scale = np.float32(1) if scale > 1 else scale
-            pull = decay if t.module == 0 else np.float32(0)
-            for i in range(t.start, t.stop):
-                at = columns[i]
-                momentum[at] = mu * momentum[at] + g[at] * scale + pull * p[at]
-                p[at] -= rate * momentum[at]
-    return np.float32(norms[0])
+    mu, clip, of_host = settings[0], settings[2], np.float32(0)
+    first = 0
+    # Modules, each with its tensors one after the other.
+    while first < len(tensors):
+        module, last, square = tensors[first].module, first, np.float32(0)
+        # Tensors and their numbers: squared norms.
+        while last < len(tensors) and tensors[last].module == module:
+            t, total = tensors[last], np.float32(0)
+            begin, count = columns[t.start], t.stop - t.start
+            if columns[t.stop - 1] - begin == count - 1:
+                total = k.square_of(g, begin, count)
+            else:
+                for i in range(t.start, t.stop):
+                    total += g[columns[i]] * g[columns[i]]
+            if module > 0:
+                squares[module - 1, t.index] += total
+            square += total
+            last += 1
+        if module == 0:
+            of_host = square
+        rate, pull = rates[module], settings[1] if module == 0 else np.float32(0)
+        scale = clip / (np.sqrt(square) + np.float32(1e-6))
+        scale = np.float32(1) if scale > 1 else scale
+        # The same tensors again, as each is scaled by the norm of the whole module.
+        for n in range(first, last):
+            t = tensors[n]
+            begin, count = columns[t.start], t.stop - t.start
+            if t.is_frozen:
+                continue
+            if columns[t.stop - 1] - begin == count - 1:
+                slope, value = k.run(g, begin, count), k.run(p, begin, count)
+                speed = k.run(momentum, begin, count)
+                for i in range(count):
+                    speed[i] = mu * speed[i] + slope[i] * scale + pull * value[i]
+                    value[i] -= rate * speed[i]
+            else:
+                for i in range(t.start, t.stop):
+                    at = columns[i]
+                    momentum[at] = mu * momentum[at] + g[at] * scale + pull * p[at]
+                    p[at] -= rate * momentum[at]
+        first = last
+    return of_host

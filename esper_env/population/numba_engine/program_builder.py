@@ -15,11 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_env.config import Blend, IntArray
+from esper_env.population.hosts import Host
 from esper_env.population.layers import Conv, Layer, Norm, Relu, SqueezeExcite
 from esper_env.population.layout import Column, Layout, PlacedLayer, corner
 from esper_env.population.numba_engine.interpreter import TENSOR
 from esper_env.population.numba_engine.kernels import OPERATION, GradientMode, Kind
+from esper_env.population.numba_engine.lanes import LANES
 
+REGION = 150_000
+"""Numbers in a region above which a chunk is one vector of images instead of two."""
 SUPPORTED = (Conv, Norm, Relu, SqueezeExcite)
 
 
@@ -57,7 +61,9 @@ class Program:
     tensors: npt.NDArray[np.void]
     """Records of `interpreter.TENSOR`. (tensors,)."""
     arena: int
-    """Length of the arena."""
+    """Length of the arena of one chunk."""
+    chunk: int
+    """Images in a chunk, at most."""
     cost: int
     """Estimated time per image [multiply-adds], to balance threads."""
 
@@ -71,6 +77,18 @@ def is_supported(layers: Sequence[Layer]) -> bool:
     )
 
 
+def chunk_size(host: Host) -> int:
+    """Return how many images run at a time: one or two vectors, so that they fit into the cache.
+
+    Args:
+        host: The widest host.
+    """
+    numbers = max(
+        channels * (host.slot_size(slot) + 2) ** 2 for slot, channels in enumerate(host.channels)
+    )
+    return LANES if 2 * LANES * numbers > REGION else 2 * LANES
+
+
 class ProgramBuilder:
     """Builds one program.
 
@@ -82,6 +100,7 @@ class ProgramBuilder:
     def __init__(self, layout: Layout, composition: Composition) -> None:
         self._layout, self._composition = layout, composition
         self._host = layout.hosts[composition.width]
+        self._chunk = min(composition.batch, chunk_size(layout.host))
         self._ops: list[dict[str, int]] = []
         self._cursor = 0
         self._image = self._region(self._host.in_channels, self._host.image_size)
@@ -104,6 +123,7 @@ class ProgramBuilder:
             columns=np.concatenate([none, *(c.astype(np.int32) for c, *_ in self._tensors)]),
             tensors=np.array([(*ends, *rest) for *ends, (_, *rest) in ranges], dtype=TENSOR),
             arena=self._cursor,
+            chunk=self._chunk,
             cost=sum(self._cost(op) for op in self._ops),
         )
 
@@ -174,7 +194,7 @@ class ProgramBuilder:
             gate = layout.gates[slot]
             start = layout.max_seed_tensors - len(gate)
             self._add_trained(gate, [(channels,), (1,)], 1 + slot, start, seed.is_frozen)
-            aux = self._take((channels + 1) * self._composition.batch)
+            aux = self._take((channels + 1) * self._chunk)
             offsets = {"weight": gate[0].offset, "bias": gate[1].offset}
             self._add(Kind.GATE, src=x, aux=aux, **same, **offsets)
         return out, aux
@@ -211,7 +231,7 @@ class ProgramBuilder:
             elif isinstance(layer, Relu):
                 self._add(Kind.RELU, **fields)
             elif isinstance(layer, SqueezeExcite):
-                aux = self._take((3 * channels + 2 * layer.hidden) * self._composition.batch)
+                aux = self._take((3 * channels + 2 * layer.hidden) * self._chunk)
                 fields |= {"weight": offsets[0], "stride": shapes[0][1], "bias": offsets[1]}
                 fields |= {"weight_2": offsets[2], "stride_2": shapes[2][1], "bias_2": offsets[3]}
                 self._add(Kind.EXCITE, **fields, hidden=layer.hidden, aux=aux)
@@ -236,19 +256,25 @@ class ProgramBuilder:
         """Append the 2x2 max-pool after a slot; return the region of its output."""
         channels, side = self._host.channels[slot], self._host.slot_size(slot)
         out = self._region(channels, side // 2)
+        last = self._ops[-1]
+        is_norm = last["kind"] == Kind.NORM and last["dst"] == x and "rectify" in last
+        if is_norm and self._composition.seeds[slot] is None and side % 2 == 0:
+            # Nothing else reads the features between them.
+            last |= {"kind": Kind.NORM_POOL, "dst": out}
+            return out
         self._add(Kind.POOL, src=x, dst=out, in_channels=channels, side=side)
         return out
 
     def _head(self, x: int, row: int) -> None:
         """Append the classifier of network `row`."""
-        host, batch = self._host, self._composition.batch
+        host, batch = self._host, self._chunk
         weight, bias = self._layout.head
         self._add(
             Kind.CLASSIFY,
             src=x, in_channels=host.channels[-1], out_channels=host.num_classes,
             side=host.image_size >> host.num_slots, weight=weight.offset, bias=bias.offset,
             stride=weight.spec.shape[1], row=row,
-            aux=self._take((host.channels[-1] + host.num_classes) * batch),
+            aux=self._take((host.channels[-1] + host.num_classes + 3) * batch),
         )  # fmt: skip
 
     # ------------------------------------------------------------------ bookkeeping
@@ -306,7 +332,7 @@ class ProgramBuilder:
 
     def _region(self, channels: int, side: int) -> int:
         """Reserve (channels, side + 2, side + 2, batch) numbers; return the offset."""
-        return self._take(channels * (side + 2) ** 2 * self._composition.batch)
+        return self._take(channels * (side + 2) ** 2 * self._chunk)
 
     def _take(self, count: int) -> int:
         """Reserve `count` numbers of the arena at a multiple of 64 bytes; return the offset."""

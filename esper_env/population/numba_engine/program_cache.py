@@ -127,7 +127,7 @@ class ProgramCache:
         for array, part in (*parts, (self._tensors, program.tensors)):
             ranges += [array.count, array.count + len(part)]
             array.extend(part)
-        record = (*ranges, program.arena, program.cost)
+        record = (*ranges, program.arena, program.chunk, program.cost)
         self._records.extend(np.array([record], dtype=PROGRAM))
         squares = np.full(self.squares.rows.shape[1:], np.nan)
         trained = program.tensors[program.tensors["module"] > 0]
