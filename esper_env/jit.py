@@ -290,7 +290,10 @@ def _content_of_function(function: Any, seen: dict[Any, int]) -> Any:
     for scope in scopes:
         for name in (name for name in names if name in scope):
             value = scope[name]
-            if not isinstance(value, ModuleType):
+            if isinstance(value, FunctionType) and value.__module__ == function.__module__:
+                # What generates code, like `lanes`, calls plain functions.
+                found.append((name, _content_of_function(value, seen)))
+            elif not isinstance(value, ModuleType):
                 found.append((name, _content(value, seen)))
             elif all(vars(value) is not known for known in scopes):
                 scopes.append(vars(value))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from esper_env.config import Float32Array
+from esper_env.config import Blend, Float32Array
 from esper_env.jit import entry_point
 from esper_env.population.blueprints import CNN_BLUEPRINTS, Blueprint
 from esper_env.population.hosts import Host
@@ -111,6 +111,19 @@ class Doubled(Relu):
     def forward(self, x, parameters, buffers, training):  # type: ignore[no-untyped-def]
         del parameters, buffers, training
         return x + x
+
+
+@pytest.mark.parametrize("batch", [1, 7, 33, 40, 80])
+def test_a_batch_in_chunks_trains_as_torch_does(batch: int) -> None:
+    """Chunks have 16 or 32 images; one slot has a seed, so both kinds of norms are there."""
+    small = SmallPopulation(2)
+    small.plant(1, 0, "conv_heavy", "blending", Blend.GATE)
+    indices = np.random.default_rng(0).integers(0, len(small.images), (2, batch, 2))
+    networks = small.plains()
+    small.train(indices)
+    for i, network in enumerate(networks):
+        train_plain(network, small.images, indices[:, :, i])
+        small.assert_equals(i, network)
 
 
 def test_members_with_a_layer_without_kernel_run_on_torch_and_the_others_do_not() -> None:

@@ -64,8 +64,9 @@ def tensors(outputs: int, inputs: int) -> tuple[dict[str, int], IntArray]:
     return {"weight": WEIGHT, "stride": inputs + 1, "bias": BIAS}, index
 
 
-def conv(cin: int, cout: int, width: int, groups: int = 1, bias: bool = True) -> Case:
-    side = 3
+def conv(
+    cin: int, cout: int, width: int, groups: int = 1, bias: bool = True, side: int = 3
+) -> Case:
     offsets, parameters = tensors(cout, cin // groups * width**2)
     if not bias:
         offsets["bias"], parameters = -1, parameters[:-cout]
@@ -103,6 +104,30 @@ def norm(rectify: bool) -> Case:
         region(DST, 2, 3),
         np.array([WEIGHT, WEIGHT + 1, BIAS, BIAS + 1]),
         tuple(GradientMode),
+    )
+
+
+def norm_pool() -> Case:
+    """All images in one chunk."""
+    buffers = np.ones(4)
+
+    def forward(op: Any, a: FloatArray, p: FloatArray) -> None:
+        k.norm_measure(op, a, a, 0, BATCH)
+        k.norm_finish(op, a, len(a), 1, buffers, BATCH)
+        k.norm_pool_forward(op, a, p, buffers, BATCH, True)
+
+    def backward(op: Any, a: FloatArray, d: FloatArray, p: FloatArray, g: FloatArray) -> None:
+        k.norm_pool_backward_measure(op, a, d, d, p, 0, BATCH)
+        k.norm_backward_finish(op, a, d, len(a), 1, p, g, BATCH)
+        k.norm_pool_backward(op, a, d, p, BATCH)
+
+    return Case(
+        forward,
+        backward,
+        {"in_channels": 2, "side": 4, "running_var": 2, "bias": BIAS},
+        region(SRC, 2, 4),
+        region(DST, 2, 2),
+        np.array([WEIGHT, WEIGHT + 1, BIAS, BIAS + 1]),
     )
 
 
@@ -209,11 +234,13 @@ CASES = {
     "conv 1x1": conv(3, 2, 1),
     "conv 1x1, groups": conv(4, 4, 1, groups=2),
     "conv 3x3, pairs": conv(2, 4, 3),
+    "conv 3x3, wide": conv(3, 3, 3, side=6),
     "conv 3x3, odd channels": conv(3, 3, 3, bias=False),
     "conv 3x3, groups": conv(4, 4, 3, groups=2),
     "conv 3x3, depthwise": conv(3, 3, 3, groups=3),
     "norm": norm(rectify=False),
     "norm and relu": norm(rectify=True),
+    "norm, relu and pool": norm_pool(),
     "relu": relu(),
     "pool": pool(4),
     "pool, odd": pool(5),
