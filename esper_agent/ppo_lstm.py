@@ -627,8 +627,7 @@ def finish(args: Args, envs: EsperVectorEnv, state: TrainState, run: Run) -> Pat
                     run.record_evaluation(global_step, scores)
                     run.keep_best(scores["now"], state.agent)
                 run.record(global_step, metrics, telemetry.events)
-                minutes = state.seconds * (args.num_iterations / state.iteration - 1) / 60
-                display.show(global_step, metrics, telemetry.events, minutes)
+                display.show(global_step, metrics, telemetry.events, state.seconds / 60)
                 with telemetry.clock.measure("checkpoint"):
                     run.save_if_due(is_last=state.iteration == args.num_iterations)
                 end_of_profiled()

@@ -609,8 +609,11 @@ def show_some(out: io.StringIO, monkeypatch: pytest.MonkeyPatch, is_quiet: bool 
     )  # fmt: skip
     metrics = {"env/score_gain": 0.25, "charts/SPS": 500.0, "env/op/WAIT": 0.5}
     with Display(100, is_quiet) as shown:
-        shown.show(10, metrics, [raised], 2.5)
-        shown.show(20, metrics, [AlertCleared(step=20, name="kl", raised_at=10)], 2.0)
+        shown.show(10, metrics, [raised], 0.3)
+        shown.show(20, metrics, [AlertCleared(step=20, name="kl", raised_at=10)], 0.6)
+        shown.show(21, metrics, [], 0.63)
+        shown.show(22, metrics, [], 1.1)
+        shown.show(23, metrics, [], 1.15)
     return out.getvalue()
 
 
@@ -618,8 +621,12 @@ def test_plain_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None
     output = show_some(io.StringIO(), monkeypatch)
     lines = output.splitlines()
     assert lines[0] == "step 10  warning: kl 0.2 (threshold 0.1): too much"
-    assert lines[1] == "step 10  score - never-grow +0.250  env steps/s 500  2.5 min left"
+    assert lines[1] == "step 10  score - never-grow +0.250  env steps/s 500  2.7 min left"
     assert lines[2] == "step 20  cleared: kl"
+    assert [line.split("500  ")[1] for line in lines[3:]] == [
+        "2.4 min left",
+        "3.9 min left of about 5 min",
+    ], "a line per part of the training, and one after the first minute"
     assert "\x1b" not in output
     assert show_some(io.StringIO(), monkeypatch, is_quiet=True) == ""
 

@@ -47,7 +47,7 @@ class Display:
 
     def __init__(self, total_steps: int, is_quiet: bool) -> None:
         self._total, self._is_quiet = total_steps, is_quiet
-        self._best, self._shown = -math.inf, 0
+        self._best, self._shown, self._has_estimate = -math.inf, 0, False
         self._alerts: dict[str, str] = {}
         self._live: Live | None = None
         console = Console()
@@ -88,7 +88,7 @@ class Display:
         step: int,
         metrics: Mapping[str, float],
         events: Iterable[Event],
-        minutes_left: float,
+        minutes: float,
     ) -> None:
         """Show the state after an iteration.
 
@@ -96,7 +96,7 @@ class Display:
             step: Env steps done.
             metrics: Metrics of the iteration.
             events: Events of the iteration; alerts are shown once each.
-            minutes_left: Estimate of the time left.
+            minutes: Time of rollouts and updates so far.
         """
         if self._is_quiet:
             return
@@ -108,12 +108,16 @@ class Display:
             with lenient_stdout():
                 self._live.update(Group(self._bar, self._table(metrics)), refresh=True)
             return
-        # The first line comes early, with the estimate of the time.
-        if step * LINES // self._total > self._shown or not self._shown:
+        # The first line comes early. One after the first minute has a better estimate of the time.
+        is_estimate = minutes >= 1 and not self._has_estimate
+        if step * LINES // self._total > self._shown or not self._shown or is_estimate:
             self._shown = max(1, step * LINES // self._total)
+            self._has_estimate = minutes >= 1
             parts = [f"{n.strip()} {metrics[m]:{f}}" for n, m, f in SHOWN
                      if n in IN_LINES and m in metrics]  # fmt: skip
-            say(f"step {step}  {'  '.join(parts)}  {minutes_left:.1f} min left")
+            total = minutes * self._total / step
+            of_all = f" of about {total:.0f} min" if is_estimate else ""
+            say(f"step {step}  {'  '.join(parts)}  {total - minutes:.1f} min left{of_all}")
 
     def _show_alert(self, event: Event) -> None:
         """Print an alert that was raised or cleared."""
