@@ -174,7 +174,7 @@ class _Cache:
             if data is not None:
                 return self._rebuild(target_context, *pickle.loads(data))
         if self.is_announced:
-            print("esper_env: compiling for this processor, once; about 30 s", file=sys.stderr)
+            print("esper_env: compiling for this processor, once; about a minute", file=sys.stderr)
         return None
 
     def save_overload(self, signature: Any, result: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import pickle
 import re
 import shutil
@@ -254,3 +255,31 @@ def test_a_process_waits_while_another_one_downloads(
     monkeypatch.setattr(urllib.request, "urlopen", lambda request: HalfWay(data.archive))
     cifar10.load_splits(str(tmp_path))
     assert second[0].wait() == 0
+
+
+def test_the_training_script_trains_on_it(data: Data, tmp_path: Path) -> None:
+    """The documented command with fewer and smaller batches: two whole episodes per rollout."""
+    run = tmp_path / "run"
+    command = (
+        "-m esper_agent.ppo_lstm --env-id Esper-CIFAR10-v0 --num-steps 150 --num-envs 2 "
+        "--group-size 2 --num-minibatches 2 --total-timesteps 600 --eval-episodes 2 "
+        f"--env.data-dir {data.root} --env.batches-per-step 1 --env.batch-size 8 --run-dir {run}"
+    ).split()
+    code = f"""
+import sys
+from pathlib import Path
+from esper_agent import ppo_lstm
+from tests.cifar10_files import torchvision_expects
+sys.argv = {["ppo_lstm", *command[2:]]}
+with torchvision_expects(Path({str(data.root)!r})):
+    ppo_lstm.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 600" in done.stdout
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [300, 600]
+    assert "charts/episodic_score" in rows[-1], "an episode has ended"
+    assert json.loads((run / "evaluation.json").read_text())
