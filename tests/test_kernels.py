@@ -108,8 +108,8 @@ def norm(rectify: bool) -> Case:
 
 
 def norm_pool() -> Case:
-    """All images in one chunk."""
-    buffers = np.ones(4)
+    """All images in one chunk; enough channels that some squares are cut off and others are not."""
+    buffers = np.ones(8)
 
     def forward(op: Any, a: FloatArray, p: FloatArray) -> None:
         k.norm_measure(op, a, a, 0, BATCH)
@@ -124,10 +124,10 @@ def norm_pool() -> Case:
     return Case(
         forward,
         backward,
-        {"in_channels": 2, "side": 4, "running_var": 2, "bias": BIAS},
-        region(SRC, 2, 4),
-        region(DST, 2, 2),
-        np.array([WEIGHT, WEIGHT + 1, BIAS, BIAS + 1]),
+        {"in_channels": 4, "side": 4, "running_var": 4, "bias": BIAS},
+        region(SRC, 4, 4),
+        region(DST, 4, 2),
+        np.append(WEIGHT + np.arange(4), BIAS + np.arange(4)),
     )
 
 
@@ -256,6 +256,7 @@ CASES = {
 def _plain_python(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, function in list(vars(k).items()):
         monkeypatch.setattr(k, name, getattr(function, "py_func", function))
+    monkeypatch.setattr(k, "BAND", 6)  # A band has fewer rows than an image.
 
 
 def operation(fields: dict[str, int]) -> Any:
