@@ -33,6 +33,8 @@ _types: Any = numba.types
 _features = cpu_target.target_context.codegen().magic_tuple()[2]
 LANES = 16 if "+avx512f" in _features else 8
 """Numbers in a vector: a register with AVX-512 or AVX2."""
+HAS_MASKS = LANES == 16
+"""Whether the processor masks lanes of a load or store at no cost, as with AVX-512."""
 HAS_FUSED = "+fma" in _features or "+neon" in _features
 """Whether the processor multiplies and adds in one operation."""
 
@@ -80,6 +82,29 @@ def _first(builder: Any, count: Any) -> Any:
     return builder.icmp_signed("<", index, _broadcast(builder, count, _NUMBERS))
 
 
+def _by_count(
+    builder: Any, count: Any, work_of_all: Callable[[], Any], work_of_some: Callable[[], Any]
+) -> Any:
+    """Write work for the first `count` lanes, with a branch for all lanes where masks are slow.
+
+    A masked store takes 12 cycles on AMD's processors with AVX2, a plain one takes one.
+    """
+    if HAS_MASKS:
+        return work_of_some()
+    is_whole = builder.icmp_signed(">=", count, ir.Constant(_INT, LANES))
+    with builder.if_else(is_whole, likely=True) as (whole, part):
+        with whole:
+            results = [(work_of_all(), builder.block)]
+        with part:
+            results.append((work_of_some(), builder.block))
+    if results[0][0] is None:
+        return None
+    result = builder.phi(_VECTOR)
+    for value, block in results:
+        result.add_incoming(value, block)
+    return result
+
+
 def _function(plain: Callable[..., Any], generator: Callable[..., Any]) -> Any:
     """Return what compiled code calls, or the plain function if nothing is compiled."""
     if _numba.config.DISABLE_JIT:
@@ -111,10 +136,17 @@ def _load_first(context: Any, array: Any, at: Any, count: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         pointer = _pointer(context, builder, signature.args[0], *values[:2])
-        others = ir.Constant(_VECTOR, [0.0] * LANES)
-        mask, align = _first(builder, values[2]), ir.Constant(ir.IntType(32), 4)
-        name = f"llvm.masked.load.v{LANES}f32.p0"
-        return _call(builder, name, _VECTOR, pointer, align, mask, others)
+
+        def load_all() -> Any:
+            return builder.load(pointer, align=4)
+
+        def load_some() -> Any:
+            others = ir.Constant(_VECTOR, [0.0] * LANES)
+            mask, align = _first(builder, values[2]), ir.Constant(ir.IntType(32), 4)
+            name = f"llvm.masked.load.v{LANES}f32.p0"
+            return _call(builder, name, _VECTOR, pointer, align, mask, others)
+
+        return _by_count(builder, values[2], load_all, load_some)
 
     return _lanes(array, _types.int64, _types.int64), generate
 
@@ -135,9 +167,16 @@ def _store_first(context: Any, array: Any, at: Any, value: Any, count: Any) -> A
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         pointer = _pointer(context, builder, signature.args[0], *values[:2])
-        mask, align = _first(builder, values[3]), ir.Constant(ir.IntType(32), 4)
-        name = f"llvm.masked.store.v{LANES}f32.p0"
-        _call(builder, name, ir.VoidType(), values[2], pointer, align, mask)
+
+        def store_all() -> None:
+            builder.store(values[2], pointer, align=4)
+
+        def store_some() -> None:
+            mask, align = _first(builder, values[3]), ir.Constant(ir.IntType(32), 4)
+            name = f"llvm.masked.store.v{LANES}f32.p0"
+            _call(builder, name, ir.VoidType(), values[2], pointer, align, mask)
+
+        _by_count(builder, values[3], store_all, store_some)
         return context.get_dummy_value()
 
     return _types.void(array, _types.int64, _lanes, _types.int64), generate
