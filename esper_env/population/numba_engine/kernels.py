@@ -33,6 +33,7 @@ from esper_env.population.numba_engine.lanes import (
     divide,
     first_of,
     floor,
+    item,
     load,
     load_first,
     multiply,
@@ -177,7 +178,7 @@ def _add_columns(
 @kernel
 def _tile(
     x: Float32Array, at: int, plane: int, row: int, batch: int, channels: int,
-    p: Float32Array, weight: int, step: int, pair: int, width: int, flip: bool,
+    p: Float32Array, weight: int, step: int, pair: int, is_point: bool, width: int, flip: bool,
     y: Float32Array, to: int, initial: np.float32, other_initial: np.float32,
     accumulate: bool, is_pair: bool, is_wide: bool, count: int,
 ) -> None:  # fmt: skip
@@ -196,7 +197,8 @@ def _tile(
         weight: Offset of the kernel from the first input channel to the first output.
         step: Distance between the kernels of two input channels.
         pair: Distance between the kernels of two outputs.
-        width: Width of the kernel, 1 or 3.
+        is_point: Whether the kernel is 1x1, else 3x3.
+        width: Width of the kernel, which the compiler does not know.
         flip: Whether the kernel is rotated by 180 degrees.
         y: Array of the output.
         to: Offset of the tile in the first output channel.
@@ -220,16 +222,18 @@ def _tile(
             if is_wide:
                 t1, t2 = load(y, to + plane + batch), load(y, to + plane + 2 * batch)
                 t3 = load(y, to + plane + 3 * batch)
+    # With few registers a loop that is not unrolled, so that no row's inputs are loaded early.
+    rows = 3 if LANES == 16 else width
     # Input channels.
     for _ in range(channels):
-        if width == 1:
+        if is_point:
             x0, x1 = load(x, at), load(x, at + batch)
             x2, x3 = load(x, at + 2 * batch), load(x, at + 3 * batch)
-            s0, s1, s2, s3 = _add_columns(s0, s1, s2, s3, x0, x1, x2, x3, p[weight])
-            t0, t1, t2, t3 = _add_columns(t0, t1, t2, t3, x0, x1, x2, x3, p[weight + pair])
+            s0, s1, s2, s3 = _add_columns(s0, s1, s2, s3, x0, x1, x2, x3, item(p, weight))
+            t0, t1, t2, t3 = _add_columns(t0, t1, t2, t3, x0, x1, x2, x3, item(p, weight + pair))
         else:
             # Rows of the kernel; its columns see six columns of the input.
-            for r in range(3):
+            for r in range(rows):
                 left = at + (r - 1) * row - batch
                 x0, x1, x2 = load(x, left), load(x, left + batch), load(x, left + 2 * batch)
                 x3, x4 = load(x, left + 3 * batch), load(x, left + 4 * batch)
@@ -237,13 +241,13 @@ def _tile(
                 w, turn = weight + 3 * r, 1
                 if flip:
                     w, turn = weight + 8 - 3 * r, -1
-                s0, s1, s2, s3 = _add_columns(s0, s1, s2, s3, x0, x1, x2, x3, p[w])
-                s0, s1, s2, s3 = _add_columns(s0, s1, s2, s3, x1, x2, x3, x4, p[w + turn])
-                s0, s1, s2, s3 = _add_columns(s0, s1, s2, s3, x2, x3, x4, x5, p[w + 2 * turn])
+                s0, s1, s2, s3 = _add_columns(s0, s1, s2, s3, x0, x1, x2, x3, item(p, w))
+                s0, s1, s2, s3 = _add_columns(s0, s1, s2, s3, x1, x2, x3, x4, item(p, w + turn))
+                s0, s1, s2, s3 = _add_columns(s0, s1, s2, s3, x2, x3, x4, x5, item(p, w + 2 * turn))
                 w += pair
-                t0, t1, t2, t3 = _add_columns(t0, t1, t2, t3, x0, x1, x2, x3, p[w])
-                t0, t1, t2, t3 = _add_columns(t0, t1, t2, t3, x1, x2, x3, x4, p[w + turn])
-                t0, t1, t2, t3 = _add_columns(t0, t1, t2, t3, x2, x3, x4, x5, p[w + 2 * turn])
+                t0, t1, t2, t3 = _add_columns(t0, t1, t2, t3, x0, x1, x2, x3, item(p, w))
+                t0, t1, t2, t3 = _add_columns(t0, t1, t2, t3, x1, x2, x3, x4, item(p, w + turn))
+                t0, t1, t2, t3 = _add_columns(t0, t1, t2, t3, x2, x3, x4, x5, item(p, w + 2 * turn))
         at += plane
         weight += step
     store_first(y, to, s0, count)
@@ -310,13 +314,13 @@ def correlate(
                             c = p[bias + group * outputs + o + is_pair]
                         if width == 1:
                             _tiles(
-                                x, at, plane, row, batch, inputs, p, w, step, pair, 1, flip, y, to,
-                                b, c, accumulate, is_pair, is_wide, count,
+                                x, at, plane, row, batch, inputs, p, w, step, pair, True, 1, flip,
+                                y, to, b, c, accumulate, is_pair, is_wide, count,
                             )  # fmt: skip
                         else:
                             _tiles(
-                                x, at, plane, row, batch, inputs, p, w, step, pair, 3, flip, y, to,
-                                b, c, accumulate, is_pair, is_wide, count,
+                                x, at, plane, row, batch, inputs, p, w, step, pair, False, width,
+                                flip, y, to, b, c, accumulate, is_pair, is_wide, count,
                             )  # fmt: skip
                         to += 2 * plane
                         w += 2 * pair
@@ -326,30 +330,30 @@ def correlate(
 @kernel
 def _tiles(
     x: Float32Array, at: int, plane: int, row: int, batch: int, channels: int,
-    p: Float32Array, weight: int, step: int, pair: int, width: int, flip: bool,
+    p: Float32Array, weight: int, step: int, pair: int, is_point: bool, width: int, flip: bool,
     y: Float32Array, to: int, initial: np.float32, other_initial: np.float32,
     accumulate: bool, is_pair: bool, is_wide: bool, count: int,
 ) -> None:  # fmt: skip
     """Call `_tile` with flags that the compiler knows."""
     if is_pair and is_wide:
         _tile(
-            x, at, plane, row, batch, channels, p, weight, step, pair, width, flip, y, to,
-            initial, other_initial, accumulate, True, True, count,
+            x, at, plane, row, batch, channels, p, weight, step, pair, is_point, width, flip, y,
+            to, initial, other_initial, accumulate, True, True, count,
         )  # fmt: skip
     elif is_pair:
         _tile(
-            x, at, plane, row, batch, channels, p, weight, step, pair, width, flip, y, to,
-            initial, other_initial, accumulate, True, False, count,
+            x, at, plane, row, batch, channels, p, weight, step, pair, is_point, width, flip, y,
+            to, initial, other_initial, accumulate, True, False, count,
         )  # fmt: skip
     elif is_wide:
         _tile(
-            x, at, plane, row, batch, channels, p, weight, step, 0, width, flip, y, to,
-            initial, other_initial, accumulate, False, True, count,
+            x, at, plane, row, batch, channels, p, weight, step, 0, is_point, width, flip, y,
+            to, initial, other_initial, accumulate, False, True, count,
         )  # fmt: skip
     else:
         _tile(
-            x, at, plane, row, batch, channels, p, weight, step, 0, width, flip, y, to,
-            initial, other_initial, accumulate, False, False, count,
+            x, at, plane, row, batch, channels, p, weight, step, 0, is_point, width, flip, y,
+            to, initial, other_initial, accumulate, False, False, count,
         )  # fmt: skip
 
 
@@ -429,9 +433,9 @@ def weight_gradients(
         for top in range(0, side, max(1, BAND // side)):
             stop = min(side, top + max(1, BAND // side))
             o = 0
-            # Output channels, two at a time where sums of both fit into registers.
+            # Output channels, two at a time.
             while o < outputs:
-                is_pair = LANES == 16 and o + 1 < outputs
+                is_pair = o + 1 < outputs
                 dy = first_row(dst, group * outputs + o, side, batch)
                 w = weight + (group * outputs + o) * stride
                 for c in range(inputs):
@@ -441,10 +445,15 @@ def weight_gradients(
                         if is_pair:
                             v = w + stride
                             _point_gradient(g, v, a, x, d, dy + plane, top, stop, side, batch)
+                    elif is_pair and LANES == 16:
+                        _kernel_gradient(g, w, stride, a, x, d, dy, top, stop, side, batch, True)
                     elif is_pair:
-                        _kernel_gradient(
-                            g, w, stride, a, x, d, dy, top, stop, side, batch, LANES == 16
-                        )
+                        # Registers hold the sums of one row of the kernel.
+                        for r in range(width):
+                            _row_gradient(
+                                g, w + 3 * r, stride, a, x + (r - 1) * row, d, dy, top, stop, side,
+                                batch,
+                            )  # fmt: skip
                     else:
                         _kernel_gradient(g, w, 0, a, x, d, dy, top, stop, side, batch, False)
                     w += taps
@@ -513,20 +522,53 @@ def _kernel_gradient(
 
 
 @kernel
+def _row_gradient(
+    g: Float32Array, w: int, pair: int, a: Float32Array, at: int, d: Float32Array, first: int,
+    top: int, stop: int, side: int, batch: int,
+) -> None:  # fmt: skip
+    """Add the gradients of one row of the 3x3 kernels of two outputs; see `_kernel_gradient`."""
+    row = (side + 2) * batch
+    plane = (side + 2) * row
+    s0 = s1 = s2 = t0 = t1 = t2 = splat(np.float32(0))
+    for r in range(top, stop):
+        q = 0
+        while q < side:
+            for i in range(0, batch, LANES):
+                offset, n = r * row + q * batch + i, batch - i
+                v, x = first + offset, at + offset - batch
+                u = v + plane
+                if q + COLUMNS <= side and n >= LANES:
+                    # A constant count needs neither masks nor branches.
+                    s0, s1, s2 = _add_taps(s0, s1, s2, a, x, d, v, batch, LANES, True)
+                    t0, t1, t2 = _add_taps(t0, t1, t2, a, x, d, u, batch, LANES, True)
+                elif q + COLUMNS <= side:
+                    s0, s1, s2 = _add_taps(s0, s1, s2, a, x, d, v, batch, n, True)
+                    t0, t1, t2 = _add_taps(t0, t1, t2, a, x, d, u, batch, n, True)
+                else:
+                    s0, s1, s2 = _add_taps(s0, s1, s2, a, x, d, v, batch, n, False)
+                    t0, t1, t2 = _add_taps(t0, t1, t2, a, x, d, u, batch, n, False)
+            q += COLUMNS if q + COLUMNS <= side else 1
+    _add_three(g, w, s0, s1, s2)
+    _add_three(g, w + pair, t0, t1, t2)
+
+
+@kernel
+def _add_three(g: Float32Array, w: int, s0: Lanes, s1: Lanes, s2: Lanes) -> None:
+    """Add the sums of the lanes of three vectors."""
+    g[w] += sum_of(s0)
+    g[w + 1] += sum_of(s1)
+    g[w + 2] += sum_of(s2)
+
+
+@kernel
 def _add_nine(
     g: Float32Array, w: int, s0: Lanes, s1: Lanes, s2: Lanes, s3: Lanes, s4: Lanes, s5: Lanes,
     s6: Lanes, s7: Lanes, s8: Lanes,
 ) -> None:  # fmt: skip
     """Add the sums of the lanes of nine vectors."""
-    g[w] += sum_of(s0)
-    g[w + 1] += sum_of(s1)
-    g[w + 2] += sum_of(s2)
-    g[w + 3] += sum_of(s3)
-    g[w + 4] += sum_of(s4)
-    g[w + 5] += sum_of(s5)
-    g[w + 6] += sum_of(s6)
-    g[w + 7] += sum_of(s7)
-    g[w + 8] += sum_of(s8)
+    _add_three(g, w, s0, s1, s2)
+    _add_three(g, w + 3, s3, s4, s5)
+    _add_three(g, w + 6, s6, s7, s8)
 
 
 @kernel
