@@ -71,8 +71,15 @@ AREAS: dict[str, Area] = {
         ("tests/test_attribution.py", "tests/test_contributions.py"), 14, False,
     ),
     "kernels": Area(
-        ("esper_env/population/kernels.py", "esper_env/population/numba_engine/kernels.py"),
-        ("tests/test_kernels.py", "tests/test_compiled.py", "tests/test_population.py"), 18, True,
+        (
+            "esper_env/population/kernels.py", "esper_env/population/numba_engine/kernels.py",
+            "esper_env/population/numba_engine/lanes.py",
+        ),
+        (
+            "tests/test_kernels.py", "tests/test_lanes.py", "tests/test_compiled.py",
+            "tests/test_population.py",
+        ),
+        18, True,
     ),
     "torch engine": Area(
         (

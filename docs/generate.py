@@ -57,6 +57,7 @@ def measured() -> dict[Path, dict[str, str]]:
             "compiled": speed.compiled(agent),
             "peers": speed.peers(peers),
             "profile": speed.profile(results.read("profile")),
+            "cifar training": speed.cifar_training(results.read("cifar10-training")),
         },
         ROOT / "docs/dev/experiments.md": {
             "targets": speed.targets(throughput, peers, cifar, agent),

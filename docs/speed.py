@@ -241,6 +241,16 @@ def telemetry_cost(result: dict[str, Any]) -> str:
     )
 
 
+def cifar_training(result: dict[str, Any]) -> str:
+    """Return time and memory of a training on CIFAR-10, extrapolated from its first env steps."""
+    figures, arguments = result["result"], result["arguments"]
+    return (
+        f"{machine(result)}: {arguments['num_envs']} sub-environments take "
+        f"{figures['seconds_per_step']:.2f} s per env step. {figures['env_steps']:,} env steps would "
+        f"take {figures['hours']:.1f} hours. The process needs {figures['peak_gigabytes']:.1f} GB."
+    )
+
+
 def report_cost(result: dict[str, Any]) -> str:
     """Return size and time of the report."""
     one, several = result["rows"]

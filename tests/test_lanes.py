@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numba.core.registry import cpu_target
 
 from esper_env.config import Float32Array
 from esper_env.jit import entry_point
@@ -15,6 +20,8 @@ from esper_env.population.numba_engine.lanes import LANES
 X = np.linspace(-3, 3, LANES).astype(np.float32)
 X[:4] = np.nan, 0.0, -np.inf, 2.0
 Y = np.roll(X, 1)
+TESTS = Path(__file__).parent
+AVX2 = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
 ROOM = 5
 """Numbers of an array beside the vector."""
 
@@ -102,3 +109,14 @@ def test_lanes_from_a_count_on_are_neither_read_nor_written(count: int) -> None:
     expected[0], expected[1 : 1 + len(own)] = x[0], own
     expected[len(x) : len(x) + len(own)] = x[0]
     np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processor", [{"NUMBA_CPU_NAME": "generic"}, AVX2])
+def test_kernels_are_right_with_the_vectors_of_other_processors(processor: dict[str, str]) -> None:
+    has_avx2 = "+avx2" in cpu_target.target_context.codegen().magic_tuple()[2]
+    if processor is AVX2 and not has_avx2:
+        pytest.skip("this processor has no AVX2")
+    files = [str(TESTS / name) for name in ("test_lanes.py", "test_kernels.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not long", *files]
+    subprocess.run(command, env=os.environ | processor, check=True)
