@@ -14,6 +14,10 @@ weights and snapshots after every step. It prints "equal", or the first differen
 `--speed` steps both checkouts in turn and prints the ratio of their times, old to new: above 1 the
 new checkout is faster. With `--threads 1` the ratio of processor time is valid on a busy machine.
 `--first-step` times import, reset and two steps of each with an empty compilation cache.
+`--trainings 3` times three default trainings of each, in turn; `--timesteps` shortens them:
+
+    python benchmarks/compare_checkouts.py --old ../old-checkout --scenarios --trainings 3 \
+        --out benchmarks/results/training-time.json
 """
 
 from __future__ import annotations
@@ -80,6 +84,10 @@ class Args:
     """Torch threads."""
     first_step: bool = False
     """Whether to time the first step with an empty compilation cache."""
+    trainings: int = 0
+    """Trainings of each checkout to time, with its own defaults."""
+    timesteps: int | None = None
+    """Env steps of a training; by default those of the checkout."""
     out: Path | None = None
     """JSON file for the result."""
 
@@ -188,6 +196,8 @@ def _work(threads: int) -> None:
             for _ in range(request["steps"]):
                 envs.step(wait)
             answer = [time.perf_counter() - began[0], time.process_time() - began[1]]
+        elif request["what"] == "train":
+            answer = _train(request["seed"], request["timesteps"])
         print(json.dumps(answer), file=out, flush=True)
 
 
@@ -201,6 +211,22 @@ def _timed_environment(num_envs: int, mode: str) -> tuple[Any, Any]:
     for _ in range(20):
         envs.step(wait)
     return envs, wait
+
+
+def _train(seed: int, timesteps: int | None) -> dict[str, float]:
+    """Train an agent; return env steps, time [seconds], and the agent's share of it."""
+    from esper_agent import ppo_lstm
+
+    length = {} if timesteps is None else {"total_timesteps": timesteps}
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"seed": seed, "run_dir": Path(folder, "run"), "eval_episodes": 0}
+        args = ppo_lstm.Args(**settings, **length)
+        began = time.perf_counter()
+        run = ppo_lstm.train(args)
+        seconds = time.perf_counter() - began
+        *_, last = (run / "metrics.jsonl").read_text().splitlines()
+    share = json.loads(last)["time/policy_share"]
+    return {"env_steps": args.total_timesteps, "seconds": seconds, "policy_share": share}
 
 
 # ---------------------------------------------------------------------------------- the comparison
@@ -354,6 +380,31 @@ def measure_first_step(args: Args, repeats: int = 3) -> dict[str, list[float]]:
     return times
 
 
+def measure_trainings(args: Args, cache: Path) -> dict[str, Any]:
+    """Time trainings of both checkouts in turn, and print a line per pair."""
+    workers = dict(zip(("old", "new"), make_workers(args, cache), strict=True))
+    rows: dict[str, list[dict[str, float]]] = {side: [] for side in workers}
+    for seed in range(args.trainings + 1):
+        for side, worker in workers.items():
+            # The first, short pair loads or compiles the kernels.
+            worker.send(what="train", seed=seed, timesteps=args.timesteps if seed else 960)
+            row = worker.receive()
+            if seed:
+                rows[side].append(row)
+        if seed:
+            before, after = (rows[side][-1] for side in ("old", "new"))
+            print(
+                f"training {seed}: {after['seconds']:.0f} s, before {before['seconds']:.0f} s; "
+                f"ratio {after['seconds'] / before['seconds']:.3f}; "
+                f"share of the agent {after['policy_share']:.3f}, "
+                f"before {before['policy_share']:.3f}",
+                flush=True,
+            )
+    for worker in workers.values():
+        worker.close()
+    return rows
+
+
 def main(args: Args) -> int:
     """Compare, print and save. Return 1 if any scenario differs."""
     unknown = [name for name in args.scenarios if name not in SCENARIOS]
@@ -365,6 +416,8 @@ def main(args: Args) -> int:
             result["scenarios"] = compare(args, Path(folder))
         if args.speed:
             result["speed"] = measure_speed(args, Path(folder))
+        if args.trainings:
+            result["trainings"] = measure_trainings(args, Path(folder))
     if args.first_step:
         result["first_step_seconds"] = measure_first_step(args)
     from benchmarks import write_result
