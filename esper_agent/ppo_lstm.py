@@ -64,7 +64,7 @@ class Args:
     """Device of the environment and the agent."""
     run_dir: Path | None = None
     """Run directory; by default runs/<env id>__ppo_lstm__<seed>__<time>."""
-    total_timesteps: int = 192_000
+    total_timesteps: int = 288_000
     """Env steps, summed over sub-environments."""
     num_envs: int = 16
     """Sub-environments that run in parallel."""
