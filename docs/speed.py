@@ -247,7 +247,8 @@ def cifar_training(result: dict[str, Any]) -> str:
     return (
         f"{machine(result)}: {arguments['num_envs']} sub-environments take "
         f"{figures['seconds_per_step']:.2f} s per env step. {figures['env_steps']:,} env steps "
-        f"would take {figures['hours']:.1f} hours. The process needs {figures['peak_gigabytes']:.1f} GB."
+        f"would take {figures['hours']:.1f} hours. The process needs "
+        f"{figures['peak_gigabytes']:.1f} GB."
     )
 
 
