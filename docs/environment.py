@@ -61,7 +61,8 @@ OP_RULES = {
     Op.GERMINATE: "the stage is DORMANT; G0 passes for the blueprint",
     Op.ADVANCE: "G1, G2 or G3 passes",
     Op.SET_ALPHA: "the stage is BLENDING or HOLDING; no ramp is running; alpha_target differs from "
-    "the current target",
+    "the current target. With `parking` alpha_target 0 needs HOLDING; with `parks_fossilized` the "
+    "targets 0 and 1 are also legal in FOSSILIZED",
     Op.PRUNE: "the stage is GERMINATED, TRAINING, BLENDING or HOLDING; no ramp is running; the age "
     "of the seed is at least `min_prune_age`; alpha_speed is 0 if alpha is 0",
     Op.FOSSILIZE: "the stage is HOLDING; G5 passes",
@@ -80,6 +81,7 @@ TRANSITION_RULES: dict[tuple[Stage, Stage], tuple[str, str]] = {
         "tick of the same env step; ADVANCE with `automatic_training=False`",
         "G1: no condition",
     ),
+    (Stage.GERMINATED, Stage.HOLDING): ("GERMINATE with `graft=True`", "no condition"),
     (Stage.TRAINING, Stage.BLENDING): (
         "ADVANCE; also tick with `automatic_blending=True`",
         "G2: the seed has spent at least `min_training_steps` env steps in TRAINING; in the last "
@@ -92,13 +94,13 @@ TRANSITION_RULES: dict[tuple[Stage, Stage], tuple[str, str]] = {
         "G3: alpha is 1; no ramp is running",
     ),
     (Stage.HOLDING, Stage.BLENDING): (
-        "SET_ALPHA; PRUNE with alpha_speed above 0",
+        "SET_ALPHA with a target other than 0 and 1; PRUNE with alpha_speed above 0",
         _PRUNE_AGE,
     ),
     (Stage.HOLDING, Stage.FOSSILIZED): (
         "FOSSILIZE",
-        "G5: the contribution has been measured; with `strict_fossilize` it is at least "
-        '`min_contribution`; no condition with `attribution="none"`',
+        "G5: alpha is 1; the contribution has been measured (except with "
+        '`attribution="none"`); with `strict_fossilize` it is at least `min_contribution`',
     ),
     (Stage.GERMINATED, Stage.EMBARGOED): (_PRUNE_AT_ONCE, _PRUNE_AGE),
     (Stage.TRAINING, Stage.EMBARGOED): (_PRUNE_AT_ONCE, _PRUNE_AGE),
@@ -119,7 +121,8 @@ INFO_MEANINGS = {
     "loss": "validation loss of the live network [nats]",
     "committed_accuracy": "validation accuracy of the committed network",
     "score": "score of the live network",
-    "committed_score": "score of the committed network",
+    "committed_score": "score of the committed network; with "
+    '`objective="anytime"` what the episode has earned so far',
     "contribution": "last measured contribution of each seed: accuracy minus accuracy without it "
     '(its Shapley value with `attribution="full"`); 0 before the first measurement',
     "contribution_valid": "True if the contribution has been measured",
@@ -141,6 +144,7 @@ INFO_MEANINGS = {
     "flag_churn": "True after `flag_prunes` prunes of seeds younger than `flag_age` in the episode",
     "gradient_cause": "cause of a low gradient, a value of `GradientCause`",
     "instance": "index of the instance in the configured set",
+    "regime": "kind of problem that comes next; only in ids with [regimes](#regimes), for oracles",
     "test_accuracy": "test accuracy of the live network; only after the last step",
     "committed_test_accuracy": "test accuracy of the committed network; only after the last step",
 }
@@ -173,7 +177,7 @@ def section_tables(arguments: str) -> dict[str, list[str]]:
     """
     episode, slot = episode_features(), slot_features(BLUEPRINT_NAMES)
     return {
-        "Description": ["### Ids", ids_table(), "### Lifecycle", *lifecycle()],
+        "Description": ["### Ids", ids_table(), *settings_of_ids(), "### Lifecycle", *lifecycle()],
         "Action Space": [
             "### Heads and their options",
             heads_table(),
@@ -206,7 +210,7 @@ def section_tables(arguments: str) -> dict[str, list[str]]:
             "### Potential of the term `pbrs`",
             *potential(),
         ],
-        "Starting State": ["### Instances", *instances()],
+        "Starting State": ["### Instances", *instances(), "### Regimes", *regimes()],
         "Episode End": [],
         "Information": [info_table()],
         "Rendering": [],
@@ -248,6 +252,52 @@ def ids_table() -> str:
         )
     head = ("id", "data", "host", "parameters", "slots", "env steps", "batches per env step")
     return table(head, rows)
+
+
+def settings_of_ids() -> list[str]:
+    """Return the settings in which an id differs from `EnvConfig`, beside sizes."""
+    shown = {"episode_steps", "batches_per_step", "batch_size"}
+    rows = []
+    for name, (task, _) in ENVIRONMENTS.items():
+        settings = TASKS[task].defaults.items()
+        texts = [f"`{key}={value!r}`" for key, value in settings if key not in shown]
+        if texts:
+            rows.append((f"`{name}`", ", ".join(texts)))
+    return [
+        "Further settings of an id that differ from the defaults:",
+        table(("id", "settings"), rows),
+    ]
+
+
+def regimes() -> list[str]:
+    """Return the kinds of problems of each id, and how they change."""
+    rows = []
+    for name, (task_name, _) in ENVIRONMENTS.items():
+        task = TASKS[task_name]
+        if task.regimes is None:
+            continue
+        changes = "none"
+        if task.regimes.dwell is not None:
+            least, mean = task.regimes.dwell
+            changes = f"after at least {least} and on average {mean:g} env steps"
+        for i, kind in enumerate(task.regimes.kinds):
+            classes = _range(kind.num_classes) if kind.num_classes else "all"
+            level = "with noise" if kind.distortion else "as they are"
+            pairs = _range(kind.swapped_pairs)
+            rows.append((f"`{name}`", f"{i}, {kind.name}", classes, level, pairs, changes))
+    head = (
+        "id",
+        "`regime`, name",
+        "classes in use",
+        "images",
+        "pairs of swapped labels",
+        "changes",
+    )
+    return [table(head, rows)]
+
+
+def _range(limits: tuple[int, int]) -> str:
+    return str(limits[0]) if limits[0] == limits[1] else f"{limits[0]} to {limits[1]}"
 
 
 def lifecycle() -> list[str]:
@@ -442,7 +492,9 @@ def info_table() -> str:
     """Return the keys of info, with the types that a vector environment returns."""
     num_envs = 5
     with registries_as_shipped():
-        envs = EsperVectorEnv(num_envs, episode_steps=1, batches_per_step=1, batch_size=2)
+        # An id with regimes has all keys.
+        sizes = {"episode_steps": 1, "batches_per_step": 1, "batch_size": 2}
+        envs = EsperVectorEnv(num_envs, task="digits_sizing", **sizes)
     envs.reset(seed=0)
     *_, info = envs.step(envs.sample_valid_actions(np.random.default_rng(0)))
     values = {name: value for name, value in info.items() if not name.startswith("_")}

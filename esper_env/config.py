@@ -119,6 +119,9 @@ class EnvConfig:
     environment variable ESPER_DATA_DIR if it is set, else ~/.cache/esper."""
     instances: Literal["default", "train", "test"] = "default"
     """Set of training conditions: 1 ("default"), 100 ("train") or 20 ("test") instances."""
+    observation: Literal["full", "minimal"] = "full"
+    """Features of the observation; "minimal" leaves out all that sums up the past: differences from
+    earlier env steps, the best accuracy and the plateau counter."""
     episode_steps: int = 60
     """Length of an episode [env steps]."""
     batches_per_step: int = 4
@@ -129,6 +132,9 @@ class EnvConfig:
     """Flag of the last step of an episode: `truncated` or `terminated`."""
     gamma: float = 0.995
     """Discount factor of shaping; with the reward term `pbrs` the agent must use the same value."""
+    objective: Literal["final", "anytime"] = "final"
+    """Objective of an episode: the score of the committed network at the end, or the mean over env
+    steps of the score of the network in service, in which seeds at alpha 0 cost nothing."""
     reward: str = "gain"
     """Reward preset; a name in `esper_env.growth.reward.PRESETS`."""
     reward_weights: Mapping[str, float] = field(default_factory=dict)
@@ -153,6 +159,14 @@ class EnvConfig:
     """Minimum age of a seed for PRUNE [env steps]."""
     embargo_steps: int = 3
     """Time in EMBARGOED after the seed of a slot was removed [env steps]."""
+    graft: bool = False
+    """Let GERMINATE put a seed into HOLDING at alpha 1 at once; the heads tempo and alpha_target
+    are then not used. A new seed returns its input unchanged, so nothing is disturbed."""
+    parking: bool = False
+    """Let SET_ALPHA take a seed in HOLDING out of service (alpha target 0) and put it back. A
+    parked seed keeps its weights, does not train, and costs nothing in the score."""
+    parks_fossilized: bool = False
+    """With `parking`: let SET_ALPHA also park fossilized seeds and put them back at alpha 1."""
     automatic_training: bool = True
     """Move a seed from GERMINATED to TRAINING without ADVANCE."""
     automatic_blending: bool = False
@@ -187,6 +201,9 @@ class EnvConfig:
     """Minimum distance of a diverged loss above the mean recent loss [standard deviations]."""
     divergence_factor: float = 3.0
     """Minimum size of a diverged loss [multiples of the mean recent loss]."""
+    divergence_loss: float | None = None
+    """Loss above which an env step has diverged without a window of recent losses [multiples of
+    ln(classes)]; None for no such limit."""
     rollback_penalty: float = 0.1
     """Penalty in the reward of the env step with a rollback [accuracy]."""
     max_rollbacks: int = 3
@@ -246,6 +263,8 @@ class EnvConfig:
         _require(self, "panic_window", self.panic_window >= 2, "at least 2")
         for name in ("collapse_fraction", "collapse_margin"):
             _require(self, name, 0 < getattr(self, name) < 1, "in (0, 1)")
+        limit = self.divergence_loss
+        _require(self, "divergence_loss", limit is None or limit > 1, "None or above 1")
         _require(self, "divergence_factor", self.divergence_factor > 1, "above 1")
         for name in ("divergence_sigma", "rollback_penalty"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
@@ -267,6 +286,11 @@ class EnvConfig:
                     f"isolated_stages: expected names among TRAINING, BLENDING, HOLDING and "
                     f"FOSSILIZED, got {stage!r}"
                 )
+        if self.parks_fossilized and not self.parking:
+            raise ValueError(
+                "parks_fossilized needs parking, but parking is False; set parking=True or "
+                "parks_fossilized=False"
+            )
         if self.strict_fossilize and self.attribution == "none":
             raise ValueError(
                 "strict_fossilize needs a measured contribution, but attribution is 'none'; "

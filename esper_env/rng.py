@@ -33,6 +33,8 @@ class Stream(IntEnum):
     """Crops and mirror images."""
     INSTANCE = 5
     """Choice of the instance."""
+    REGIME = 6
+    """Kinds of problems of an episode, and when they change."""
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

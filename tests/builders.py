@@ -22,7 +22,14 @@ from esper_env.growth.state import Measurements, Request, SlotState, blank
 from esper_env.population.blueprints import CNN_BLUEPRINTS, Blueprint
 from esper_env.population.hosts import Host
 from esper_env.population.images import Draw, ImageSet
-from esper_env.population.interface import Evaluation, Seeds, SGDSettings, Training, TrainReport
+from esper_env.population.interface import (
+    Evaluation,
+    Exam,
+    Seeds,
+    SGDSettings,
+    Training,
+    TrainReport,
+)
 from esper_env.population.population import Population
 from esper_env.rng import make_key
 
@@ -134,6 +141,7 @@ def train_calls(sim: Simulation, num_steps: int) -> list[Training]:
 TRANSITIONS = {
     (Stage.DORMANT, Stage.GERMINATED),
     (Stage.GERMINATED, Stage.TRAINING),
+    (Stage.GERMINATED, Stage.HOLDING),
     (Stage.TRAINING, Stage.BLENDING),
     (Stage.BLENDING, Stage.HOLDING),
     (Stage.HOLDING, Stage.FOSSILIZED),
@@ -382,10 +390,16 @@ class SmallPopulation:
         training = Training(who, self.seeds, self.images, batches, rates, rates)
         return self.population.train(training)
 
-    def evaluate(self, alpha: Any, members: Sequence[int] | IntArray | None = None) -> Evaluation:
+    def evaluate(
+        self,
+        alpha: Any,
+        members: Sequence[int] | IntArray | None = None,
+        exam: Exam | None = None,
+    ) -> Evaluation:
         """Evaluate some members, or all, with given blend weights. (rows, slots)."""
         who = self.members if members is None else np.asarray(members)
-        return self.population.evaluate(who, np.asarray(alpha, float), self.seeds, self.images)
+        alpha = np.asarray(alpha, float)
+        return self.population.evaluate(who, alpha, self.seeds, self.images, exam)
 
     def plain(self, member: int) -> PlainNetwork:
         """Return the ordinary network that a member should be."""

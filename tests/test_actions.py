@@ -7,6 +7,7 @@ tables of the design (sections 4 and 5) alone. It never calls the gates or masks
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,8 @@ class Case:
     def options(self, name: str) -> tuple[Any, ...]:
         """Return the options of a head that the restrictions leave, in the design's order."""
         all_options = OPTIONS[name][: self.num_slots] if name == "slot" else OPTIONS[name]
+        if name == "alpha_target" and self.rules.get("parking"):
+            all_options = (0.0, *all_options)
         wanted = self.heads.get(name, all_options)
         wanted = wanted if isinstance(wanted, list | tuple) else [wanted]
         return tuple(option for option in all_options if option in wanted)
@@ -103,6 +106,20 @@ CASES = {
     "no full blending": Case(
         {**SMALL, "alpha_target": [0.5, 0.7]}, never=frozenset({"FOSSILIZE"}), keeps_to_heads=True
     ),
+    "parking": Case({**SMALL, "alpha_target": [0.0, 0.5, 1.0]}, rules={"parking": True}),
+    "parking, fossilized seeds too": Case(
+        {**SMALL, "blueprint": "small"}, rules={"parking": True, "parks_fossilized": True}
+    ),
+    "parking and grafts": Case(
+        {**SMALL, "blueprint": "small", "tempo": [3, 5]},
+        rules={"parking": True, "graft": True, "automatic_holding": False},
+    ),
+    "grafts": Case({**SMALL, "tempo": [3, 5]}, rules={"graft": True, "automatic_holding": False}),
+    "grafts that are only parked and put back": Case(
+        {**SMALL, "op": ["WAIT", "GERMINATE", "SET_ALPHA"], "alpha_target": [0.0, 1.0]},
+        rules={"parking": True, "graft": True},
+        keeps_to_heads=True,
+    ),
     "only slow ramps": Case({**SMALL, "alpha_speed": [3, 8]}),
     "only blueprints that never fit": Case(
         {**SMALL, "op": ["WAIT", "GERMINATE", "PRUNE"], "blueprint": "large"},
@@ -134,8 +151,10 @@ def is_legal_by_the_design(
         rules: Gate rules.
     """
     op, slot = action["op"], action["slot"]
+    grafts = op == "GERMINATE" and rules.graft
     for name in OPTIONS:
-        if name not in RELEVANCE[op] and not is_first[name]:
+        is_relevant = name in RELEVANCE[op] and not (grafts and name in ("tempo", "alpha_target"))
+        if not is_relevant and not is_first[name]:
             return False
     if op == "WAIT":
         return True
@@ -143,7 +162,7 @@ def is_legal_by_the_design(
     is_still = state.mode[i, slot] == HOLD
     alpha = float(state.alpha[i, slot])
     if op == "GERMINATE":
-        if stage != "DORMANT":
+        if stage != "DORMANT" or (action["alpha_target"] == 0 and not grafts):
             return False
         seeds, parameters = 0, 0
         for other in range(state.stage.shape[1]):
@@ -167,8 +186,13 @@ def is_legal_by_the_design(
         return stage == "BLENDING" and bool(is_still) and alpha == 1.0
     if op == "SET_ALPHA":
         # In HOLD alpha stands on its target, so a target equal to it would change nothing.
-        is_new = action["alpha_target"] != alpha
-        return stage in ("BLENDING", "HOLDING") and bool(is_still) and is_new
+        target = action["alpha_target"]
+        is_possible = {
+            "BLENDING": target > 0,
+            "HOLDING": target > 0 or rules.parking,
+            "FOSSILIZED": rules.parks_fossilized and target in (0, 1),
+        }
+        return is_possible.get(stage, False) and bool(is_still) and target != alpha
     if op == "PRUNE":
         if stage not in ("GERMINATED", "TRAINING", "BLENDING", "HOLDING"):
             return False
@@ -177,7 +201,7 @@ def is_legal_by_the_design(
         # Without weight there is nothing to ramp down: such a seed goes at once.
         return action["alpha_speed"] == 0 or alpha > 0
     assert op == "FOSSILIZE"
-    if stage != "HOLDING":
+    if stage != "HOLDING" or alpha != 1 or not is_still:
         return False
     if rules.attribution == "none":
         return True
@@ -354,9 +378,10 @@ def test_a_legal_action_always_succeeds(truth: Truth) -> None:
     is_slow = asked.speed > 0
     ends = {
         Op.WAIT: source,
-        Op.GERMINATE: np.full(len(rows), Stage.GERMINATED),
+        Op.GERMINATE: np.full(len(rows), Stage.HOLDING if truth.rules.graft else Stage.GERMINATED),
         Op.ADVANCE: source + 1,
-        Op.SET_ALPHA: np.full(len(rows), Stage.BLENDING),
+        # Parking a seed, and putting it back, leave it where it is.
+        Op.SET_ALPHA: np.where(np.isin(asked.target, (0, 1)), source, Stage.BLENDING),
         Op.PRUNE: np.where(is_slow, Stage.BLENDING, Stage.EMBARGOED),
         Op.FOSSILIZE: np.full(len(rows), Stage.FOSSILIZED),
     }
@@ -559,9 +584,17 @@ def test_an_illegal_action_raises_with_the_first_wrong_option_and_the_legal_ones
         ({"alpha_speed": {"fast": 0}}, r"\(0, 3, 5, 8\)"),
         ({"op": "GROW"}, "GERMINATE"),
         ({"op": ["GERMINATE", "PRUNE"]}, "WAIT"),
+        ({"alpha_target": 0.0}, r"\(0\.5, 0\.7, 1\.0\)"),
     ],
 )
 def test_a_bad_restriction_raises_and_names_the_options(heads: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named) as caught:
         ActionSpace(2, BLUEPRINTS, EnvConfig(heads=heads))
     assert str(next(iter(heads))) in str(caught.value)
+
+
+def test_a_seed_that_ramps_needs_a_target_above_zero() -> None:
+    config = EnvConfig(parking=True, heads={"alpha_target": 0.0})
+    with pytest.raises(ValueError, match=r"alpha_target.*above 0 for GERMINATE.*graft=True"):
+        ActionSpace(2, BLUEPRINTS, config)
+    ActionSpace(2, BLUEPRINTS, dataclasses.replace(config, graft=True))

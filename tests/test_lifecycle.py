@@ -59,6 +59,7 @@ def arguments_of(
         "at": ...,
         "measured": measured,
         "config": config,
+        "target": 0.5,
         "seed_parameters": SEED_PARAMETERS[: state.stage.shape[1]],
         "host_parameters": HOST_PARAMETERS,
     }
@@ -526,9 +527,16 @@ def check_invariants(state: SlotState, config: EnvConfig) -> None:
     stage = state.stage
     assert np.isin(stage, [int(s) for s in Stage]).all()
     assert ((state.alpha >= 0) & (state.alpha <= 1)).all()
-    assert (stage[state.mode != HOLD] == Stage.BLENDING).all()
     assert (stage[state.is_pruning] == Stage.BLENDING).all()
-    assert (state.alpha[(stage == Stage.HOLDING) | (stage == Stage.FOSSILIZED)] == 1.0).all()
+    # Outside of BLENDING alpha is 1, unless the seed is parked, put back, or on the way.
+    parks = (stage == Stage.HOLDING) & config.parking
+    parks |= (stage == Stage.FOSSILIZED) & config.parks_fossilized
+    is_whole = ((stage == Stage.HOLDING) | (stage == Stage.FOSSILIZED)) & ~parks
+    assert (state.alpha[is_whole] == 1.0).all()
+    assert (state.mode[~parks & (stage != Stage.BLENDING)] == HOLD).all()
+    assert np.isin(state.alpha[parks & (state.mode == HOLD)], (0, 1)).all()
+    is_out = parks & (state.alpha == 0) & (state.mode == HOLD)
+    assert np.array_equal(lifecycle.is_parked(state), is_out)
     is_live = np.isin(stage, [int(s) for s in LIVE])
     assert (lifecycle.is_live(stage) == is_live).all()
     assert ((state.blueprint >= 0) == is_live).all()
@@ -553,6 +561,9 @@ def check_step(step: Step, config: EnvConfig) -> set[tuple[int, int]]:
     check_invariants(step.acted, config)
     check_invariants(step.after, config)
     seen = changes(step.before, step.acted) | changes(step.acted, step.after)
+    if config.graft and (Stage.DORMANT, Stage.HOLDING) in seen:  # Two moves of one op.
+        seen.remove((Stage.DORMANT, Stage.HOLDING))
+        seen |= {(Stage.DORMANT, Stage.GERMINATED), (Stage.GERMINATED, Stage.HOLDING)}
     assert seen <= TRANSITIONS
     # Fossils are for good, and an action moves one slot at most.
     assert (step.after.stage[step.before.stage == Stage.FOSSILIZED] == Stage.FOSSILIZED).all()
@@ -573,7 +584,9 @@ def check_step(step: Step, config: EnvConfig) -> set[tuple[int, int]]:
 
 
 CONFIGS = st.builds(
-    lambda credit, **fields: EnvConfig(**credit, **fields),
+    lambda credit, parks, **fields: EnvConfig(
+        **credit, **fields, parking=parks > 0, parks_fossilized=parks > 1
+    ),
     credit=st.sampled_from(
         [
             {"attribution": "none"},
@@ -589,6 +602,8 @@ CONFIGS = st.builds(
     automatic_training=st.booleans(),
     automatic_blending=st.booleans(),
     automatic_holding=st.booleans(),
+    graft=st.booleans(),
+    parks=st.integers(0, 2),
 )
 
 
@@ -624,4 +639,40 @@ def test_random_legal_lives_use_every_transition_of_the_table(is_automatic: bool
     for step in walk(config, rng, num_envs=48, num_steps=120, restart_share=0.01):
         seen |= check_step(step, config)
     unreachable = {(Stage.GERMINATED, Stage.EMBARGOED)} if is_automatic else set()
+    unreachable |= {(Stage.GERMINATED, Stage.HOLDING)}
     assert seen == TRANSITIONS - unreachable
+
+
+def test_random_lives_with_grafts_need_neither_training_nor_a_first_ramp() -> None:
+    """A seed reaches BLENDING by another target or a slow prune alone."""
+    config = EnvConfig(graft=True, parking=True, parks_fossilized=True)
+    seen: set[tuple[int, int]] = set()
+    parked = {Stage.HOLDING: 0, Stage.FOSSILIZED: 0}
+    for step in walk(config, np.random.default_rng(1), num_envs=48, num_steps=120):
+        seen |= check_step(step, config)
+        for stage in parked:
+            parked[stage] += int(lifecycle.is_parked(step.after)[step.after.stage == stage].sum())
+    assert min(parked.values()) > 50
+    skipped = {(Stage.GERMINATED, Stage.TRAINING), (Stage.TRAINING, Stage.BLENDING)}
+    skipped |= {(Stage.TRAINING, Stage.EMBARGOED), (Stage.GERMINATED, Stage.EMBARGOED)}
+    assert seen == TRANSITIONS - skipped
+
+
+@pytest.mark.parametrize("stage", [Stage.HOLDING, Stage.FOSSILIZED])
+@pytest.mark.parametrize("speed", [0, 3])
+def test_a_seed_is_parked_and_put_back_without_a_change_of_stage(stage: Stage, speed: int) -> None:
+    config = EnvConfig(parking=True, parks_fossilized=True)
+    state, measured = seed_in(stage)
+    for target in (0.0, 1.0):
+        act(state, measured, config, Op.SET_ALPHA, target=target, speed=speed)
+        assert not lifecycle.is_parked(state).any() or speed == 0
+        for _ in range(max(speed, 1)):
+            tick(state, measured, config)
+            assert state.stage[0, 0] == stage
+        assert state.alpha[0, 0] == target
+        assert lifecycle.is_parked(state)[0, 0] == (target == 0)
+        is_trial = stage == Stage.HOLDING
+        assert passes(lifecycle.can_prune, state, measured, config) == is_trial
+        assert passes(lifecycle.can_fossilize, state, measured, config) == (
+            is_trial and target == 1
+        )

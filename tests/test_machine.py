@@ -188,7 +188,7 @@ def check_ownership(sim: Simulation, members: IntArray, before: dict[str, torch.
                 kind = s, int(state.blueprint[i, s]), int(state.style[i, s])
                 own = live_columns(layout, *kind, width)
                 count += len(own)
-                if state.mode[i, s] != DOWN:
+                if state.mode[i, s] != DOWN and not lifecycle.is_parked(state)[i, s]:
                     learning.append(own)
         untrained = sizes.seeds[i][state.stage[i] == Stage.GERMINATED].sum()
         assert count == sizes.host[i] + sizes.seeds[i].sum() - untrained
@@ -247,7 +247,7 @@ def check_info(info: dict[str, Any], ended: BoolArray, whose: BoolArray) -> None
         whose: Members that the info speaks of.
     """
     keys = {key for key in info if not key.startswith("_")} - {"final_obs", "final_info"}
-    assert keys == INFO_KEYS
+    assert keys - {"regime"} == INFO_KEYS
     assert {key[1:] for key in info if key.startswith("_")} == {
         key for key in info if not key.startswith("_")
     }
@@ -319,14 +319,20 @@ class Machine(RuleBasedStateMachine):
         max_seeds=st.sampled_from([None, None, 1]),
         automatic_training=st.booleans(),
         chunk_size=st.sampled_from([None, None, 2]),
+        task=st.sampled_from(["digits", "digits", "digits_contexts"]),
+        objective=st.sampled_from(["final", "anytime"]),
+        graft=st.sampled_from([False, False, True]),
+        parks=st.integers(0, 2),
     )
-    def start(self, num_envs: int, seed: int, mode: str, **config: Any) -> None:
+    def start(self, num_envs: int, seed: int, mode: str, parks: int, **config: Any) -> None:
+        config |= {"parking": parks > 0, "parks_fossilized": parks > 1}
         options = {
             "instances": "train",
             "batches_per_step": 1,
             "batch_size": BATCH_SIZE,
             "episode_steps": EPISODE_STEPS,
             "snapshot_interval": 3,
+            "learning_rate_decay": "linear",
             "max_rollbacks": MAX_ROLLBACKS,
             "autoreset_mode": mode,
             **config,
@@ -339,6 +345,7 @@ class Machine(RuleBasedStateMachine):
         self.rollbacks = np.zeros(num_envs, dtype=np.int64)
         self.total = np.zeros(num_envs)
         self.first_score = np.zeros(num_envs)
+        self.earned = np.zeros(num_envs)
         self.is_over = self.nobody.copy()
         observation, info = self.envs.reset(seed=seed)
         self.recorder.watched = self.envs.debug_state()
@@ -511,7 +518,8 @@ class Machine(RuleBasedStateMachine):
         for key in INFO_KEYS - {"reward_terms"}:
             assert np.array_equal(info[key][target], info[key][source])
         self.observation = observation
-        for array in (self.steps, self.rollbacks, self.total, self.first_score, self.is_over):
+        model = self.steps, self.rollbacks, self.total, self.first_score, self.earned, self.is_over
+        for array in model:
             array[target] = array[source]
         actions = envs.sample_valid_actions(np.random.default_rng(play.seed))
         actions[target] = actions[source]
@@ -533,8 +541,10 @@ class Machine(RuleBasedStateMachine):
     def begin(self, members: BoolArray, info: dict[str, Any]) -> None:
         """Let the model start episodes."""
         self.steps[members] = self.rollbacks[members] = 0
-        self.total[members] = 0.0
-        self.first_score[members] = info["score"][members]
+        self.total[members] = self.earned[members] = 0.0
+        is_final = self.envs.config.objective == "final"
+        self.first_score[members] = info["score"][members] if is_final else 0.0
+        self.regime = info.get("regime", np.zeros(len(members))).copy()
         self.is_over[members] = False
         assert (info["stage"][members] == Stage.DORMANT).all()
         assert (info["parameters"][members] == 0).all()
@@ -594,16 +604,23 @@ class Machine(RuleBasedStateMachine):
         # Sizes and scores.
         layout, rent = sim.population.layout, envs.config.rent_weight
         width = sim.instances.width[shown["instance"]]
-        grown, committed = self.count_parameters(shown, width)
+        grown, charged, committed = self.count_parameters(shown, width)
         assert np.array_equal(shown["parameters"], grown)
         host = [len(layout.host_start(w)[0].index) for w in width.tolist()]
         assert np.array_equal(shown["host_parameters"], host)
-        for name, count, accuracy in (
-            ("score", grown, shown["accuracy"]),
-            ("committed_score", committed, shown["committed_accuracy"]),
-        ):
-            expected = accuracy - rent * np.log2(1 + count / np.array(host))
-            np.testing.assert_allclose(shown[name], expected, atol=1e-12)
+        score, objective = (
+            accuracy - rent * np.log2(1 + count / np.array(host))
+            for accuracy, count in (
+                (shown["accuracy"], charged),
+                (shown["committed_accuracy"], committed),
+            )
+        )
+        self.earned[resetting] = 0.0
+        if envs.config.objective == "anytime":
+            self.earned[active] += score[active] / EPISODE_STEPS
+            objective = self.earned
+        np.testing.assert_allclose(shown["score"], score, atol=1e-12)
+        np.testing.assert_allclose(shown["committed_score"], objective, atol=1e-12)
         check_masks(envs, info)
         check_corners(sim)
 
@@ -631,6 +648,14 @@ class Machine(RuleBasedStateMachine):
         count["autoresets"] += int(resetting.sum() + is_same_step * ended.sum())
         count["terminated"] += int(terminated.sum())
         count["truncated"] += int(truncated.sum())
+        if sim.task.regimes is not None:
+            regimes = shown["regime"] != self.regime
+            count["changes of regime"] += int((regimes & active & ~ended).sum())
+            self.regime = info["regime"].copy()
+        slots = sim.state.slots
+        for stage_now in (Stage.HOLDING, Stage.FOSSILIZED):
+            is_parked = lifecycle.is_parked(slots) & (slots.stage == stage_now)
+            count[f"parked in {stage_now.name}"] += int(is_parked.sum())
         self.tally.stages.update(Stage(s).name for s in shown["stage"].reshape(-1))
         self.tally.ops.update(Op(op).name for op in acts[legal & active, 0])
         return result
@@ -661,21 +686,31 @@ class Machine(RuleBasedStateMachine):
                     assert made[0] == (Stage(stage[i, s]), Stage.EMBARGOED)
         alpha, after = shown["alpha"], shown["stage"]
         assert ((alpha >= 0) & (alpha <= 1)).all()
-        assert (alpha[(after == Stage.HOLDING) | (after == Stage.FOSSILIZED)] == 1).all()
+        config = self.envs.config
+        for stage_now, parks in (
+            (Stage.HOLDING, config.parking),
+            (Stage.FOSSILIZED, config.parks_fossilized),
+        ):
+            assert parks or (alpha[after == stage_now] == 1).all()
         assert (alpha[after == Stage.BLENDING] > 0).all()
         is_unblended = (after < Stage.BLENDING) | (after == Stage.EMBARGOED)
         assert (alpha[is_unblended] == 0).all()
 
-    def count_parameters(self, shown: dict[str, Any], width: IntArray) -> tuple[IntArray, IntArray]:
-        """Count columns of all seeds and of fossilized ones, by member; two times (num_envs,)."""
+    def count_parameters(self, shown: dict[str, Any], width: IntArray) -> IntArray:
+        """Count columns of seeds: all, those paid for, those fossilized. (3, num_envs)."""
         layout = self.envs.debug_state().population.layout
-        counts = np.zeros((2, self.envs.num_envs), dtype=np.int64)
+        counts = np.zeros((3, self.envs.num_envs), dtype=np.int64)
+        is_out = (shown["stage"] >= Stage.HOLDING) & (shown["alpha"] == 0)
+        is_free = is_out
+        if self.envs.config.objective == "anytime":
+            is_free = shown["alpha"] == 0
         for i, s in np.argwhere((shown["stage"] > 0) & (shown["stage"] < Stage.EMBARGOED)).tolist():
             kind = s, int(shown["blueprint"][i, s]), int(self.recorder.style[i, s])
             size = len(live_columns(layout, *kind, int(width[i])))
             counts[0, i] += size
-            counts[1, i] += size * (shown["stage"][i, s] == Stage.FOSSILIZED)
-        return counts[0], counts[1]
+            counts[1, i] += size * (not is_free[i, s])
+            counts[2, i] += size * (shown["stage"][i, s] == Stage.FOSSILIZED and not is_out[i, s])
+        return counts
 
 
 @pytest.mark.slow
@@ -705,6 +740,8 @@ def test_whatever_is_done_to_a_mixed_batch_its_invariants_hold(
     assert count["member steps"] >= 6000, tally
     for what in ("rollbacks", "partial resets", "full resets", "forks", "terminated"):
         assert count[what] >= 10, tally
+    for what in ("parked in HOLDING", "parked in FOSSILIZED", "changes of regime"):
+        assert count[what] >= 20, tally
     for what in ("illegal actions", "state copies", "autoresets", "truncated"):
         assert count[what] >= 20, tally
     assert tally.stages.keys() == {stage.name for stage in Stage}
@@ -791,17 +828,18 @@ def test_would_be_effect_is_that_of_the_network_at_alpha_one() -> None:
 
 
 @pytest.mark.slow
-def test_members_with_mixed_instances_equal_single_environments() -> None:
+@pytest.mark.parametrize("task", ["digits", "digits_sizing", "digits_contexts"])
+def test_members_with_mixed_instances_equal_single_environments(task: str) -> None:
     """Bitwise, for a whole default episode: nothing depends on the other members of a batch."""
     seed, instance = 0, np.arange(16)
-    envs = EsperVectorEnv(16, instances="train", autoreset_mode="Disabled")
+    envs = EsperVectorEnv(16, task=task, instances="train", autoreset_mode="Disabled")
     envs.reset(seed=seed, options={"instance": instance})
     widths = envs.debug_state().instances.width[instance]
     chosen = np.unique(widths, return_index=True)[1].tolist()
-    assert len(chosen) == 3, "the test needs every width"
+    assert task != "digits" or len(chosen) == 3, "the test needs every width"
     singles = []
     for i in chosen:
-        single = EsperEnv(instances="train")
+        single = EsperEnv(task=task, instances="train")
         single.reset(seed=seed + i, options={"instance": int(instance[i])})
         singles.append(single)
     rng = np.random.default_rng(seed)

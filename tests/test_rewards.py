@@ -40,6 +40,7 @@ def standing(
         score=live,
         committed_score=none if committed is None else committed,
         potential=none if phi is None else phi,
+        earned=live,
     )
 
 
@@ -62,8 +63,10 @@ def potential(stages: IntArray, steps: IntArray) -> FloatArray:
     n = len(stages)
     slots, none = SlotState.empty(*stages.shape), np.zeros(n, dtype=np.int64)
     slots.stage[:], slots.stage_steps[:] = stages, steps
-    sizes = Sizes(host=none + 100, seeds=slots.stage, grown=none, committed=none, budgeted=none)
-    return compute_scores(slots, Progress.empty(n), sizes, 0.0).potential
+    sizes = Sizes(
+        host=none + 100, seeds=slots.stage, grown=none, charged=none, committed=none, budgeted=none
+    )
+    return compute_scores(slots, Progress.empty(n), sizes, EnvConfig(rent_weight=0.0)).potential
 
 
 # ------------------------------------------------------------------ score
@@ -240,7 +243,7 @@ def test_terms_by_hand_where_an_episode_goes_on_is_truncated_or_terminates() -> 
 def random_transition(n: int, is_last: BoolArray) -> Transition:
     """Return arbitrary standings; every other ending is a true terminal."""
     rng = np.random.default_rng(5)
-    values = rng.normal(size=(2, 3, n))
+    values = rng.normal(size=(2, 4, n))
     is_terminated = is_last & (np.arange(n) % 2 == 0)
     is_rolled_back = ~is_last & (np.arange(n) % 5 == 0)
     return transition(
@@ -283,8 +286,8 @@ def test_the_default_preset_is_gain_and_single_weights_can_be_replaced() -> None
 
 def test_sparse_pays_the_committed_score_on_the_last_step_and_nothing_before() -> None:
     """0.7 for the first member, whose episode ends; the third is rolled back."""
-    before = Scores(np.full(3, 0.5), np.full(3, 0.4), np.zeros(3))
-    after = Scores(np.full(3, 0.9), np.full(3, 0.7), np.zeros(3))
+    before = standing(np.full(3, 0.5), np.full(3, 0.4))
+    after = standing(np.full(3, 0.9), np.full(3, 0.7))
     is_last, is_rolled_back = np.array([True, False, False]), np.array([False, False, True])
     config = EnvConfig(reward="sparse", rollback_penalty=0.25)
     step = transition(before, after, is_last, is_last, is_rolled_back)

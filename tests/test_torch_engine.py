@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.plain import PlainNetwork
 from esper_env.config import Blend
 from esper_env.population.blueprints import CNN_BLUEPRINTS, Blueprint
-from esper_env.population.interface import SGDSettings
+from esper_env.population.interface import Exam, SGDSettings
 from esper_env.population.layers import Conv, Layer, Norm, Relu, TensorSpec
 from esper_env.population.layout import Column
 from esper_env.population.torch_engine.sgd import ModuleSGD, Piece
@@ -77,8 +77,10 @@ def test_the_host_asks_for_results_once_in_training_and_once_in_evaluation(
         small.train(indices)
     with counted_waits(monkeypatch) as evaluation:
         small.evaluate(small.seeds.alpha)
-    assert training == {"cpu": 1}
-    assert evaluation == {"cpu": 1}
+    exam = Exam(*np.repeat([[[3, 1, 0]], [[2, 4, -1]]], 7, axis=1))
+    with counted_waits(monkeypatch) as examination:
+        small.evaluate(small.seeds.alpha, exam=exam)
+    assert training == evaluation == examination == {"cpu": 1}
 
 
 @pytest.mark.parametrize(

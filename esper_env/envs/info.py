@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from esper_env.config import BoolArray, EnvConfig, FloatArray, Stage
+from esper_env.config import BoolArray, EnvConfig, FloatArray, IntArray, Stage
 from esper_env.growth.state import Scores, Sizes, State
 
 
@@ -17,6 +17,7 @@ def build_info(
     action_mask: BoolArray,
     terms: dict[str, FloatArray],
     config: EnvConfig,
+    regime: IntArray | None,
 ) -> dict[str, Any]:
     """Return the info dictionary of the current state.
 
@@ -27,6 +28,7 @@ def build_info(
         action_mask: Marginal masks of the next actions. (num_envs, sum(nvec)) bool.
         terms: Weighted reward terms of the last env step by name. (num_envs,) float64 each.
         config: Source of the thresholds of flags.
+        regime: Kind of problem that comes next, if the task has regimes. (num_envs,) int64.
 
     Returns:
         Arrays (num_envs, ...), and for each key k a mask `_k`, (num_envs,) bool, that is True for
@@ -67,6 +69,8 @@ def build_info(
         "gradient_cause": measured.cause.astype(np.int8),
         "instance": episode.instance,
     }
+    if regime is not None:
+        values["regime"] = regime
     # One allocation for all masks. Each key has its own row, so a write to one changes no other.
     everyone = iter(np.ones((len(values) + len(terms) + 1, len(action_mask)), dtype=bool))
     info: dict[str, Any] = {}

@@ -4,6 +4,8 @@ import gymnasium as gym
 
 ENVIRONMENTS = {
     "Esper-Digits-v0": ("digits", 60),
+    "Esper-Digits-Sizing-v0": ("digits_sizing", 40),
+    "Esper-Digits-Contexts-v0": ("digits_contexts", 60),
     "Esper-CIFAR10-v0": ("cifar10", 150),
     "Esper-CIFAR10-Impaired-v0": ("cifar10_impaired", 150),
     "Esper-CIFAR10-Deep-v0": ("cifar10_deep", 150),

@@ -78,11 +78,14 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     - WAIT does nothing.
     - GERMINATE creates a seed of the chosen blueprint in an empty slot. The style sets its blend
       and the curve of its first ramp. Tempo and alpha_target set the length and the end of this
-      ramp.
+      ramp. With `graft` there is no first ramp: the seed enters HOLDING at alpha 1 at once.
     - ADVANCE moves a seed to its next stage. From TRAINING to BLENDING it starts the first ramp.
     - SET_ALPHA sets the blend of a seed to that of the style. It also starts a ramp to alpha_target
       along alpha_curve over alpha_speed env steps; at speed 0 alpha changes at once. A seed enters
       HOLDING only at alpha 1, so a seed whose first ramp ended below 1 needs this op.
+      With `parking` alpha_target 0 *parks* a seed in HOLDING: it keeps its slot, stage and weights,
+      but does not train and costs nothing in the score. Alpha_target 1 puts it back.
+      `parks_fossilized` allows both for fossilized seeds.
     - PRUNE removes a seed that is not fossilized. With alpha_speed 0 it does so at once, otherwise
       at the end of a ramp to alpha 0.
     - FOSSILIZE keeps a seed permanently.
@@ -113,7 +116,15 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     of a step is the live score after it minus the live score before it. The last step of an episode
     adds the committed score minus the live score, so seeds that are not fossilized are worth
     nothing at the end. The episode return equals the final committed score minus the initial score,
-    minus `rollback_penalty` for each rollback. `reward_weights` changes the weights of the terms.
+    minus `rollback_penalty` for each rollback. Parked seeds cost nothing.
+
+    With `objective="anytime"` the objective is the mean over the env steps of the live score, in
+    which only seeds at alpha > 0 cost something. With the preset `gain` the reward of a step is
+    this score divided by `episode_steps`, so the return equals the objective, minus
+    `rollback_penalty` for each rollback. `info["committed_score"]` is what the episode has earned
+    so far. Env steps that an early termination leaves out earn nothing.
+
+    `reward_weights` changes the weights of the terms.
     `info["reward_terms"]` contains the weighted value of each term.
 
     ## Starting State
@@ -138,6 +149,13 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     of the host. It is sampled, or chosen by `reset(options={"instance": k})`. Everything but the
     share of wrong labels is observed.
 
+    In some ids an episode consists of *regimes*: kinds of problems that differ in the classes in
+    use, in noise on the images, or in the labels of the classes. An episode has one kind, or
+    changes between kinds at random env steps. Which kind is in force is hidden from observation and
+    masks. `info["regime"]` shows it, for policies that serve as an upper limit. A change takes
+    place between the training and the evaluation of an env step. So the accuracies after a step are
+    those on the problem that comes next. The rollback rule forgets its recent losses at a change.
+
     ## Episode End
 
     1. Truncation: after `episode_steps` env steps. With `horizon="terminal"` this is a termination.
@@ -151,8 +169,9 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     steps. Training has collapsed if the loss returns to that of random guessing. It has diverged if
     the loss is far above its recent mean. Both rules need the losses of `panic_window` healthy env
     steps; a rollback discards these losses. A training loss, validation loss or weight that is not
-    finite causes a rollback at once. The rollback restores weights, batch norm statistics and
-    momentum from the last snapshot. It removes all seeds that are not fossilized.
+    finite causes a rollback at once. With `divergence_loss` a loss above a fixed limit also counts
+    as diverged. The rollback restores weights, batch norm statistics and momentum from the last
+    snapshot. It removes all seeds that are not fossilized.
     `info["rolled_back"]` is True. The step counter of the episode continues.
 
     The time limit is part of the environment: `gym.make(id, episode_steps=90)`. Gymnasium's own

@@ -546,7 +546,10 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
         )
         self._marginal = self._actions.marginal_mask(self._conditional)
         terms = self._no_terms if terms is None else terms
-        info = build_info(sim.state, scores, networks.sizes, self._marginal, terms, self.config)
+        regime = None if sim.task.regimes is None else sim.regime
+        info = build_info(
+            sim.state, scores, networks.sizes, self._marginal, terms, self.config, regime
+        )
         if recorded is not None:
             slots = np.zeros(self.num_envs, dtype=np.int64) if op_slot is None else op_slot
             self._history.record(recorded, info, slots)

@@ -11,10 +11,10 @@ import numpy.typing as npt
 from gymnasium.vector import VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 
-from esper_env.config import BoolArray, Op
+from esper_env.config import BoolArray, EnvConfig, Op
 from esper_env.envs.single_env import EsperEnv
 from esper_env.envs.vector_env import EsperVectorEnv
-from esper_env.growth.action_space import RELEVANT_HEADS, ActionHead
+from esper_env.growth.action_space import ActionHead, usable_options
 
 Inner = TypeVar("Inner", EsperEnv, EsperVectorEnv)
 
@@ -24,13 +24,13 @@ class JointTable:
 
     Args:
         heads: Heads of the factored action.
+        config: Settings of the environment, which decide what each op uses.
     """
 
-    def __init__(self, heads: tuple[ActionHead, ...]) -> None:
+    def __init__(self, heads: tuple[ActionHead, ...], config: EnvConfig) -> None:
         rows = []
         for index, name in enumerate(heads[0].options):
-            relevant = RELEVANT_HEADS[Op[name]]
-            ranges = [range(len(h.options)) if h.name in relevant else (0,) for h in heads[1:]]
+            ranges = [usable_options(Op[name], head, config) for head in heads[1:]]
             rows += [(index, *rest) for rest in itertools.product(*ranges)]
         self.actions: npt.NDArray[np.int64] = np.array(rows)
         """Factored action of each joint action. (n, heads) int64."""
@@ -67,7 +67,7 @@ class JointAction(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorAr
         _reject_mask_of_factors(env, env.observation_space)
         gym.utils.RecordConstructorArgs.__init__(self)
         gym.Wrapper.__init__(self, env)
-        self.table = JointTable(self._inner.heads)
+        self.table = JointTable(self._inner.heads, self._inner.config)
         self.action_space = gym.spaces.Discrete(len(self.table.actions))
 
     def reset(
@@ -107,7 +107,7 @@ class JointActionVector(VectorWrapper):
         self._inner = _unwrap(env, EsperVectorEnv, "JointActionVector", "JointAction")
         _reject_mask_of_factors(env, env.single_observation_space)
         super().__init__(env)
-        self.table = JointTable(self._inner.heads)
+        self.table = JointTable(self._inner.heads, self._inner.config)
         self.single_action_space = gym.spaces.Discrete(len(self.table.actions))
         self.action_space = batch_space(self.single_action_space, self.num_envs)
 

@@ -24,6 +24,8 @@ TEMPOS = (3, 5, 8)
 """Options of the tempo head: length of the first ramp [env steps]."""
 ALPHA_TARGETS = (0.5, 0.7, 1.0)
 """Options of the alpha_target head: alpha at the end of a ramp."""
+PARKED = 0.0
+"""First option of the alpha_target head with `parking`; only SET_ALPHA can use it."""
 ALPHA_SPEEDS = (0, 3, 5, 8)
 """Options of the alpha_speed head: length of a later ramp [env steps]; 0 changes alpha at once."""
 
@@ -65,6 +67,17 @@ class ActionHead:
     options: tuple[Any, ...]
 
 
+def usable_options(op: Op, head: ActionHead, config: EnvConfig) -> list[int]:
+    """Return the options of a head that an op can use in some state; [0] if it uses none."""
+    relevant = RELEVANT_HEADS[op]
+    if op == Op.GERMINATE and config.graft:
+        relevant = relevant - {"tempo", "alpha_target"}
+    if head.name not in relevant:
+        return [0]
+    is_first = op == Op.GERMINATE and head.name == "alpha_target"
+    return [i for i, option in enumerate(head.options) if not (is_first and option == PARKED)]
+
+
 class ActionSpace:
     """Heads of an environment, with mask computation and decoding of actions.
 
@@ -85,7 +98,7 @@ class ActionSpace:
             "blueprint": tuple(blueprints),
             "style": tuple(style.name for style in STYLES),
             "tempo": TEMPOS,
-            "alpha_target": ALPHA_TARGETS,
+            "alpha_target": (PARKED, *ALPHA_TARGETS) if config.parking else ALPHA_TARGETS,
             "alpha_speed": ALPHA_SPEEDS,
             "alpha_curve": tuple(curve.name for curve in Curve),
         }
@@ -110,16 +123,22 @@ class ActionSpace:
         self._rules = _Rules(*[getattr(config, name) for name in _Rules._fields])
         self._germinate: tuple[bytes, BoolArray] | None = None
         # Head and index of all options but those of op and slot, concatenated.
-        columns = [(head.name, o) for head in heads[2:] for o in range(len(head.options))]
+        columns = [(head, o) for head in heads[2:] for o in range(len(head.options))]
+        usable = {op: {head.name: usable_options(op, head, config) for head in heads} for op in ops}
+        if Op.GERMINATE in ops and not usable[Op.GERMINATE]["alpha_target"]:
+            raise ValueError(
+                "heads['alpha_target']: expected an option above 0 for GERMINATE, got only 0.0; "
+                "add 1.0, or set graft=True"
+            )
         self._options = _Options(
             op=self._values["op"],
             slot=self._values["slot"],
             value=np.concatenate([self._values[name] for name in HEAD_NAMES[2:]]),
             unconditional=np.array(
-                [[name in RELEVANT_HEADS[op] or o == 0 for name, o in columns] for op in ops]
+                [[o in usable[op][head.name] for head, o in columns] for op in ops]
             ),
             conditional=np.array(
-                [[name == _CONDITIONAL_HEAD.get(op) for name, _ in columns] for op in ops]
+                [[head.name == _CONDITIONAL_HEAD.get(op) for head, _ in columns] for op in ops]
             ),
         )
 
@@ -304,6 +323,8 @@ def as_array(value: Any) -> npt.NDArray[Any]:
 class _Rules(NamedTuple):
     """Fields of `EnvConfig` that the gates read."""
 
+    parking: bool
+    parks_fossilized: bool
     min_training_steps: int
     min_gradient_health: float
     min_prune_age: int
@@ -375,7 +396,7 @@ def _fill_masks(
                 elif op == Op.ADVANCE:
                     is_legal = lifecycle.can_advance(state, measured, rules, at)
                 elif op == Op.SET_ALPHA:
-                    is_legal = lifecycle.can_set_alpha(state, at)
+                    is_legal = True  # Its gate is a condition on the target.
                 elif op == Op.PRUNE:
                     is_legal = lifecycle.can_prune(state, rules, at)
                 elif op == Op.FOSSILIZE:
@@ -390,7 +411,7 @@ def _fill_masks(
                         if op == Op.GERMINATE:
                             is_legal = germinate[i, s, int(value)]
                         elif op == Op.SET_ALPHA:
-                            is_legal = value != state.alpha_target[at]
+                            is_legal = lifecycle.can_set_alpha(state, rules, value, at)
                         else:
                             # At alpha 0 there is no ramp to 0, so PRUNE must be immediate.
                             is_legal = value == 0 or state.alpha[at] > 0

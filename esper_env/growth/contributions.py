@@ -37,7 +37,7 @@ class Coalitions(NamedTuple):
     without: IntArray
     """Row of the live network without one trial seed, -1 if not evaluated. (m, num_slots)."""
     would_be: IntArray
-    """Row of the live network with one trial seed at alpha 1 instead of 0, -1 if not evaluated.
+    """Row of the live network with one seed at alpha 1 instead of 0, -1 if not evaluated.
     (m, num_slots)."""
     subsets: IntArray
     """Row of the live network without a subset of the trial seeds. Entry k leaves out the slots
@@ -57,7 +57,7 @@ def plan_coalitions(
         members: Indices of the sub-environments. (m,) int64.
         slots: State of the slots of all sub-environments.
         leave_one_out: Whether to leave out each trial seed with alpha > 0, and to evaluate each
-            trial seed with alpha 0 at alpha 1.
+            seed with alpha 0 at alpha 1.
         all_subsets: Whether to also leave out every subset of the trial seeds.
 
     Returns:
@@ -107,19 +107,18 @@ def _plan(
         for s in range(num_slots):
             wanted[s] = present[i, s] if stage[i, s] == Stage.FOSSILIZED else 0.0
         plan.committed[n], rows = _row_of(wanted, alpha, first, rows)
-        # Without a trial seed, or with one at alpha 1 instead of 0; all others at their alpha.
+        # Without a trial seed, or with a seed at alpha 1 instead of 0; all others at their alpha.
         for s in range(num_slots):
-            is_trial = Stage.GERMINATED <= stage[i, s] < Stage.FOSSILIZED
-            if leave_one_out and (is_trial or present[i, s] > 0):
+            is_live = Stage.GERMINATED <= stage[i, s] <= Stage.FOSSILIZED
+            if leave_one_out and is_live:
                 for other in range(num_slots):
                     wanted[other] = present[i, other]
-                if stage[i, s] != Stage.FOSSILIZED:
-                    if present[i, s] > 0:
-                        wanted[s] = 0.0
-                        plan.without[n, s], rows = _row_of(wanted, alpha, first, rows)
-                    else:
-                        wanted[s] = 1.0
-                        plan.would_be[n, s], rows = _row_of(wanted, alpha, first, rows)
+                if present[i, s] == 0:
+                    wanted[s] = 1.0
+                    plan.would_be[n, s], rows = _row_of(wanted, alpha, first, rows)
+                elif stage[i, s] != Stage.FOSSILIZED:
+                    wanted[s] = 0.0
+                    plan.without[n, s], rows = _row_of(wanted, alpha, first, rows)
         # Bits of slots without a trial seed change nothing, so many subsets share a row.
         for k in range(plan.subsets.shape[1]):
             for s in range(num_slots):

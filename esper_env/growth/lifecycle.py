@@ -20,6 +20,7 @@ TRANSITIONS = frozenset(
     {
         (Stage.DORMANT, Stage.GERMINATED),
         (Stage.GERMINATED, Stage.TRAINING),
+        (Stage.GERMINATED, Stage.HOLDING),  # Only with `graft`.
         (Stage.TRAINING, Stage.BLENDING),
         (Stage.BLENDING, Stage.HOLDING),
         (Stage.HOLDING, Stage.FOSSILIZED),
@@ -140,11 +141,29 @@ def can_advance(
     return can_train(state, at) | can_blend(state, measured, config, at) | can_hold(state, at)
 
 
-def can_set_alpha(state: SlotState, at: Any = ...) -> BoolArray:
-    """Return True where SET_ALPHA is legal: BLENDING or HOLDING, and no ramp is running."""
-    is_blended = is_at(state, Stage.BLENDING, at) | is_at(state, Stage.HOLDING, at)
-    is_still: BoolArray = state.mode[at] == HOLD
-    return is_blended & is_still
+def can_set_alpha(
+    state: SlotState, config: EnvConfig, target: FloatArray | float, at: Any = ...
+) -> BoolArray:
+    """Return True where SET_ALPHA is legal: the stage allows the new target; no ramp is running.
+
+    A seed in BLENDING or HOLDING can get another target above 0. Target 0 parks a seed in HOLDING
+    with `parking`. With `parks_fossilized` a fossilized seed can be parked and put back at alpha 1.
+
+    Args:
+        state: State of the slots.
+        config: Source of `parking` and `parks_fossilized`.
+        target: New target of each slot.
+        at: Slots; see above.
+    """
+    is_held = is_at(state, Stage.HOLDING, at)
+    is_new: BoolArray = (state.mode[at] == HOLD) & (target != state.alpha_target[at])
+    is_legal: BoolArray = (is_at(state, Stage.BLENDING, at) | is_held) & (target > 0)
+    if config.parking:
+        is_legal = is_legal | is_held
+    if config.parks_fossilized:
+        is_whole = (target == 0) | (target == 1)
+        is_legal = is_legal | (is_at(state, Stage.FOSSILIZED, at) & is_whole)
+    return is_legal & is_new
 
 
 def can_prune(state: SlotState, config: EnvConfig, at: Any = ...) -> BoolArray:
@@ -156,11 +175,12 @@ def can_prune(state: SlotState, config: EnvConfig, at: Any = ...) -> BoolArray:
 def can_fossilize(
     state: SlotState, measured: Measurements, config: EnvConfig, at: Any = ...
 ) -> BoolArray:
-    """Gate G5: HOLDING, contribution measured, and large enough with `strict_fossilize`.
+    """Gate G5: HOLDING at alpha 1, contribution measured, large enough with `strict_fossilize`.
 
-    With `attribution="none"` contributions are not measured, so HOLDING is enough.
+    With `attribution="none"` contributions are not measured, so HOLDING at alpha 1 is enough.
     """
-    is_holding = is_at(state, Stage.HOLDING, at)
+    is_whole: BoolArray = (state.mode[at] == HOLD) & (state.alpha[at] == 1.0)
+    is_holding = is_at(state, Stage.HOLDING, at) & is_whole
     if not config.measures_contributions:
         return is_holding
     is_good: BoolArray = measured.has_contribution[at]
@@ -183,6 +203,13 @@ def is_live(stage: IntArray) -> BoolArray:
     """Return True where a slot holds a seed: GERMINATED to FOSSILIZED."""
     is_between: BoolArray = (stage >= Stage.GERMINATED.value) & (stage <= Stage.FOSSILIZED.value)
     return is_between
+
+
+def is_parked(state: SlotState) -> BoolArray:
+    """Return True where a seed in HOLDING or FOSSILIZED is out of service: at alpha 0, no ramp."""
+    is_held = is_at(state, Stage.HOLDING) | is_at(state, Stage.FOSSILIZED)
+    is_out: BoolArray = (state.alpha == 0) & (state.mode == HOLD)
+    return is_held & is_out
 
 
 def is_trial(stage: IntArray) -> BoolArray:
@@ -225,6 +252,11 @@ def apply(state: SlotState, measured: Measurements, request: Request, config: En
         state.tempo[at] = request.tempo[at[0]]
         state.first_target[at] = request.target[at[0]]
         state.curve[at] = _STYLE_CURVE[state.style[at]]
+        if config.graft:
+            # As at the end of a first ramp of length 0 to alpha 1.
+            _move(state, at, Stage.HOLDING)
+            state.tempo[at] = 0
+            state.first_target[at] = state.alpha[at] = state.alpha_target[at] = 1.0
 
     at = chosen(Op.ADVANCE)
     if len(at[0]):
@@ -233,10 +265,13 @@ def apply(state: SlotState, measured: Measurements, request: Request, config: En
 
     at = chosen(Op.SET_ALPHA)
     if len(at[0]):
-        _require_legal(Op.SET_ALPHA, can_set_alpha(state, at))
+        target = request.target[at[0]]
+        _require_legal(Op.SET_ALPHA, can_set_alpha(state, config, target, at))
         state.style[at] = request.style[at[0]]
         state.curve[at] = request.curve[at[0]]
-        _retarget(state, at, request.target[at[0]], request.speed[at[0]])
+        # A seed stays in HOLDING or FOSSILIZED while it is parked or put back.
+        blends = (target > 0) & (target < 1)
+        _retarget(state, at, target, request.speed[at[0]], blends)
 
     at = chosen(Op.PRUNE)
     if len(at[0]):
@@ -247,7 +282,8 @@ def apply(state: SlotState, measured: Measurements, request: Request, config: En
         is_immediate = request.speed[at[0]] == 0
         _remove(state, measured, (at[0][is_immediate], at[1][is_immediate]), config)
         slow = (at[0][~is_immediate], at[1][~is_immediate])
-        _retarget(state, slow, np.zeros(len(slow[0])), request.speed[slow[0]])
+        zero, blends = np.zeros(len(slow[0])), np.ones(len(slow[0]), dtype=bool)
+        _retarget(state, slow, zero, request.speed[slow[0]], blends)
         state.is_pruning[slow] = True
 
     at = chosen(Op.FOSSILIZE)
@@ -346,13 +382,21 @@ def _advance(state: SlotState, at: tuple[IntArray, ...]) -> None:
         here = tuple(index[stage == source.value] for index in at)
         _move(state, here, target)
         if target == Stage.BLENDING:
-            _retarget(state, here, state.first_target[here], state.tempo[here])
+            blends = np.ones(len(here[0]), dtype=bool)
+            _retarget(state, here, state.first_target[here], state.tempo[here], blends)
 
 
 def _retarget(
-    state: SlotState, at: tuple[IntArray, ...], target: FloatArray, length: IntArray
+    state: SlotState,
+    at: tuple[IntArray, ...],
+    target: FloatArray,
+    length: IntArray,
+    blends: BoolArray,
 ) -> None:
-    """Start ramps of slots in mode HOLD; at length 0 alpha changes at once."""
+    """Start ramps of slots in mode HOLD; at length 0 alpha changes at once.
+
+    A seed in HOLDING returns to BLENDING where `blends` is True.
+    """
     if not len(at[0]):
         return
     if not (state.mode[at] == HOLD).all():
@@ -365,8 +409,7 @@ def _retarget(
     state.alpha[at] = np.where(is_immediate, target, state.alpha[at])
     state.ramp_step[at] = 0
     state.ramp_length[at] = length
-    # A seed in HOLDING has alpha 1. The new target is below 1, so the seed blends again.
-    leaves = state.stage[at] == Stage.HOLDING
+    leaves = (state.stage[at] == Stage.HOLDING) & blends
     _move(state, tuple(index[leaves] for index in at), Stage.BLENDING)
 
 

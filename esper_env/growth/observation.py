@@ -54,7 +54,7 @@ def episode_features() -> dict[str, str]:
         f"{DOUBLINGS_SCALE:.0f}",
         "committed_growth": "log2(1 + parameters of the fossilized seeds / parameters of the host) "
         f"/ {DOUBLINGS_SCALE:.0f}",
-        "rent": "accuracy minus score of the live network: the price of its seeds, "
+        "rent": "accuracy minus score of the live network: the price of the seeds it pays for, "
         f"x {CHANGE_SCALE:.0f}",
         "parameter_budget_left": "share of the parameter budget that remains; each seed is counted "
         "with a gate",
@@ -143,7 +143,11 @@ class ObservationBuilder:
         )
         slot = slot_features(blueprints)
         slots = (f"slot_{s}.{name}" for s in range(num_slots) for name in slot)
-        self.names = (*episode_features(), *slots)
+        names = (*episode_features(), *slots)
+        keeps_all = config.observation == "full"
+        self._kept = [i for i, name in enumerate(names) if keeps_all or not _sums_up(name)]
+        self._num_features = len(names)
+        self.names = tuple(names[i] for i in self._kept)
 
     def build(self, state: State, sizes: Sizes, conditions: Conditions) -> Float32Array:
         """Compute the observations of all sub-environments.
@@ -156,10 +160,18 @@ class ObservationBuilder:
         Returns:
             Features within [-1, 1]. (num_envs, len(names)) float32.
         """
-        observation = np.empty((len(sizes.host), len(self.names)), dtype=np.float32)
+        observation = np.empty((len(sizes.host), self._num_features), dtype=np.float32)
         slots, measured, progress, *_ = state
         _observe(observation, progress, slots, measured, sizes, conditions, self._scales)
+        if len(self._kept) < self._num_features:
+            return np.ascontiguousarray(observation[:, self._kept])
         return observation
+
+
+def _sums_up(name: str) -> bool:
+    """Return whether a feature sums up the past, so that `observation="minimal"` leaves it out."""
+    ends = ("_change_1", "_change_2", "_change_3", "contribution_velocity")
+    return name in ("best_accuracy", "plateau_steps") or name.endswith(ends)
 
 
 class _Scales(NamedTuple):
@@ -191,6 +203,7 @@ def _observe(
     for i in range(len(observation)):
         row, host = observation[i], sizes.host[i]
         doublings = np.log2(1 + sizes.grown[i] / host)
+        charged = np.log2(1 + sizes.charged[i] / host)
         episode = (
             1 - progress.steps[i] / scales.episode_steps,
             progress.accuracy[i],
@@ -201,7 +214,7 @@ def _observe(
             progress.plateau_steps[i] / STEPS_SCALE,
             doublings / DOUBLINGS_SCALE,
             np.log2(1 + sizes.committed[i] / host) / DOUBLINGS_SCALE,
-            CHANGE_SCALE * scales.rent_weight * doublings,
+            CHANGE_SCALE * scales.rent_weight * charged,
             1 - sizes.budgeted[i] / (scales.parameter_budget * host),
         )
         at = _put(row, 0, episode)

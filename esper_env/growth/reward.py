@@ -43,20 +43,22 @@ _STAGE = np.array([STAGE_POTENTIAL[stage] for stage in Stage])
 _PROGRESS = np.array([STAGE_PROGRESS[stage] for stage in Stage])
 
 
-def compute_scores(
-    slots: SlotState, progress: Progress, sizes: Sizes, rent_weight: float
-) -> Scores:
+def compute_scores(slots: SlotState, progress: Progress, sizes: Sizes, config: EnvConfig) -> Scores:
     """Compute the scores and the potential of a state.
 
     Args:
         slots: State of the slots.
         progress: Source of the accuracies.
         sizes: Numbers of parameters of the networks.
-        rent_weight: Price of growth [accuracy per doubling of the parameters].
+        config: Source of `rent_weight` and `objective`.
     """
     values = np.empty((3, len(sizes.host)))
-    _compute_scores(values, slots, progress, sizes, rent_weight)
-    return Scores(*values)
+    _compute_scores(values, slots, progress, sizes, config.rent_weight)
+    score, committed, potential = values
+    if config.objective == "anytime":
+        earned = progress.earned.copy()
+        return Scores(score, earned, earned, potential)
+    return Scores(score, committed, score, potential)
 
 
 @entry_point
@@ -66,7 +68,7 @@ def _compute_scores(
     """Write score, committed score and potential, the rows of `values`. (3, num_envs) float64."""
     for i in range(len(sizes.host)):
         host = sizes.host[i]
-        values[0, i] = score(progress.accuracy[i], sizes.grown[i], host, rent_weight)
+        values[0, i] = score(progress.accuracy[i], sizes.charged[i], host, rent_weight)
         values[1, i] = score(progress.committed_accuracy[i], sizes.committed[i], host, rent_weight)
         values[2, i] = 0.0
         for s in range(slots.stage.shape[1]):
@@ -89,27 +91,29 @@ def score(
 
 
 def gain(transition: Transition, config: EnvConfig) -> FloatArray:
-    """Live score after the env step minus live score before it.
+    """What the episode has earned after the env step minus what it had earned before it.
 
-    The sum over an episode is the final live score minus the initial live score.
+    With `objective="final"` this is the change of the live score, so the sum over an episode is the
+    final live score minus the initial one. With `objective="anytime"` it is the live score divided
+    by `episode_steps`, so the sum is the objective.
     """
     del config
-    return transition.after.score - transition.before.score
+    return transition.after.earned - transition.before.earned
 
 
 def commit(transition: Transition, config: EnvConfig) -> FloatArray:
     """Committed score minus live score in the last env step of an episode, 0 before it.
 
     The sum of `gain` and `commit` over an episode is the final committed score minus the initial
-    score. Seeds that are not fossilized add nothing to it.
+    score. Seeds that are not fossilized add nothing to it. With `objective="anytime"` it is 0.
     """
     del config
-    difference = transition.after.committed_score - transition.after.score
+    difference = transition.after.committed_score - transition.after.earned
     return np.where(transition.is_last, difference, 0.0)
 
 
 def final(transition: Transition, config: EnvConfig) -> FloatArray:
-    """Committed score in the last env step of an episode, 0 before it."""
+    """Objective of the episode in its last env step, 0 before it."""
     del config
     return np.where(transition.is_last, transition.after.committed_score, 0.0)
 

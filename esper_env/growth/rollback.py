@@ -32,7 +32,8 @@ def judge(
     - Training has diverged if the loss is above the mean of the recent losses by more than
       `divergence_sigma` standard deviations, and above `divergence_factor` times that mean.
 
-    Both need `panic_window` recent losses. A rollback discards the recent losses.
+    Both need `panic_window` recent losses. A rollback discards the recent losses. Training has also
+    diverged if the loss is above `divergence_loss * guess_loss`, which needs no recent losses.
 
     Args:
         state: State of the rule, changed in place for `members`.
@@ -50,6 +51,7 @@ def judge(
         (1 - config.collapse_margin) * guess_loss,
         config.divergence_sigma,
         config.divergence_factor,
+        np.inf if config.divergence_loss is None else config.divergence_loss * guess_loss,
     )
     panics = np.empty(len(members), dtype=np.bool_)
     _judge(state, members, loss, is_finite, panics, config.panic_patience, limits)
@@ -64,6 +66,11 @@ def record_rollback(state: RollbackState, members: IntArray) -> None:
     state.rollbacks[members] += 1
 
 
+def forget(state: RollbackState, members: IntArray) -> None:
+    """Start new windows of recent losses, without a rollback; `members` is (m,) int64."""
+    state.num_losses[members] = state.streak[members] = 0
+
+
 @entry_point
 def _judge(
     state: RollbackState,
@@ -72,19 +79,20 @@ def _judge(
     is_finite: BoolArray,
     panics: BoolArray,
     patience: int,
-    limits: tuple[float, float, float, float],
+    limits: tuple[float, float, float, float, float],
 ) -> None:
     """Write `panics` and update the state as described in `judge`.
 
     `limits` are the loss below which a network has learned, the loss at which it is back at
-    guessing, `divergence_sigma` and `divergence_factor`.
+    guessing, `divergence_sigma`, `divergence_factor`, and the largest loss.
     """
-    learned, back_at_guessing, sigma, factor = limits
+    learned, back_at_guessing, sigma, factor, largest = limits
     window = state.losses.shape[1]
     for n, i in enumerate(members):
         past, new = state.losses[i], loss[n]
         # Mean and standard deviation of the recent losses, once there are enough of them.
-        is_sane, is_bad = np.isfinite(new) and is_finite[n], False
+        is_sane = np.isfinite(new) and is_finite[n]
+        is_bad = is_sane and new > largest
         if is_sane and state.num_losses[i] >= window:
             total, squares = 0.0, 0.0
             for k in range(window):
@@ -95,7 +103,7 @@ def _judge(
             std = np.sqrt(squares / window)
             collapses = mean < learned and new > back_at_guessing
             diverges = new > mean + sigma * std and new > factor * mean
-            is_bad = collapses or diverges
+            is_bad = is_bad or collapses or diverges
         # A healthy env step ends the streak.
         streak = state.streak[i] + 1 if is_bad else 0
         panics[n] = not is_sane or streak >= patience

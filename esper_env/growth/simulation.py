@@ -8,6 +8,8 @@ again after a change. Spaces, masks, autoreset and info are in `esper_env.envs`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,16 +19,25 @@ from esper_env.growth import lifecycle
 from esper_env.growth.contributions import Coalitions, plan_coalitions, record_evaluation
 from esper_env.growth.gradient_health import record_gradients
 from esper_env.growth.reward import compute_reward, compute_scores, resolve_weights
-from esper_env.growth.rollback import judge, record_rollback
+from esper_env.growth.rollback import forget, judge, record_rollback
 from esper_env.growth.state import DOWN, Conditions, Request, Scores, Sizes, State, Transition
 from esper_env.population.blueprints import Blueprint
 from esper_env.population.images import Draw, ImageSet
-from esper_env.population.interface import Evaluation, Seeds, SGDSettings, Training
+from esper_env.population.interface import Evaluation, Exam, Seeds, SGDSettings, Training
 from esper_env.population.population import Population
 from esper_env.rng import Stream, make_key, uniform
 from esper_env.tasks import TASKS, load_splits, resolve_host
 from esper_env.tasks.instances import make_instances
-from esper_env.tasks.sampling import draw_batches
+from esper_env.tasks.regimes import (
+    ClassIndex,
+    Course,
+    check_regimes,
+    class_index,
+    make_exam,
+    plan_course,
+)
+from esper_env.tasks.sampling import NO_COURSE, NO_INDEX, draw_batches
+from esper_env.tasks.task import first_level
 
 _STYLE_BLEND = np.array([style.blend for style in STYLES])
 
@@ -36,6 +47,8 @@ class Networks(NamedTuple):
 
     seeds: Seeds
     """Seed table in the format of the population."""
+    trained: Seeds
+    """The same without parked seeds, which do not train."""
     has_seeds: bool
     """Whether any slot holds a seed."""
     sizes: Sizes
@@ -81,10 +94,21 @@ class Simulation:
         self.task = TASKS[config.task]
         self.host = resolve_host(config)
         self.splits = load_splits(self.task.load, config.data_dir, device)
-        self._train_labels = self.splits.train.labels.cpu().numpy()
         self.instances = make_instances(
             config.instances, self.task.ranges, config.host_learning_rate
         )
+        levels, classes = self.task.levels, self.host.num_classes
+        self._train_labels = first_level(self.splits.train.labels, levels)
+        self._train_index = NO_INDEX
+        self._indices: dict[int, ClassIndex] = {}
+        if self.task.regimes is not None:
+            check_regimes(self.task.regimes, classes, levels)
+            used = self.instances.train_fraction, self.instances.train_start
+            self._train_index = class_index(self._train_labels, classes, *used)
+            whole = np.ones(1), np.zeros(1)
+            for split in (self.splits.validation, self.splits.test):
+                labels = first_level(split.labels, levels)
+                self._indices[id(split)] = class_index(labels, classes, *whole)
         # One host per width that occurs. The instance of an episode selects one of them.
         hosts = [self.host.scaled(width) for width in self.instances.widths]
         sgd = SGDSettings(
@@ -104,6 +128,7 @@ class Simulation:
         # Cached values, after a copy of the arrays that they were computed from
         self._networks: tuple[bytes, Networks] | None = None
         self._scores: tuple[Networks, bytes, Scores] | None = None
+        self._course: tuple[bytes, Course] | None = None
 
     # ------------------------------------------------------------------ derived values
 
@@ -122,11 +147,28 @@ class Simulation:
         """Scores and potential of the current state."""
         slots, progress, networks = self.state.slots, self.state.progress, self.networks
         parts = slots.stage, slots.stage_steps, progress.accuracy, progress.committed_accuracy
-        key = b"".join(map(np.ndarray.tobytes, parts))
+        key = b"".join(map(np.ndarray.tobytes, (*parts, progress.earned)))
         if self._scores is None or self._scores[0] is not networks or self._scores[1] != key:
-            scores = compute_scores(slots, progress, networks.sizes, self.config.rent_weight)
+            scores = compute_scores(slots, progress, networks.sizes, self.config)
             self._scores = networks, key, scores
         return self._scores[2]
+
+    @property
+    def course(self) -> Course:
+        """Courses of the current episodes; without kinds if the task has no regimes."""
+        regimes, key = self.task.regimes, self.state.episode.key
+        if regimes is None:
+            return NO_COURSE
+        if self._course is None or self._course[0] != key.tobytes():
+            steps, classes = self.config.episode_steps, self.host.num_classes
+            self._course = key.tobytes(), plan_course(key, regimes, steps, classes)
+        return self._course[1]
+
+    @property
+    def regime(self) -> IntArray:
+        """Kind of problem that each network is judged by and trains on next. (num_envs,) int64."""
+        kind, steps = self.course.kind, self.state.progress.steps
+        return kind[np.arange(len(kind)), steps] if len(kind) else np.zeros_like(steps)
 
     def _describe_networks(self) -> Networks:
         """Compute composition and size of the networks from the slots and the instances."""
@@ -151,18 +193,29 @@ class Simulation:
         at = (width[:, None], np.arange(stage.shape[1]), np.maximum(slots.blueprint, 0))
         gate = population.gate_parameters[width] * (seeds.blend == Blend.GATE)
         parameters = np.where(is_live, population.seed_parameters[at] + gate, 0)
-        multiply_adds = np.where(is_live, population.seed_multiply_adds[at], 0)
         budget_table = (
             population.seed_parameters[width] + population.gate_parameters[width][..., None]
         )
+        # Parked seeds neither train nor cost anything.
+        is_active, trained = is_live, seeds
+        if self.config.parking:
+            is_parked = lifecycle.is_parked(slots)
+            is_active = is_live & ~is_parked
+            trained = replace(seeds, blueprint=np.where(is_parked, -1, slots.blueprint))
+        is_charged = is_active & (alpha > 0) if self.config.objective == "anytime" else is_active
+        multiply_adds = np.where(is_active, population.seed_multiply_adds[at], 0)
         return Networks(
             seeds=seeds,
+            trained=trained,
             has_seeds=bool(is_live.any()),
             sizes=Sizes(
                 host=population.host_parameters[width],
                 seeds=parameters,
                 grown=parameters.sum(axis=1),
-                committed=np.where(stage == Stage.FOSSILIZED, parameters, 0).sum(axis=1),
+                charged=np.where(is_charged, parameters, 0).sum(axis=1),
+                committed=np.where(is_active & (stage == Stage.FOSSILIZED), parameters, 0).sum(
+                    axis=1
+                ),
                 budgeted=lifecycle.used_parameters(slots, budget_table),
             ),
             budget_table=budget_table,
@@ -243,6 +296,8 @@ class Simulation:
             is_finite = self._train(rows)
             self._guard(rows, is_finite)
             self._evaluate(rows)
+            if config.objective == "anytime":
+                progress.earned[rows] += self.scores.score[rows] / config.episode_steps
         # An episode ends after `episode_steps`, or earlier at `max_rollbacks`.
         is_lost = active & (rollback.rollbacks >= config.max_rollbacks)
         is_last = active & (progress.steps >= config.episode_steps) | is_lost
@@ -295,7 +350,7 @@ class Simulation:
             host_rate = host_rate * (1 - progress.steps[rows] / config.episode_steps)
         draw = self.draw_batches(rows)
         seed_rate = host_rate * (config.seed_learning_rate / config.host_learning_rate)
-        training = Training(rows, networks.seeds, self.splits.train, draw, host_rate, seed_rate)
+        training = Training(rows, networks.trained, self.splits.train, draw, host_rate, seed_rate)
         report = self.population.train(training)
         progress.train_loss[rows] = report.loss
         size = config.batches_per_step * config.batch_size
@@ -322,6 +377,8 @@ class Simulation:
             batches=config.batches_per_step,
             batch_size=config.batch_size,
             augments=self.task.augments,
+            course=NO_COURSE if self.task.regimes is None else self.course.of(rows),
+            class_index=self._train_index,
         )
 
     def _guard(self, rows: IntArray, is_finite: BoolArray) -> None:
@@ -333,6 +390,9 @@ class Simulation:
         """
         config, rollback = self.config, self.state.rollback
         loss = self.state.progress.train_loss[rows]
+        if self.task.regimes is not None:
+            # A jump of the loss at a change of regime is no divergence.
+            forget(rollback, rows[self._is_changing(rows)])
         panics = judge(rollback, rows, loss, is_finite, self._initial_loss, config)
         if panics.any():
             self._restore(rows[panics])
@@ -340,6 +400,15 @@ class Simulation:
         due = rows[rollback.since_snapshot[rows] >= config.snapshot_interval]
         if len(due):
             self._save(due)
+
+    def _is_changing(self, rows: IntArray) -> BoolArray:
+        """Return whether members just trained on other kinds of images than in the step before."""
+        course, steps = self.course, self.state.progress.steps[rows]
+        before = np.maximum(steps - 1, 0)
+        is_same: BoolArray = (course.kind[rows, steps] == course.kind[rows, before]) & (
+            course.share[rows, steps] == course.share[rows, before]
+        )
+        return ~is_same
 
     def _restore(self, rows: IntArray) -> None:
         """Restore the snapshots of some sub-environments; `rows` is (m,) int64."""
@@ -396,9 +465,30 @@ class Simulation:
             leave_one_out=attribution != "none",
             all_subsets=attribution == "full",
         )
-        return coalitions, self.population.evaluate(
-            coalitions.member, coalitions.alpha, seeds, images
-        )
+        evaluate = partial(self.population.evaluate, seeds=seeds, images=images)
+        if self.task.regimes is None:
+            return coalitions, evaluate(coalitions.member, coalitions.alpha)
+        course, steps = self.course, self.state.progress.steps[rows]
+        result = evaluate(coalitions.member, coalitions.alpha, exam=self._exam(rows, images))
+        # While one kind replaces another, both count by their share of the images.
+        share = np.ones(len(self.state.progress.steps))
+        share[rows] = course.share[rows, steps]
+        weight = share[coalitions.member]
+        part = weight < 1
+        if part.any():
+            member, alpha = coalitions.member[part], coalitions.alpha[part]
+            exam = self._exam(rows, images, is_before=True)
+            before = evaluate(member, alpha, exam=exam)
+            for new, old in zip(result, before, strict=True):
+                new[part] = weight[part] * new[part] + (1 - weight[part]) * old
+        return coalitions, result
+
+    def _exam(self, rows: IntArray, images: ImageSet, *, is_before: bool = False) -> Exam:
+        """Return the images that some members are judged by, of the current or previous kind."""
+        course, steps = self.course, self.state.progress.steps[rows]
+        kind = (course.kind_before if is_before else course.kind)[rows, steps]
+        size = len(images) // self.task.levels
+        return make_exam(course, kind, rows, len(course.kind), self._indices[id(images)], size)
 
     def _save(self, rows: IntArray) -> None:
         """Save snapshots of some sub-environments; `rows` is (m,) int64."""

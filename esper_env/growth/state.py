@@ -143,6 +143,9 @@ class Progress(NamedTuple):
     """Best validation accuracy of the live network so far, 0 to 1."""
     plateau_steps: IntArray
     """Time since the best accuracy rose by more than `PLATEAU_MARGIN` [env steps]."""
+    earned: FloatArray
+    """Sum over the env steps of the score divided by `episode_steps`; only with
+    `objective="anytime"`, else 0."""
     train_loss: FloatArray
     """Mean training loss of the last env step [nats]."""
     last_op: IntArray
@@ -284,8 +287,11 @@ class Sizes(NamedTuple):
     """Parameters of the seed in each slot, 0 in a slot without a seed. (num_envs, num_slots)."""
     grown: IntArray
     """Parameters of all seeds. (num_envs,)."""
+    charged: IntArray
+    """Parameters of the seeds that the score charges for: all but parked ones, or with
+    `objective="anytime"` those at alpha > 0. (num_envs,)."""
     committed: IntArray
-    """Parameters of the fossilized seeds. (num_envs,)."""
+    """Parameters of the fossilized seeds that are not parked. (num_envs,)."""
     budgeted: IntArray
     """Parameters that the seeds use of the budget, each counted with a gate. (num_envs,)."""
 
@@ -310,7 +316,11 @@ class Scores(NamedTuple):
     score: FloatArray
     """Score of the live network, which has all seeds [accuracy]."""
     committed_score: FloatArray
-    """Score of the committed network, which has only the fossilized seeds [accuracy]."""
+    """Objective if the episode ended now [accuracy]: score of the committed network, which has only
+    the fossilized seeds; with `objective="anytime"` what the episode has earned."""
+    earned: FloatArray
+    """What the episode has earned so far [accuracy]: `score`, or `Progress.earned` with
+    `objective="anytime"`. The reward term `gain` is its change."""
     potential: FloatArray
     """Potential of the lifecycle state for reward shaping."""
 

@@ -16,12 +16,12 @@ PADDING = 4
 
 
 class Draw(NamedTuple):
-    """Samples of some training batches for each of m members, and their augmentation."""
+    """Samples of some batches for each of m members, and their augmentation."""
 
     indices: IntArray
-    """Indices into the training split. (batches, batch_size, m) int64."""
+    """Indices into the split. (batches, batch_size, m) int64."""
     labels: IntArray
-    """Training labels, some of them wrong if there is noise. (batches, batch_size, m) int64."""
+    """Labels, some of them wrong if there is noise. (batches, batch_size, m) int64."""
     shifts: IntArray | None = None
     """Crop offsets as in `shifted`, None for no crops. (batches, batch_size, m, 2) [pixels]."""
     flips: BoolArray | None = None
@@ -67,7 +67,7 @@ class ImageSet:
         return pixels.permute(0, 3, 1, 2)
 
     def batches(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Gather and normalize training batches of m members.
+        """Gather and normalize batches of m members.
 
         Returns:
             Images (batches, batch_size, height, width, m * channels) float32, contiguous, and

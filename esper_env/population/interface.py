@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from esper_env.config import BoolArray, FloatArray, IntArray
 from esper_env.population.images import Draw, ImageSet
 
@@ -78,8 +80,25 @@ class TrainReport(NamedTuple):
     """Whether all parameters and running statistics are finite after training. (m,)."""
 
 
+class Exam(NamedTuple):
+    """Images of a split that each member is evaluated on, and their labels.
+
+    Every member that is evaluated has at least one image. Padding is at the end of a row only.
+    """
+
+    indices: IntArray
+    """Indices into the split, 0 for padding. (members, most) int64."""
+    labels: IntArray
+    """Labels of these images, -1 for padding. (members, most) int64."""
+
+    def num_images(self, members: IntArray) -> IntArray:
+        """Return how many images each of some members has. Both are (m,)."""
+        result: IntArray = np.count_nonzero(self.labels[members] >= 0, axis=1)
+        return result
+
+
 class Evaluation(NamedTuple):
-    """Accuracy and loss of some networks on one split. Arrays have shape (rows,)."""
+    """Accuracy and loss of some networks. Arrays have shape (rows,)."""
 
     accuracy: FloatArray
     """Share of images that are classified correctly, 0 to 1."""

@@ -262,10 +262,12 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: Logits. (m, batch, classes).
-        labels: Classes. (m, batch) int64.
+        labels: Classes, -1 for padding. (m, batch) int64.
 
     Returns:
-        (m, batch) float32.
+        (m, batch) float32, 0 for padding.
     """
-    flat = F.cross_entropy(logits.flatten(0, 1).float(), labels.reshape(-1), reduction="none")
+    flat = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.reshape(-1), reduction="none", ignore_index=-1
+    )
     return flat.view(labels.shape)

@@ -17,7 +17,14 @@ from esper_env.config import BoolArray, FloatArray, IntArray
 from esper_env.population.blueprints import Blueprint
 from esper_env.population.hosts import Host
 from esper_env.population.images import ImageSet
-from esper_env.population.interface import Evaluation, Seeds, SGDSettings, Training, TrainReport
+from esper_env.population.interface import (
+    Evaluation,
+    Exam,
+    Seeds,
+    SGDSettings,
+    Training,
+    TrainReport,
+)
 from esper_env.population.layout import Layout
 from esper_env.population.numba_engine.engine import CompiledEngine
 from esper_env.population.storage import Storage
@@ -149,7 +156,12 @@ class Population:
         )
 
     def evaluate(
-        self, members: IntArray, alpha: FloatArray, seeds: Seeds, images: ImageSet
+        self,
+        members: IntArray,
+        alpha: FloatArray,
+        seeds: Seeds,
+        images: ImageSet,
+        exam: Exam | None = None,
     ) -> Evaluation:
         """Evaluate networks that use a member's weights with other blend weights.
 
@@ -161,14 +173,16 @@ class Population:
             alpha: Blend weight of each seed; 0 removes the seed. (rows, slots).
             seeds: Seeds of the whole population, for blueprints and blends.
             images: Split that all networks are evaluated on.
+            exam: Images of the split that each member of the population is evaluated on instead,
+                and their labels; None for the whole split.
 
         Returns:
-            Accuracy [0 to 1] and mean loss [nats] of each network.
+            Accuracy [0 to 1] and mean loss [nats] of each network, over its member's images.
         """
         if self.compiled is None or self.compiled.has_all_kernels:
-            return (self.compiled or self._torch).evaluate(members, alpha, seeds, images)
+            return (self.compiled or self._torch).evaluate(members, alpha, seeds, images, exam)
         return _joined(
-            (own, engine.evaluate(members[own], alpha[own], seeds, images))
+            (own, engine.evaluate(members[own], alpha[own], seeds, images, exam))
             for engine, own in self._engines(self.compiled, members, seeds)
         )
 

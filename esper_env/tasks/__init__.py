@@ -4,12 +4,13 @@ import dataclasses
 
 from esper_env.config import EnvConfig, near
 from esper_env.population.hosts import Host, registered_hosts
-from esper_env.tasks import cifar10
-from esper_env.tasks.digits import DIGITS
+from esper_env.tasks import cifar10, digits
 from esper_env.tasks.task import Splits, Task, load_splits
 
 TASKS: dict[str, Task] = {
-    "digits": DIGITS,
+    "digits": digits.STANDARD,
+    "digits_sizing": digits.SIZING,
+    "digits_contexts": digits.CONTEXTS,
     "cifar10": cifar10.STANDARD,
     "cifar10_impaired": cifar10.IMPAIRED,
     "cifar10_deep": cifar10.DEEP,

@@ -13,6 +13,10 @@ from esper_env.jit import entry_point
 from esper_env.population.images import PADDING, Draw
 from esper_env.rng import KeyArray, Stream, child_key, mix, number_at
 from esper_env.tasks.instances import Instances
+from esper_env.tasks.regimes import ClassIndex, Course, image_of_kind, kind_at
+
+NO_COURSE = Course.empty(0, 0, 0, 0)
+NO_INDEX = ClassIndex(np.zeros((0, 0), dtype=np.int64), np.zeros((0, 0), dtype=np.int64))
 
 
 def draw_batches(
@@ -26,6 +30,8 @@ def draw_batches(
     batches: int,
     batch_size: int,
     augments: bool,
+    course: Course = NO_COURSE,
+    class_index: ClassIndex = NO_INDEX,
 ) -> Draw:
     """Sample the training batches of one env step.
 
@@ -39,6 +45,8 @@ def draw_batches(
         batches: Batches per env step.
         batch_size: Images per batch.
         augments: Whether images are cropped and mirrored at random.
+        course: Course of each member's episode, if the task has regimes.
+        class_index: Images of the split by instance and class, if the task has regimes.
 
     Returns:
         Samples of each batch and member.
@@ -49,7 +57,8 @@ def draw_batches(
     shifts, flips = np.empty((*changed, 2), dtype=np.int64), np.empty(changed, dtype=np.bool_)
     _draw(
         episode_key, steps, instance, instances.train_fraction, instances.train_start,
-        instances.label_noise, labels, num_classes, index, shown, shifts, flips,
+        instances.label_noise, labels, num_classes, course, class_index,
+        index, shown, shifts, flips,
     )  # fmt: skip
     # (m, batches, size) -> (batches, size, m)
     return Draw(
@@ -70,6 +79,8 @@ def _draw(
     label_noise: FloatArray,
     labels: IntArray,
     num_classes: int,
+    course: Course,
+    class_index: ClassIndex,
     index: IntArray,
     shown: IntArray,
     shifts: IntArray,
@@ -84,8 +95,10 @@ def _draw(
         train_fraction: Share of the split to train on, for each instance. (n,) float64.
         train_start: Start of that share in the split, for each instance. (n,) float64.
         label_noise: Share of wrong labels, for each instance. (n,) float64.
-        labels: Labels of the training split. (images,) int64.
+        labels: Labels of the training split without distortion. (images,) int64.
         num_classes: Classes of the task.
+        course: Course of each member's episode; without kinds if the task has no regimes.
+        class_index: Images of the split by instance and class; empty if the task has no regimes.
         index: Indices into the training split, overwritten. (m, batches, size) int64.
         shown: Training labels, overwritten. (m, batches, size) int64.
         shifts: Crop offsets [pixels], overwritten. (m, batches, size, 2) int64, or (m, 0, 0, 2).
@@ -93,6 +106,7 @@ def _draw(
     """
     total = len(labels)
     m, batches, size = index.shape
+    has_regimes = len(course.noise) > 0
     for i in range(m):
         step, k, episode = np.uint64(steps[i]), instance[i], mix(episode_key[i])
         # Batches and augmentation differ in every step. Label noise is fixed in an episode.
@@ -100,19 +114,28 @@ def _draw(
         noise_key = child_key(episode, np.uint64(Stream.NOISE))
         augment_key = child_key(child_key(episode, np.uint64(Stream.AUGMENT)), step)
         count, first = max(np.rint(train_fraction[k] * total), 1.0), int(train_start[k] * total)
+        noise = label_noise[k]
         for b in range(batches):
             for j in range(size):
                 position = b * size + j
-                # Sample with replacement from `count` images, which wrap around at the end.
-                at = (int(number_at(data_key, np.uint64(position)) * count) + first) % total
-                label = labels[at]
+                if has_regimes:
+                    kind = kind_at(
+                        course, i, steps[i], number_at(data_key, np.uint64(2 * position))
+                    )
+                    u = number_at(data_key, np.uint64(2 * position + 1))
+                    at, label = image_of_kind(course, class_index, i, kind, k, u)
+                    noise = max(label_noise[k], course.noise[kind])
+                    shown_at = at + course.level[kind] * total
+                else:
+                    # Sample with replacement from `count` images, which wrap around at the end.
+                    at = (int(number_at(data_key, np.uint64(position)) * count) + first) % total
+                    label, shown_at = labels[at], at
                 # Noise depends on the image, not on the batch: an image keeps its wrong label for
                 # the whole episode. Numbers 2 * at and 2 * at + 1 of the stream belong to it.
-                has_noise = label_noise[k] > 0
-                if has_noise and number_at(noise_key, np.uint64(2 * at)) < label_noise[k]:
+                if noise > 0 and number_at(noise_key, np.uint64(2 * at)) < noise:
                     other = number_at(noise_key, np.uint64(2 * at + 1)) * (num_classes - 1)
                     label = (label + 1 + int(other)) % num_classes
-                index[i, b, j], shown[i, b, j] = at, label
+                index[i, b, j], shown[i, b, j] = shown_at, label
                 if len(shifts[i]):
                     # Numbers of the stream: all row offsets, all column offsets, then all flips.
                     for axis in range(2):

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from esper_env.config import IntArray
 from esper_env.population.hosts import Host
 from esper_env.population.images import ImageSet
 from esper_env.tasks.instances import InstanceRanges
+from esper_env.tasks.regimes import Regimes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +41,18 @@ class Task:
     """Whether training images are shifted by up to 4 pixels and mirrored at random."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of this task that differ from those of `EnvConfig`, by field."""
+    regimes: Regimes | None = None
+    """Kinds of problems of an episode; None for one kind, all images of the splits."""
+    levels: int = 1
+    """Levels of distortion in the splits: copies of all images, one level after the other."""
     ranges: InstanceRanges = field(default_factory=InstanceRanges)
     """Ranges that the instances are sampled from."""
+
+
+def first_level(labels: Tensor, levels: int) -> IntArray:
+    """Return the labels of the images without distortion, the first of some levels."""
+    array: IntArray = labels.cpu().numpy()
+    return array[: len(array) // levels]
 
 
 @functools.cache

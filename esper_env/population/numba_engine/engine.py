@@ -17,7 +17,14 @@ import torch
 from esper_env.config import BoolArray, Float32Array, FloatArray, IntArray
 from esper_env.jit import announce, entry_point
 from esper_env.population.images import ImageSet
-from esper_env.population.interface import Evaluation, Seeds, SGDSettings, Training, TrainReport
+from esper_env.population.interface import (
+    Evaluation,
+    Exam,
+    Seeds,
+    SGDSettings,
+    Training,
+    TrainReport,
+)
 from esper_env.population.numba_engine.interpreter import (
     Matrices,
     Networks,
@@ -87,7 +94,7 @@ class CompiledEngine:
         )
         is_finite = np.zeros(m, dtype=bool)
         results = Results(np.zeros(m), np.zeros(m), squares, np.zeros(m), is_finite)
-        pictures = Pictures.for_training(images, draw)
+        pictures = Pictures.for_draw(images, draw)
         self._run(assignment, networks, pictures, results, is_training=True)
         norms = np.sqrt(results.squares / batches)
         norms[np.isnan(norms) & is_trained] = np.inf
@@ -96,7 +103,12 @@ class CompiledEngine:
         return TrainReport(results.losses / batches, norms, host_norms, is_finite)
 
     def evaluate(
-        self, members: IntArray, alpha: FloatArray, seeds: Seeds, images: ImageSet
+        self,
+        members: IntArray,
+        alpha: FloatArray,
+        seeds: Seeds,
+        images: ImageSet,
+        exam: Exam | None = None,
     ) -> Evaluation:
         """Evaluate networks; see `Population.evaluate`."""
         rows = len(members)
@@ -111,10 +123,16 @@ class CompiledEngine:
         assignment = self.programs.evaluation(own, seeds, row_start, labels, self._chunk)
         networks = Networks(own, row_start, weights.astype(np.float32), self._settings)
         results = Results(np.zeros(rows), np.zeros(rows))
-        self._run(assignment, networks, self._pictures_of(images), results, is_training=False)
+        num_images: int | IntArray = images.labels.shape[0]
+        if exam is None:
+            pictures = self._pictures_of(images)
+        else:
+            announce(run_members)
+            pictures = Pictures.for_exam(images, exam, own, self._chunk)
+            num_images = exam.num_images(members)
+        self._run(assignment, networks, pictures, results, is_training=False)
         accuracy, loss = np.empty(rows), np.empty(rows)
         accuracy[order], loss[order] = results.hits, results.losses
-        num_images = images.labels.shape[0]
         return Evaluation(accuracy=accuracy / num_images, loss=loss / num_images)
 
     # ------------------------------------------------------------------ arrays and threads

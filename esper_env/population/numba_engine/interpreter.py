@@ -17,6 +17,7 @@ import numpy.typing as npt
 from esper_env.config import BoolArray, Float32Array, FloatArray, IntArray
 from esper_env.jit import count_up, entry_point
 from esper_env.population.images import Draw, ImageSet
+from esper_env.population.interface import Exam
 from esper_env.population.numba_engine import kernels as k
 from esper_env.population.numba_engine.kernels import (
     Kind,
@@ -95,28 +96,28 @@ class Networks(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """Images and labels; either the fields of training are empty or those of evaluation."""
+    """Images and labels: batches of each member, or chunks of a whole split for all members."""
 
     labels: IntArray
-    """Classes. (m, batches, batch); in an evaluation (1, batches, batch), -1 for padding."""
+    """Classes, -1 for padding. (m, batches, batch), or (1, batches, batch) for a whole split."""
     images: npt.NDArray[np.uint8]
-    """Raw images to sample from, one after the other. (n * size * size * channels,)."""
+    """Raw images of the split, one after the other. (n * size * size * channels,)."""
     size: int
     """Height and width of an image."""
     table: Float32Array
     """Normalized value of each raw one. (channels, 256)."""
     indices: IntArray = _NO_INDICES
-    """Sampled images. (m, batches, batch), in training."""
+    """Images of each member's batches. (m, batches, batch), or empty for a whole split."""
     shifts: IntArray = _NO_INDICES[..., None]
     """Shifts of the crops; (m, batches, batch, 2) [pixels], or (m, batches, 0, 2) without crops."""
     flips: BoolArray = _NO_INDICES.astype(bool)
     """Whether images are mirrored. (m, batches, batch), or (m, batches, 0) without mirroring."""
     chunks: Float32Array = _NO_NUMBERS
-    """Normalized images of all members, in an evaluation. (batches, region)."""
+    """Normalized images of a whole split, otherwise empty. (batches, region)."""
 
     @classmethod
-    def for_training(cls, images: ImageSet, draw: Draw) -> Pictures:
-        """Return batches that are sampled from a split."""
+    def for_draw(cls, images: ImageSet, draw: Draw) -> Pictures:
+        """Return batches of each member."""
         batches, _, m = draw.indices.shape
         none = np.zeros((batches, 0, m, 2), dtype=np.int64)
         return cls(
@@ -128,6 +129,16 @@ class Pictures(NamedTuple):
             shifts=_by_member(none if draw.shifts is None else draw.shifts),
             flips=_by_member(none[..., 0] > 0 if draw.flips is None else draw.flips),
         )
+
+    @classmethod
+    def for_exam(cls, images: ImageSet, exam: Exam, members: IntArray, batch: int) -> Pictures:
+        """Return the images of some members (m,) in batches, the last ones padded."""
+        padding = (0, 0), (0, -exam.labels.shape[1] % batch)
+        shape = len(members), -1, batch
+        indices = np.pad(exam.indices[members], padding).reshape(shape)
+        labels = np.pad(exam.labels[members], padding, constant_values=-1).reshape(shape)
+        # (m, batches, batch) -> (batches, batch, m)
+        return cls.for_draw(images, Draw(indices.transpose(1, 2, 0), labels.transpose(1, 2, 0)))
 
     @classmethod
     def for_evaluation(cls, images: ImageSet, batch: int) -> Pictures:
@@ -267,9 +278,12 @@ def _run_member(
     alpha = networks.alpha[networks.row_start[m] : networks.row_start[m + 1]]
     batch, arena, most = pictures.labels.shape[2], program.arena, program.chunk
     chunks = (batch + most - 1) // most
+    is_shared = len(pictures.chunks) > 0  # The batches are those of a whole split.
     # Batches.
     for n in range(pictures.labels.shape[1]):
-        labels = pictures.labels[m if is_training else 0, n]
+        labels = pictures.labels[0 if is_shared else m, n]
+        if labels[0] < 0:
+            break  # Only padding follows: other members have more images.
         start = 0
         # Operations up to a classifier (one in training, one per network in an evaluation) or norm.
         for i in range(len(ops)):
@@ -280,7 +294,7 @@ def _run_member(
             for j in range(chunks):
                 first, size = j * most, min(most, batch - j * most)
                 part = k.run(a, j * arena, arena)
-                if start == 0 and is_training:
+                if start == 0 and not is_shared:
                     load(
                         part, pictures.images, pictures.size, pictures.table,
                         pictures.indices[m, n], pictures.shifts[m, n], pictures.flips[m, n],

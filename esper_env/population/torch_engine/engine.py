@@ -11,8 +11,15 @@ import numpy as np
 import torch
 
 from esper_env.config import FloatArray, IntArray
-from esper_env.population.images import ImageSet
-from esper_env.population.interface import Evaluation, Seeds, SGDSettings, Training, TrainReport
+from esper_env.population.images import Draw, ImageSet
+from esper_env.population.interface import (
+    Evaluation,
+    Exam,
+    Seeds,
+    SGDSettings,
+    Training,
+    TrainReport,
+)
 from esper_env.population.layers import cross_entropy
 from esper_env.population.storage import Storage
 from esper_env.population.torch_engine.evaluation import EvaluationGraph
@@ -79,31 +86,49 @@ class TorchEngine:
 
     @torch.inference_mode()
     def evaluate(
-        self, members: IntArray, alpha: FloatArray, seeds: Seeds, images: ImageSet
+        self,
+        members: IntArray,
+        alpha: FloatArray,
+        seeds: Seeds,
+        images: ImageSet,
+        exam: Exam | None = None,
     ) -> Evaluation:
         """Evaluate networks; see `Population.evaluate`."""
         # Number of correct images, and sum of the losses. (2, rows)
         total = torch.zeros(2, len(members), device=self.device, dtype=torch.float64)
         # Chunks of members, not of rows: rows of one member share their computation.
         distinct = np.unique(members)
+        count: int | torch.Tensor = len(images)
+        if exam is not None:
+            count = torch.from_numpy(exam.num_images(members)).to(self.device)
         for start in range(0, len(distinct), self.chunk_size):
             part = distinct[start : start + self.chunk_size]
             rows = np.nonzero(np.isin(members, part))[0]
             graph = EvaluationGraph(self.storage, members[rows], alpha[rows], seeds)
             own = torch.from_numpy(rows).to(self.device)
-            # Evaluate the split in slices of images that fit the cache, and sum over them.
+            # Evaluate in slices of images that fit the cache, and sum over them.
+            most = len(images) if exam is None else int(exam.num_images(part).max())
             per_image = self._feature_bytes * len(part)
-            step = max(1, min(len(images), EVALUATION_BYTES // per_image))
-            for first in range(0, len(images), step):
-                last = min(first + step, len(images))
+            step = max(1, min(most, EVALUATION_BYTES // per_image))
+            for first in range(0, most, step):
+                last = min(first + step, most)
+                # Labels have the shape (rows, slice) of logits (rows, slice, classes).
+                if exam is None:
+                    pixels = images.normalized(first, last)
+                    labels = images.labels[first:last].expand(len(rows), -1)
+                else:
+                    indices, own_labels = (array[part, first:last].T[None] for array in exam)
+                    (batch,), _ = images.batches(Draw(indices, own_labels))
+                    # (slice, h, w, m * channels) -> (slice, m * channels, h, w)
+                    pixels = batch.permute(0, 3, 1, 2)
+                    labels = torch.from_numpy(exam.labels[members[rows], first:last])
+                    labels = labels.to(self.device)
                 with in_precision(self.precision, self.device):
-                    logits = graph.forward(images.normalized(first, last))
-                # (slice,) -> (rows, slice), the shape of logits (rows, slice, classes)
-                labels = images.labels[first:last].expand(len(rows), -1)
+                    logits = graph.forward(pixels)
                 hits = (logits.argmax(2) == labels).sum(1, dtype=torch.float64)
                 loss = cross_entropy(logits, labels).sum(1, dtype=torch.float64)
                 total.index_add_(1, own, torch.stack([hits, loss]))
-        accuracy, mean_loss = (total / len(images)).cpu().numpy()
+        accuracy, mean_loss = (total / count).cpu().numpy()
         return Evaluation(accuracy, mean_loss)
 
     def _training_graph(self, position: int, training: Training) -> TrainingGraph:

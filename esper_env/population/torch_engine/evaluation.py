@@ -90,11 +90,20 @@ class EvaluationGraph:
         self._of_row = torch.from_numpy(of_row).to(device)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (rows, batch, classes) for images (batch, channels, height, width)."""
+        """Run all networks.
+
+        Args:
+            images: Images that all members share (batch, channels, height, width), or those of each
+                distinct member in ascending order (batch, m * channels, height, width).
+
+        Returns:
+            Logits. (rows, batch, classes).
+        """
         x = images
         parameters, buffers = iter(self._parameters), iter(self._buffers)
-        first = self._levels[0].host[0]
-        if not _computes_as(first, Conv) or first.groups > 1:
+        first, host = self._levels[0].host[0], self._storage.layout.host
+        is_shared = images.shape[1] == host.in_channels
+        if is_shared and (not _computes_as(first, Conv) or first.groups > 1):
             # Only a convolution without groups can read images that all members share. Other layers
             # get one copy per member: (batch, channels, h, w) -> (batch, m * channels, h, w).
             x = as_images(as_members(x, 1).expand(-1, -1, -1, self._levels[0].num_nodes, -1))
