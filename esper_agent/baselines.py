@@ -123,7 +123,10 @@ class RuleBased:
         return self._follow(rules, blueprint)
 
     def _follow(
-        self, rules: Sequence[tuple[Op, npt.NDArray[np.bool_]]], blueprint: IntArray
+        self,
+        rules: Sequence[tuple[Op, npt.NDArray[np.bool_]]],
+        blueprint: IntArray,
+        parks: npt.NDArray[np.bool_] | None = None,
     ) -> Actions:
         """Return the action of the first rule that is legal, else WAIT.
 
@@ -131,9 +134,14 @@ class RuleBased:
             rules: Pairs of an op and the slots it applies to, (num_envs, num_slots) bool, by
                 priority.
             blueprint: Blueprint option that GERMINATE uses in each slot. (num_slots,) int64.
+            parks: Where SET_ALPHA aims at alpha 0 instead of 1. (num_envs,) bool.
         """
         masks = self._envs.conditional_masks()
         num_envs, num_slots = len(masks["op"]), len(self._slots)
+        targets = list(self._options["alpha_target"])
+        target = np.full(num_envs, targets.index(1.0) if 1.0 in targets else 0)
+        if parks is not None and 0.0 in targets:
+            target[parks] = targets.index(0.0)
         actions = np.zeros((num_envs, len(self._options)), dtype=np.int64)
         has_acted = np.zeros(num_envs, dtype=bool)
         for op, wanted in rules:
@@ -143,15 +151,18 @@ class RuleBased:
             possible = masks["slot"][:, o] & wanted
             if op == Op.GERMINATE:
                 possible &= masks["blueprint"][:, o, np.arange(num_slots), blueprint]
+            if op == Op.SET_ALPHA:
+                possible &= masks["alpha_target"][np.arange(num_envs), o, :, target]
             rows = np.nonzero(possible.any(axis=1) & ~has_acted)[0]
             slot = possible[rows].argmax(axis=1)
-            actions[rows] = self._complete(masks, rows, o, slot, blueprint[slot])
+            chosen = {"blueprint": blueprint[slot], "alpha_target": target[rows]}
+            actions[rows] = self._complete(masks, rows, o, slot, chosen)
             has_acted[rows] = True
         self._step += 1
         return actions
 
     def _complete(
-        self, masks: Masks, rows: IntArray, op: int, slot: IntArray, blueprint: IntArray
+        self, masks: Masks, rows: IntArray, op: int, slot: IntArray, wanted: dict[str, IntArray]
     ) -> Actions:
         """Return the full actions of m sub-environments, given op and slots. (m, num_heads) int64.
 
@@ -160,17 +171,14 @@ class RuleBased:
             rows: Indices of the sub-environments. (m,) int64.
             op: Option of the op.
             slot: Option of each slot. (m,) int64.
-            blueprint: Option of the blueprint where it is legal. (m,) int64.
+            wanted: Options of some heads where they are legal. (m,) int64 each.
         """
-        targets = self._options["alpha_target"]
-        wanted: dict[str, Any] = {"blueprint": blueprint}
-        if 1.0 in targets:
-            wanted["alpha_target"] = targets.index(1.0)
+        first = np.zeros(len(rows), dtype=np.int64)
         if self.style in self._options["style"]:
-            wanted["style"] = self._options["style"].index(self.style)
+            wanted["style"] = first + self._options["style"].index(self.style)
         heads = [np.full(len(rows), op), slot]
         for name in list(self._options)[2:]:
-            legal, option = masks[name][rows, op, slot], wanted.get(name, 0)
+            legal, option = masks[name][rows, op, slot], wanted.get(name, first)
             is_legal = legal[np.arange(len(rows)), option]
             heads.append(np.where(is_legal, option, legal.argmax(axis=1)))
         return np.stack(heads, axis=1)
@@ -208,6 +216,161 @@ class FixedSchedule(RuleBased):
         """Apply the rules in the order fossilize, advance, germinate."""
         del observation, info
         return self._keep_all(self._step >= self._start, self._blueprint)
+
+
+class InService(RuleBased):
+    """Puts the seeds of a plan into service when it wants them, and takes them out otherwise.
+
+    Seeds are germinated and advanced as soon as the masks allow. Out of service they are parked, or
+    pruned where the environment has no parking. Subclasses decide in `wants`.
+
+    Args:
+        plan: Slot and blueprint of each seed; its env steps are not used.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def begin(self, envs: EsperVectorEnv, seed: int) -> None:
+        """Look up the blueprints of the plan."""
+        super().begin(envs, seed)
+        num_slots = len(self._slots)
+        self._is_planned = np.zeros(num_slots, dtype=bool)
+        self._blueprint = np.zeros(num_slots, dtype=np.int64)
+        for slot, blueprint, _ in self.plan:
+            if slot not in self._slots:
+                raise ValueError(f"plan: expected slots among {self._slots}, got {slot}")
+            at = self._slots.index(slot)
+            self._is_planned[at], self._blueprint[at] = True, self._look_up(blueprint)
+        self._parks = 0.0 in self._options["alpha_target"] and "SET_ALPHA" in self._options["op"]
+        self._wanted = np.zeros(envs.num_envs, dtype=bool)
+
+    def wants(self, info: dict[str, Any]) -> npt.NDArray[np.bool_]:
+        """Return whether the seeds should be in service; `_wanted` is the previous result.
+
+        Args:
+            info: Info after the last step.
+
+        Returns:
+            (num_envs,) bool.
+        """
+        raise NotImplementedError
+
+    def act(self, observation: npt.NDArray[np.float32], info: dict[str, Any]) -> Actions:
+        """Apply the rules in the order advance, set alpha, germinate, prune."""
+        del observation
+        self._wanted = self.wants(info)
+        planned = np.broadcast_to(self._is_planned, (len(self._wanted), len(self._slots)))
+        enters, leaves = planned & self._wanted[:, None], planned & ~self._wanted[:, None]
+        rules = [(Op.ADVANCE, enters), (Op.SET_ALPHA, planned), (Op.GERMINATE, enters)]
+        if not self._parks:
+            rules.append((Op.PRUNE, leaves))
+        return self._follow(rules, self._blueprint, parks=~self._wanted)
+
+
+class OpenLoop(InService):
+    """In service from one env step to another, whatever happens.
+
+    Args:
+        plan: Slot and blueprint of each seed.
+        start: First env step in service.
+        stop: First env step out of service again; None for never.
+    """
+
+    def __init__(self, plan: Plan, start: int = 0, stop: int | None = None) -> None:
+        super().__init__(plan)
+        self.start, self.stop = start, stop
+
+    def wants(self, info: dict[str, Any]) -> npt.NDArray[np.bool_]:
+        """Compare the step with start and stop."""
+        del info
+        is_on = self._step >= self.start and (self.stop is None or self._step < self.stop)
+        return np.full(len(self._wanted), is_on)
+
+
+class Oracle(InService):
+    """In service in some regimes, which `info["regime"]` reveals: an upper limit, not a policy.
+
+    Args:
+        plan: Slot and blueprint of each seed.
+        regimes: Kinds of problems in which the seeds are in service.
+    """
+
+    def __init__(self, plan: Plan, regimes: Sequence[int]) -> None:
+        super().__init__(plan)
+        self.regimes = tuple(regimes)
+
+    def wants(self, info: dict[str, Any]) -> npt.NDArray[np.bool_]:
+        """Look up the regime."""
+        return np.isin(info["regime"], self.regimes)
+
+
+class Threshold(InService):
+    """In service if the validation accuracy is low.
+
+    Args:
+        plan: Slot and blueprint of each seed.
+        below: Accuracy below which the seeds are in service.
+        decide_at: Env step at which this is decided for the rest of the episode; None decides in
+            every env step, which needs no memory.
+    """
+
+    def __init__(self, plan: Plan, below: float, decide_at: int | None = None) -> None:
+        super().__init__(plan)
+        self.below, self.decide_at = below, decide_at
+
+    def wants(self, info: dict[str, Any]) -> npt.NDArray[np.bool_]:
+        """Compare the accuracy with the threshold."""
+        if self.decide_at is not None and self._step != self.decide_at:
+            return self._wanted
+        result: npt.NDArray[np.bool_] = info["accuracy"] < self.below
+        return result
+
+
+class Toggle(InService):
+    """Changes between in and out of service when the validation accuracy drops.
+
+    Args:
+        plan: Slot and blueprint of each seed.
+        drop: Drop below the mean of the last env steps that counts [accuracy, 0 to 1].
+        window: Env steps in that mean, those before the last change left out.
+        wait: Env steps between two changes, at least.
+        below: Accuracy below which it changes, instead of a drop; this needs no memory but that of
+            the environment.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        drop: float = 0.15,
+        window: int = 3,
+        wait: int = 2,
+        below: float | None = None,
+    ) -> None:
+        super().__init__(plan)
+        self.drop, self.window, self.wait, self.below = drop, window, wait, below
+
+    def begin(self, envs: EsperVectorEnv, seed: int) -> None:
+        """Forget all accuracies."""
+        super().begin(envs, seed)
+        self._past = np.full((self.window, envs.num_envs), np.nan)
+        self._since = np.full(envs.num_envs, self.wait)
+
+    def wants(self, info: dict[str, Any]) -> npt.NDArray[np.bool_]:
+        """Compare the accuracy with the recent ones."""
+        accuracy, self._since = info["accuracy"], self._since + 1
+        if self.below is not None:
+            changes = accuracy < self.below
+        else:
+            known = ~np.isnan(self._past)
+            mean = np.nansum(self._past, axis=0) / np.maximum(known.sum(axis=0), 1)
+            changes = known.any(axis=0) & (accuracy < mean - self.drop) & (self._since > self.wait)
+        self._since[changes] = 0
+        self._past = np.roll(self._past, 1, axis=0)
+        self._past[0] = accuracy
+        self._past[:, changes] = np.nan
+        result: npt.NDArray[np.bool_] = self._wanted ^ changes
+        return result
 
 
 @dataclass(kw_only=True)

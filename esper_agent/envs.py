@@ -47,7 +47,8 @@ def settings_of(env_id: str, config: EnvConfig) -> EnvConfig:
     Args:
         env_id: Environment id.
         config: `TRAINING` or `EVALUATION`, which mean the id's own settings with what is changed
-            there; or complete settings, which are returned.
+            there, and SET_ALPHA with the targets 0 and 1 in an id with parking; or complete
+            settings, which are returned.
 
     Raises:
         ValueError: If the id is that of another package.
@@ -57,7 +58,12 @@ def settings_of(env_id: str, config: EnvConfig) -> EnvConfig:
         return config
     default = EnvConfig()
     changed = {n: getattr(config, n) for n in NAMES if getattr(config, n) != getattr(default, n)}
-    return dataclasses.replace(_make(env_id, 1, "cpu", {}).config, **changed)
+    own = _make(env_id, 1, "cpu", {}).config
+    if own.parking:
+        heads = dict(changed["heads"])
+        heads |= {"op": [*heads["op"], "SET_ALPHA"], "alpha_target": [0.0, 1.0]}
+        changed["heads"] = heads
+    return dataclasses.replace(own, **changed)
 
 
 def make_envs(env_id: str, num_envs: int, device: str, config: EnvConfig) -> EsperVectorEnv:

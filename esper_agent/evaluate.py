@@ -54,8 +54,8 @@ FIGURES = (
     "parameters",
     "flops",
 )
-"""Figures recorded for every episode. `committed_score` is the objective; `test_score` is the same
-with test images."""
+"""Figures recorded for every episode. `committed_score` is the objective; `test_score` is the score
+after the last step with test images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +123,20 @@ def make_policy(name: str) -> Policy:
     return factory(Path(rest).expanduser()) if is_checkpoint else factory()
 
 
-def figures_of(final_info: dict[str, Any]) -> dict[str, npt.NDArray[np.float64]]:
-    """Return the figures of episodes that ended, given the info of their last step."""
+def figures_of(
+    final_info: dict[str, Any], objective: str = "final"
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Return the figures of episodes that ended, given the info of their last step.
+
+    The test score is that of the network which the objective judges in the last step: the committed
+    one, or with the objective "anytime" the one in service.
+    """
     rent = final_info["committed_accuracy"] - final_info["committed_score"]
-    known = {**final_info, "test_score": final_info["committed_test_accuracy"] - rent}
+    test_score = final_info["committed_test_accuracy"] - rent
+    if objective == "anytime":
+        rent = final_info["accuracy"] - final_info["score"]
+        test_score = final_info["test_accuracy"] - rent
+    known = {**final_info, "test_score": test_score}
     return {name: known[name] for name in FIGURES}
 
 
@@ -156,7 +166,7 @@ def run_episodes(
             ends = (terminated | truncated) & is_running
             if ends.any():
                 last = info["final_info"]
-                for name, values in figures_of(last).items():
+                for name, values in figures_of(last, envs.config.objective).items():
                     final.setdefault(name, np.zeros(envs.num_envs))[ends] = values[ends]
                 for i in np.nonzero(ends)[0].tolist():
                     slots = np.nonzero(last["stage"][i] == Stage.FOSSILIZED)[0].tolist()

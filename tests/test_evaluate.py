@@ -17,16 +17,22 @@ from typing import Any
 import gymnasium as gym
 import matplotlib.image as mpimg
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from esper_agent import command_line, evaluate
 from esper_agent.arguments import config_of
 from esper_agent.baselines import (
     FixedSchedule,
+    InService,
     NeverGrow,
+    OpenLoop,
+    Oracle,
     Periodic,
     PlateauHeuristic,
     RandomLegal,
+    Threshold,
+    Toggle,
     parse_plan,
 )
 from esper_agent.envs import TRAINING, make_envs, settings_of
@@ -450,6 +456,110 @@ def test_periodic_germinates_at_every_multiple_of_its_period_and_keeps_all() -> 
     ops = np.stack([info["op"] for info in steps])
     assert (np.nonzero((ops == Op.GERMINATE).all(axis=1))[0] == [3, 6]).all()
     assert (steps[-1]["stage"] == Stage.FOSSILIZED).all()
+
+
+# ------------------------------------------------------------------------------ seeds in service
+
+PLAN = parse_plan("conv_light@0+norm@1")
+REGIMES = ("Esper-Digits-Sizing-v0", "Esper-Digits-Contexts-v0")
+
+
+def serve(policy: InService, env_id: str, **settings: Any) -> npt.NDArray[np.float64]:
+    """Return alpha after every step of one episode of 3 members. (steps, members, slots)."""
+    config = dataclasses.replace(
+        settings_of(env_id, TRAINING), episode_steps=14, batches_per_step=1, **settings
+    )
+    envs = make_envs(env_id, 3, "cpu", config)
+    observation, info = envs.reset(seed=0)
+    policy.begin(envs, 0)
+    alphas = []
+    for _ in range(14):
+        observation, _, terminated, truncated, info = envs.step(policy.act(observation, info))
+        if (terminated | truncated).any():
+            info = info["final_info"]
+        alphas.append(info["alpha"])
+    envs.close()
+    return np.array(alphas)
+
+
+@pytest.mark.parametrize("env_id", REGIMES)
+def test_an_open_loop_serves_from_its_start_to_its_stop(env_id: str) -> None:
+    """One op per step: the second seed is a step later. Parked or pruned, both leave again."""
+    alpha = serve(OpenLoop(PLAN, 2, 7), env_id)
+    on = np.zeros((14, 2))
+    on[2:7, 0] = on[3:8, 1] = 1
+    assert (alpha == on[:, None]).all()
+    assert not serve(OpenLoop(PLAN, 14), env_id).any()
+    assert (serve(OpenLoop(PLAN), env_id)[1:] == 1).all()
+
+
+@pytest.mark.parametrize("env_id", REGIMES)
+def test_an_oracle_serves_in_its_regime(env_id: str) -> None:
+    seen = []
+
+    class Watched(Oracle):
+        def wants(self, info: dict[str, Any]) -> npt.NDArray[np.bool_]:
+            result = super().wants(info)
+            assert np.array_equal(result, info["regime"] == 1)
+            seen.append(result)
+            return result
+
+    alpha = serve(Watched(parse_plan("norm@1"), [1]), env_id)
+    assert not alpha[..., 0].any()
+    wanted = np.array(seen)
+    assert 0 < wanted.mean() < 1
+    # A pruned slot is closed for some steps; a parked seed comes back at once.
+    if env_id == REGIMES[1]:
+        assert np.array_equal(alpha[..., 1] == 1, wanted)
+    assert not alpha[..., 1][~wanted].any()
+
+
+def decisions(policy: InService, accuracies: list[float]) -> list[bool]:
+    """Return what a policy wants at each accuracy of one member."""
+    envs = make_envs(ID, 1, "cpu", LIFE)
+    envs.reset(seed=0)
+    policy.begin(envs, 0)
+    wanted = []
+    for accuracy in accuracies:
+        policy.act(np.zeros((1, 1), np.float32), {"accuracy": np.array([accuracy])})
+        wanted.append(bool(policy._wanted[0]))
+    envs.close()
+    return wanted
+
+
+def test_a_threshold_decides_once_or_in_every_step() -> None:
+    course = [0.1, 0.2, 0.6, 0.3, 0.9]
+    assert decisions(Threshold(PLAN, 0.5, decide_at=1), course) == [False] + 4 * [True]
+    assert decisions(Threshold(PLAN, 0.5, decide_at=2), course) == 5 * [False]
+    assert decisions(Threshold(PLAN, 0.5), course) == [True, True, False, True, False]
+
+
+def test_a_toggle_needs_a_drop_below_the_recent_mean_and_waits() -> None:
+    """Mean of up to 2 earlier accuracies; after a change two steps pass without another."""
+    policy = Toggle(PLAN, drop=0.2, window=2, wait=2)
+    course = [0.5, 0.31, 0.2, 0.9, 0.1, 0.1, 0.6, 0.6, 0.39]
+    # 0.31 > 0.5 - 0.2; 0.2 < 0.405 - 0.2 is a change; the first 0.1 < 0.9 - 0.2 comes too early,
+    # the second one < 0.5 - 0.2 does not; 0.39 < 0.6 - 0.2.
+    expected = [False, False, True, True, True, False, False, False, True]
+    assert decisions(policy, course) == expected
+    course = [0.5, 0.2, 0.6, 0.2]
+    assert decisions(Toggle(PLAN, below=0.3), course) == [False, True, True, False]
+
+
+def test_a_plan_that_does_not_fit_raises() -> None:
+    envs = make_envs(ID, 1, "cpu", LIFE)
+    with pytest.raises(ValueError, match=r"plan: expected slots among \[0, 1\], got 2"):
+        OpenLoop(parse_plan("norm@2")).begin(envs, 0)
+    envs.close()
+
+
+def test_the_anytime_test_score_is_that_of_the_network_in_service() -> None:
+    """0.9 with test images minus the rent of 0.1; what is fossilized does not matter."""
+    info = {"accuracy": 0.7, "score": 0.6, "test_accuracy": 0.9, "committed_score": 0.4}
+    info |= {"committed_accuracy": 0.5, "committed_test_accuracy": 0.3, "parameters": 9, "flops": 1}
+    arrays = {name: np.array([value]) for name, value in info.items()}
+    assert evaluate.figures_of(arrays, "anytime")["test_score"][0] == pytest.approx(0.8)
+    assert evaluate.figures_of(arrays)["test_score"][0] == pytest.approx(0.2)
 
 
 def test_the_heuristic_names_the_blueprints_it_could_take() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import ablations, headroom, learning
+from benchmarks import ablations, adaptivity, headroom, learning
 from benchmarks.protocol import compare, play, summarize, table_of
 from benchmarks.references import train_equal_compute, train_grown_size
 from docs.results import ablation_table
@@ -207,6 +207,39 @@ def test_the_quick_protocol_writes_all_arms_goes_on_and_refuses_other_settings(
     monkeypatch.setattr("sys.argv", [*command, "--seed", "7"])
     with pytest.raises(ValueError, match="other values of seed; choose another"):
         learning.main()
+
+
+def test_the_quick_adaptivity_compares_all_arms_with_the_best_open_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "result.json"
+    command = ["adaptivity", "--env-id", "Esper-Digits-Contexts-v0", "--quick"]
+    command += ["--agent-seeds", "1", "--work-dir", str(tmp_path / "work"), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", command)
+    adaptivity.main()
+    result = json.loads(out.read_text())
+    arms = {"never", "constant", "open_loop", "oracle", "rule", "memoryless_rule", "ppo_lstm"}
+    assert set(result["scores"]) == arms
+    others = {f"{arm} - open_loop" for arm in arms - {"open_loop"}}
+    assert set(result["paired"]) == others | {
+        "ppo_lstm - rule",
+        "open loop of each instance - open_loop",
+    }
+    assert result["scores"]["open_loop"] == max(result["open_loops"].values())
+    for name in others:
+        pair, arm = result["paired"][name], name.removesuffix(" - open_loop")
+        difference = result["scores"][arm] - result["scores"]["open_loop"]
+        assert pair["difference"] == pytest.approx(difference, abs=1e-9)
+        assert pair["low"] <= pair["difference"] <= pair["high"]
+
+
+def test_an_interval_over_agents_instances_and_episodes_by_hand() -> None:
+    """One agent, 400 instances with differences of 0.1 +- 0.2, and no noise within them."""
+    rng = np.random.default_rng(0)
+    difference = np.repeat(rng.normal(0.1, 0.2, (1, 400, 1)), 2, axis=2)
+    pair = adaptivity.interval(difference, rng)
+    assert pair["difference"] == pytest.approx(difference.mean())
+    assert pair["high"] - pair["low"] == pytest.approx(2 * 1.96 * 0.2 / 20, rel=0.15)
 
 
 def test_every_ablation_changes_what_its_name_says_and_nothing_else() -> None:

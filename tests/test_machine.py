@@ -346,6 +346,7 @@ class Machine(RuleBasedStateMachine):
         self.total = np.zeros(num_envs)
         self.first_score = np.zeros(num_envs)
         self.earned = np.zeros(num_envs)
+        self.regime = np.zeros(num_envs, dtype=np.int64)
         self.is_over = self.nobody.copy()
         observation, info = self.envs.reset(seed=seed)
         self.recorder.watched = self.envs.debug_state()
@@ -544,7 +545,7 @@ class Machine(RuleBasedStateMachine):
         self.total[members] = self.earned[members] = 0.0
         is_final = self.envs.config.objective == "final"
         self.first_score[members] = info["score"][members] if is_final else 0.0
-        self.regime = info.get("regime", np.zeros(len(members))).copy()
+        self.regime[members] = info.get("regime", self.regime)[members]
         self.is_over[members] = False
         assert (info["stage"][members] == Stage.DORMANT).all()
         assert (info["parameters"][members] == 0).all()

@@ -416,6 +416,12 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
     # ------------------------------------------------------------------ masks and samples
 
     @property
+    def num_regimes(self) -> int:
+        """Number of kinds of problems in the task, 0 without regimes."""
+        regimes = TASKS[self.config.task].regimes
+        return 0 if regimes is None else len(regimes.kinds)
+
+    @property
     def num_instances(self) -> int:
         """Number of instances in the configured set."""
         return SET_SIZES[self.config.instances]
