@@ -59,6 +59,14 @@ def test_restricted_heads_give_a_small_space() -> None:
     assert JointAction(make_single(heads=heads)).action_space.n == 1 + 2 * 2 + 2 + 2
 
 
+@pytest.mark.parametrize("graft", [False, True])
+def test_parking_adds_its_target_to_set_alpha_alone(graft: bool) -> None:
+    """GERMINATE: 2*7*4*3*3 as before, or with grafts 2*7*4; SET_ALPHA: 2*4*4*4*5 instead of 3."""
+    wrapper = JointActionVector(make(1, parking=True, graft=graft))
+    germinations = 2 * 7 * 4 * (1 if graft else 9)
+    assert len(wrapper.table.actions) == 1 + germinations + 2 + 640 + 2 * 4 * 5 + 2
+
+
 def test_wrong_environments_and_actions_are_refused() -> None:
     with pytest.raises(TypeError, match="expected an EsperEnv, got CartPoleEnv"):
         JointAction(gym.make("CartPole-v1"))
