@@ -57,7 +57,7 @@ class Args:
     agent_seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
     """Seeds of the agents, different from those of `learning.py`."""
     total_timesteps: int = 96_000
-    """Env steps per agent; a third of the agent's default, so that all variants take two hours."""
+    """Env steps per agent; half of the agent's default, so that all variants take two hours."""
     repeats: int = 8
     """Evaluation episodes per held-out instance."""
     seed: int = 1_000_000

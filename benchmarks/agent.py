@@ -63,7 +63,9 @@ def training_arguments(args: Args, num_envs: int) -> ppo_lstm.Args:
         config = EnvConfig(batches_per_step=1, batch_size=8, episode_steps=6, horizon="terminal")
         settings = {"env": config, "num_steps": 6, "hidden_size": 16}
     default = ppo_lstm.Args(env_id=args.env_id, seed=args.seed, **settings)
-    settings |= {"num_envs": num_envs, "total_timesteps": num_envs * default.num_steps}
+    # Minibatches of four sub-environments, as by default.
+    settings |= {"num_envs": num_envs, "num_minibatches": num_envs // 4}
+    settings |= {"total_timesteps": num_envs * default.num_steps}
     return ppo_lstm.Args(env_id=args.env_id, seed=args.seed, **settings)
 
 

@@ -32,7 +32,7 @@ class Args:
 
     steps: int = 30
     """Env steps of each sub-environment that are measured."""
-    num_envs: int = ppo_lstm.Args().num_envs
+    num_envs: int = 16
     """Sub-environments."""
     threads: int = 2
     """Torch threads."""

@@ -531,7 +531,7 @@ TUNED_HEURISTIC: dict[str, Any] = {
     "steps_to_live": 30,
 }
 """Thresholds tuned on the training instances of Esper-Digits-v0 (`benchmarks/learning.py`)."""
-BEST_SCHEDULE = "conv_heavy@0+norm@1"
+BEST_SCHEDULE = "conv_light@0+conv_heavy@1"
 """Best fixed schedule on the same instances, in the form that `parse_plan` reads."""
 
 BASELINES: dict[str, Callable[[], Policy]] = {

@@ -64,9 +64,9 @@ class Args:
     """Device of the environment and the agent."""
     run_dir: Path | None = None
     """Run directory; by default runs/<env id>__ppo_lstm__<seed>__<time>."""
-    total_timesteps: int = 288_000
+    total_timesteps: int = 207_360
     """Env steps, summed over sub-environments."""
-    num_envs: int = 16
+    num_envs: int = 32
     """Sub-environments that run in parallel."""
     num_steps: int = 60
     """Env steps per sub-environment and rollout; the default is one episode of Esper-Digits-v0."""
@@ -81,7 +81,7 @@ class Args:
     group_size: int = 4
     """Sub-environments per group. A group shares reset seeds, hence hosts, images and instances,
     and the common part of its advantages is subtracted; 1 disables this."""
-    num_minibatches: int = 4
+    num_minibatches: int = 8
     """Minibatches per epoch, each a random set of whole sequences."""
     update_epochs: int = 4
     """Epochs per update."""

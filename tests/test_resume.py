@@ -687,7 +687,7 @@ def test_nothing_is_pickled() -> None:
 TRAINING_MISTAKES = [
     (["--numenvs", "3"], "Unrecognized options: --numenvs, 3; did you mean --num-envs?"),
     (["--num-envs", "x"], "--num-envs: "),
-    (["--num-envs", "3"], "num_minibatches: expected a divisor of num_envs=3, got 4"),
+    (["--num-envs", "3"], "num_minibatches: expected a divisor of num_envs=3, got 8"),
     (["--learning-rate", "nan"], "learning_rate: expected above 0 and at most 1, got nan"),
     (["--env.batch-size", "1"], "batch_size: expected at least 2"),
     (["--env-id", "Esper-Nothing-v0"], "Esper-Nothing"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -465,20 +464,19 @@ class Simulation:
             leave_one_out=attribution != "none",
             all_subsets=attribution == "full",
         )
-        evaluate = partial(self.population.evaluate, seeds=seeds, images=images)
+        evaluate, (member, alpha) = self.population.evaluate, coalitions[:2]
         if self.task.regimes is None:
-            return coalitions, evaluate(coalitions.member, coalitions.alpha)
+            return coalitions, evaluate(member, alpha, seeds, images)
         course, steps = self.course, self.state.progress.steps[rows]
-        result = evaluate(coalitions.member, coalitions.alpha, exam=self._exam(rows, images))
+        result = evaluate(member, alpha, seeds, images, self._exam(rows, images))
         # While one kind replaces another, both count by their share of the images.
         share = np.ones(len(self.state.progress.steps))
         share[rows] = course.share[rows, steps]
-        weight = share[coalitions.member]
+        weight = share[member]
         part = weight < 1
         if part.any():
-            member, alpha = coalitions.member[part], coalitions.alpha[part]
             exam = self._exam(rows, images, is_before=True)
-            before = evaluate(member, alpha, exam=exam)
+            before = evaluate(member[part], alpha[part], seeds, images, exam)
             for new, old in zip(result, before, strict=True):
                 new[part] = weight[part] * new[part] + (1 - weight[part]) * old
         return coalitions, result
