@@ -387,7 +387,7 @@ def measure_trainings(args: Args, cache: Path) -> dict[str, Any]:
     for seed in range(args.trainings + 1):
         for side, worker in workers.items():
             # The first, short pair loads or compiles the kernels.
-            worker.send(what="train", seed=seed, timesteps=args.timesteps if seed else 960)
+            worker.send(what="train", seed=seed, timesteps=args.timesteps if seed else 1920)
             row = worker.receive()
             if seed:
                 rows[side].append(row)
