@@ -67,8 +67,11 @@ def record_rollback(state: RollbackState, members: IntArray) -> None:
 
 
 def forget(state: RollbackState, members: IntArray) -> None:
-    """Start new windows of recent losses, without a rollback; `members` is (m,) int64."""
-    state.num_losses[members] = state.streak[members] = 0
+    """Start new windows of recent losses, without a rollback; `members` is (m,) int64.
+
+    A streak goes on: without a window, only a loss above `divergence_loss` can lengthen it.
+    """
+    state.num_losses[members] = 0
 
 
 @entry_point
