@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import learning, write_result
+from benchmarks.headroom import best_of_each, halves
 from benchmarks.processes import only_user
 from benchmarks.protocol import Episodes, play, table_of
 from esper_agent import command_line, ppo_lstm
@@ -164,8 +165,8 @@ def run_arms(args: Args) -> dict[str, Any]:
     # All open loops, on the test instances: the best of them is favoured.
     loops = open_loops(plans, args.env.episode_steps)
     played = {}
-    for name in progress(list(loops), "open loops"):
-        path = args.work_dir / f"loop-{list(loops).index(name)}.json"
+    for k, name in enumerate(progress(list(loops), "open loops")):
+        path = args.work_dir / f"loop-{k}.json"
         played[name] = learning.remember(path, partial(episodes, loops[name]))
     scores = {name: float(np.mean(run["committed_score"])) for name, run in played.items()}
     constants = [name for name in loops if name.endswith(f"from 0 to {args.env.episode_steps}")]
@@ -191,22 +192,19 @@ def run_arms(args: Args) -> dict[str, Any]:
             learning.agent_args(budget, seed, args.work_dir / "agents") for seed in args.agent_seeds
         ]
         learning.train_agents(runs, args.jobs)
-        make = [
-            partial(ppo_lstm.TrainedPolicy, args.work_dir / "agents" / str(r.seed)) for r in runs
-        ]
-        arms["ppo_lstm"] = [
-            learning.remember(args.work_dir / f"arm-ppo_lstm-{run.seed}.json", partial(episodes, m))
-            for run, m in zip(runs, make, strict=True)
-        ]
+        arms["ppo_lstm"] = []
+        for run in runs:
+            agent = partial(episodes, partial(ppo_lstm.TrainedPolicy, run.run_dir))
+            path = args.work_dir / f"arm-ppo_lstm-{run.seed}.json"
+            arms["ppo_lstm"].append(learning.remember(path, agent))
     rng = np.random.default_rng(args.seed)
     tables = {name: table_of(runs) for name, runs in arms.items()}
     # The best open loop of each instance, chosen on half of its episodes and judged on the others.
     everything = np.concatenate([table_of([run]) for run in played.values()])
-    half, instances = args.repeats // 2, np.arange(everything.shape[1])
-    parts = []
-    for chosen, held in ((np.s_[:half], np.s_[half:]), (np.s_[half:], np.s_[:half])):
-        best = everything[:, :, chosen].mean(axis=2).argmax(axis=0)
-        parts.append(everything[best, instances][:, held] - tables["open_loop"][0][:, held])
+    parts = [
+        best_of_each(everything, chosen, held) - tables["open_loop"][0][:, held]
+        for chosen, held in halves(args.repeats)
+    ]
     paired = {
         f"{name} - open_loop": interval(table - tables["open_loop"], rng)
         for name, table in tables.items()

@@ -60,6 +60,27 @@ class Args:
     """JSON file for the result."""
 
 
+def halves(repeats: int) -> tuple[tuple[slice, slice], ...]:
+    """Return the repeats to choose on and those to judge by: both halves, in both directions."""
+    half = repeats // 2
+    return (np.s_[:half], np.s_[half:]), (np.s_[half:], np.s_[:half])
+
+
+def best_of_each(scores: FloatArray, chosen: slice, held: slice) -> FloatArray:
+    """Return the held scores of each instance's best schedule on chosen repeats.
+
+    Args:
+        scores: Scores of all episodes. (schedules, instances, repeats).
+        chosen: Repeats to choose on.
+        held: Repeats to return.
+
+    Returns:
+        (instances, held repeats).
+    """
+    best = scores[:, :, chosen].mean(axis=2).argmax(axis=0)
+    return scores[best, np.arange(scores.shape[1])][:, held]
+
+
 def choose_and_judge(scores: FloatArray, rng: np.random.Generator) -> dict[str, Any]:
     """Compare the best schedule of each instance with the single best and the first schedule.
 
@@ -71,13 +92,10 @@ def choose_and_judge(scores: FloatArray, rng: np.random.Generator) -> dict[str, 
     Returns:
         Summaries of scores and of paired differences, on episodes not used for the choice.
     """
-    # Choose on one half of the repeats and evaluate on the other, in both directions.
-    half = scores.shape[2] // 2
-    everyone = np.arange(scores.shape[1])
     judged: dict[str, list[FloatArray]] = {"first": [], "single": [], "each": []}
-    for chosen, held in ((np.s_[:half], np.s_[half:]), (np.s_[half:], np.s_[:half])):
+    for chosen, held in halves(scores.shape[2]):
         mean = scores[:, :, chosen].mean(axis=2)
-        judged["each"].append(scores[mean.argmax(axis=0), everyone][:, held])
+        judged["each"].append(best_of_each(scores, chosen, held))
         judged["single"].append(scores[mean.mean(axis=1).argmax()][:, held])
         judged["first"].append(scores[0][:, held])
     tables = {name: np.concatenate(parts, axis=1)[None] for name, parts in judged.items()}

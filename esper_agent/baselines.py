@@ -107,6 +107,25 @@ class RuleBased:
         default = "conv_light" if "conv_light" in offered else offered[0]
         return np.full(len(self._slots), self._look_up(blueprint or default))
 
+    def _look_up_plan(self, plan: Plan, never: int) -> tuple[IntArray, IntArray]:
+        """Return env step and blueprint option of each slot in a plan. (num_slots,) int64 each.
+
+        Args:
+            plan: Slot, blueprint and env step of each germination.
+            never: Env step of slots that are not in the plan.
+
+        Raises:
+            ValueError: If the environment does not offer a slot or a blueprint.
+        """
+        start = np.full(len(self._slots), never)
+        option = np.zeros(len(self._slots), dtype=np.int64)
+        for slot, blueprint, step in plan:
+            if slot not in self._slots:
+                raise ValueError(f"plan: expected slots among {self._slots}, got {slot}")
+            at = self._slots.index(slot)
+            start[at], option[at] = step, self._look_up(blueprint)
+        return start, option
+
     def _keep_all(self, germinates: npt.NDArray[np.bool_], blueprint: IntArray) -> Actions:
         """Fossilize and advance every seed as soon as possible, and germinate in given slots.
 
@@ -200,17 +219,12 @@ class FixedSchedule(RuleBased):
     def begin(self, envs: EsperVectorEnv, seed: int) -> None:
         """Look up the slots and blueprints of the plan."""
         super().begin(envs, seed)
-        num_slots = len(self._slots)
-        self._start = np.full(num_slots, envs.config.episode_steps)
-        self._blueprint = np.zeros(num_slots, dtype=np.int64)
-        for slot, blueprint, step in self.plan:
-            if slot not in self._slots:
-                raise ValueError(f"plan: expected slots among {self._slots}, got {slot}")
+        for _, _, step in self.plan:
             if step >= envs.config.episode_steps:
                 last = envs.config.episode_steps - 1
                 raise ValueError(f"plan: expected steps of 0 to {last}, got {step}")
-            at = self._slots.index(slot)
-            self._start[at], self._blueprint[at] = step, self._look_up(blueprint)
+        never = envs.config.episode_steps
+        self._start, self._blueprint = self._look_up_plan(self.plan, never)
 
     def act(self, observation: npt.NDArray[np.float32], info: dict[str, Any]) -> Actions:
         """Apply the rules in the order fossilize, advance, germinate."""
@@ -234,14 +248,9 @@ class InService(RuleBased):
     def begin(self, envs: EsperVectorEnv, seed: int) -> None:
         """Look up the blueprints of the plan."""
         super().begin(envs, seed)
-        num_slots = len(self._slots)
-        self._is_planned = np.zeros(num_slots, dtype=bool)
-        self._blueprint = np.zeros(num_slots, dtype=np.int64)
-        for slot, blueprint, _ in self.plan:
-            if slot not in self._slots:
-                raise ValueError(f"plan: expected slots among {self._slots}, got {slot}")
-            at = self._slots.index(slot)
-            self._is_planned[at], self._blueprint[at] = True, self._look_up(blueprint)
+        never = -1
+        start, self._blueprint = self._look_up_plan(self.plan, never)
+        self._is_planned = start != never
         self._parks = 0.0 in self._options["alpha_target"] and "SET_ALPHA" in self._options["op"]
         self._wanted = np.zeros(envs.num_envs, dtype=bool)
 

@@ -282,8 +282,7 @@ def apply(state: SlotState, measured: Measurements, request: Request, config: En
         is_immediate = request.speed[at[0]] == 0
         _remove(state, measured, (at[0][is_immediate], at[1][is_immediate]), config)
         slow = (at[0][~is_immediate], at[1][~is_immediate])
-        zero, blends = np.zeros(len(slow[0])), np.ones(len(slow[0]), dtype=bool)
-        _retarget(state, slow, zero, request.speed[slow[0]], blends)
+        _retarget(state, slow, np.zeros(len(slow[0])), request.speed[slow[0]], True)
         state.is_pruning[slow] = True
 
     at = chosen(Op.FOSSILIZE)
@@ -382,8 +381,7 @@ def _advance(state: SlotState, at: tuple[IntArray, ...]) -> None:
         here = tuple(index[stage == source.value] for index in at)
         _move(state, here, target)
         if target == Stage.BLENDING:
-            blends = np.ones(len(here[0]), dtype=bool)
-            _retarget(state, here, state.first_target[here], state.tempo[here], blends)
+            _retarget(state, here, state.first_target[here], state.tempo[here], True)
 
 
 def _retarget(
@@ -391,7 +389,7 @@ def _retarget(
     at: tuple[IntArray, ...],
     target: FloatArray,
     length: IntArray,
-    blends: BoolArray,
+    blends: BoolArray | bool,
 ) -> None:
     """Start ramps of slots in mode HOLD; at length 0 alpha changes at once.
 

@@ -170,8 +170,8 @@ class ObservationBuilder:
 
 def _sums_up(name: str) -> bool:
     """Return whether a feature sums up the past, so that `observation="minimal"` leaves it out."""
-    ends = ("_change_1", "_change_2", "_change_3", "contribution_velocity")
-    return name in ("best_accuracy", "plateau_steps") or name.endswith(ends)
+    is_difference = "_change_" in name or name.endswith("contribution_velocity")
+    return is_difference or name in ("best_accuracy", "plateau_steps")
 
 
 class _Scales(NamedTuple):
