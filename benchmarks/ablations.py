@@ -5,6 +5,9 @@ episodes, and agent seed k of a variant is paired with agent seed k of the defau
 directory keeps finished agents, so a second call continues an interrupted one.
 
     python benchmarks/ablations.py --out benchmarks/results/ablations.json
+    python benchmarks/ablations.py --env-id Esper-Digits-Contexts-v0 --total-timesteps 207360 \
+        --variants "no memory" "minimal observation, no memory" "PRUNE and FOSSILIZE" \
+        --out benchmarks/results/ablations-contexts.json
 """
 
 from __future__ import annotations
@@ -16,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
 from benchmarks import write_result
 from benchmarks.learning import check_work_dir, remember, smallest, train_agents
 from benchmarks.processes import only_user
 from benchmarks.protocol import Episodes, compare, play, summarize, table_of
-from esper_agent import ppo_lstm
-from esper_agent.envs import TRAINING
+from esper_agent import command_line, ppo_lstm
+from esper_agent.envs import TRAINING, settings_of
 from esper_agent.telemetry.display import progress
-from esper_env import EnvConfig
+from esper_env import EnvConfig, Op
+from esper_env.config import FloatArray
 
 DEFAULT = "default"
 SAMPLED = "actions drawn when judged"
@@ -41,17 +44,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no group baseline": {"group_size": 1},
     "twice the value weight": {"vf_coef": 1.0},
     "half the width": {"hidden_size": 64},
+    "minimal observation": {"env.observation": "minimal"},
+    "minimal observation, no memory": {"env.observation": "minimal", "recurrent": False},
+    "PRUNE and FOSSILIZE": {
+        "env.heads": {**TRAINING.heads, "op": [op.name for op in Op], "alpha_target": [0.0, 1.0]}
+    },
 }
 """Changes of `ppo_lstm.Args` by variant; `total_timesteps` is a factor. `SAMPLED` evaluates the
-default's agents with sampled instead of greedy actions."""
+default's agents with sampled instead of greedy actions. The last one needs parking."""
+BASES = {"minimal observation, no memory": "minimal observation"}
+"""Variants that are compared with another one than the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
     """Train agents with one changed setting each, and compare them with the default."""
 
-    variants: tuple[str, ...] = tuple(VARIANTS)
-    """Variants to train; the default is always included."""
+    variants: tuple[str, ...] = tuple(VARIANTS)[:-3]
+    """Variants to train; what they are compared with is always included."""
+    env_id: str = "Esper-Digits-v0"
+    """Environment id."""
     env: EnvConfig = field(default_factory=lambda: TRAINING)
     """Settings of the environment, before a variant changes them."""
     agent_seeds: tuple[int, ...] = (101, 102, 103, 104, 105)
@@ -71,6 +83,10 @@ class Args:
     out: Path | None = None
     """JSON file for the result."""
 
+    def __post_init__(self) -> None:
+        """Complete the settings of the environment."""
+        object.__setattr__(self, "env", settings_of(self.env_id, self.env))
+
 
 def quick(args: Args) -> Args:
     """Return the arguments with the smallest sizes."""
@@ -89,6 +105,7 @@ def agent_args(args: Args, variant: str, seed: int) -> ppo_lstm.Args:
     env = {key.removeprefix("env."): changes.pop(key) for key in list(changes) if "." in key}
     factor = changes.pop("total_timesteps", 1)
     return ppo_lstm.Args(
+        env_id=args.env_id,
         env=dataclasses.replace(args.env, **env),
         seed=seed,
         total_timesteps=int(factor * args.total_timesteps),
@@ -112,7 +129,7 @@ def evaluate(variant: str, run: ppo_lstm.Args, args: Args) -> Episodes:
 
 def main() -> None:
     """Parse the command line, and run."""
-    args = tyro.cli(Args)
+    args = command_line.parse(Args)
     args = quick(args) if args.quick else args
     unknown = set(args.variants) - set(VARIANTS)
     if unknown:
@@ -127,9 +144,10 @@ def run(args: Args) -> None:
     check_work_dir(args.work_dir, dataclasses.asdict(args), free)
     rng = np.random.default_rng(args.seed)
     variants: dict[str, Any] = {}
-    default = None
-    # The default comes first, because every variant is paired with it. `SAMPLED` uses its agents.
-    names = dict.fromkeys((DEFAULT, *args.variants))
+    # What others are paired with comes first. `SAMPLED` uses the default's agents.
+    bases = [BASES[name] for name in args.variants if name in BASES]
+    names = dict.fromkeys((DEFAULT, *bases, *args.variants))
+    tables: dict[str, FloatArray] = {}
     runs_of = {name: [agent_args(args, name, seed) for seed in args.agent_seeds] for name in names}
     trained = [run for name, runs in runs_of.items() if name != SAMPLED for run in runs]
     train_agents(trained, args.jobs)
@@ -140,18 +158,18 @@ def run(args: Args) -> None:
             )
             for run in progress(runs, f"{name}: evaluations")
         ]
-        table = table_of(episodes)
-        default = table if default is None else default
+        table = tables[name] = table_of(episodes)
+        base = BASES.get(name, DEFAULT)
         variants[name] = {
             "changes": VARIANTS[name],
             "summary": summarize(table, rng),
             "parameters_mean": float(np.mean([run["parameters"] for run in episodes])),
             "score_of_each_agent": table.mean(axis=(1, 2)).tolist(),
         }
-        pair = compare(table, default, rng)
+        pair = compare(table, tables[base], rng)
         variants[name]["paired"] = pair
         print(
-            f"{name:42s} {variants[name]['summary']['iqm']:.4f}  minus the default "
+            f"{name:42s} {variants[name]['summary']['iqm']:.4f}  minus {base} "
             f"{pair['difference']:+.4f} ({pair['low']:+.4f} .. {pair['high']:+.4f})",
             flush=True,
         )

@@ -1,19 +1,25 @@
-"""Does an environment need an agent that adapts? Fixed plans, an oracle, signal rules and agents.
+"""Does an environment need an agent that adapts? Fixed plans, an oracle, rules and agents.
 
-Seeds of a *plan* are in service or not. An open loop switches them at fixed env steps. An oracle
-sees the regime. A signal rule sees the validation accuracy, with or without memory. Oracle and
-rules are tuned on training instances. The best open loop is chosen on the test instances
-themselves, which favours it. The differences from it are paired: all arms have the same instances
-and reset seeds.
+An open loop acts at fixed env steps, whatever happens. The best one is chosen on the test instances
+themselves, which favours it. An oracle sees the regime. A rule sees the validation accuracy, with
+or without memory. Oracle and rules are tuned on training instances. The differences from the best
+open loop are paired: all arms have the same instances and reset seeds.
+
+With regimes, the seeds of a *plan* are in service or not. Without, an open loop is a schedule of
+germinations, and the rules are plateau heuristics.
 
     python benchmarks/adaptivity.py --env-id Esper-Digits-Sizing-v0 \
-        --out benchmarks/results/adaptivity-sizing.json
+        --agent-seeds 1 2 3 4 5 6 7 8 9 10 --out benchmarks/results/adaptivity-sizing.json
+    python benchmarks/adaptivity.py --env-id Esper-Digits-v0 --repeats 8 \
+        --agents-from benchmarks/results/learning-digits.json \
+        --out benchmarks/results/adaptivity-digits.json
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,11 +30,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks import learning, write_result
-from benchmarks.headroom import best_of_each, halves
 from benchmarks.processes import only_user
 from benchmarks.protocol import Episodes, play, table_of
 from esper_agent import command_line, ppo_lstm
 from esper_agent.baselines import (
+    FixedSchedule,
     NeverGrow,
     OpenLoop,
     Oracle,
@@ -42,6 +48,7 @@ from esper_agent.envs import TRAINING, make_envs, settings_of
 from esper_agent.telemetry.display import progress
 from esper_env import EnvConfig
 from esper_env.config import FloatArray
+from esper_env.tasks import TASKS
 
 PLANS = (
     *("conv_heavy@0+conv_heavy@1", "conv_heavy@0", "conv_heavy@1"),
@@ -51,9 +58,10 @@ PLANS = (
 """Seeds that are in service together, in the format of `parse_plan`."""
 SHARES = ((0.0, 1.0), (0.25, 1.0), (0.5, 1.0), (0.75, 1.0), (0.0, 0.25), (0.0, 0.5), (0.0, 0.75))
 """Start and end of service of the open loops, as shares of the episode."""
+PERIODS = (10, 20)
+"""Env steps in service, and then out of service, of the open loops that alternate."""
 RESAMPLES = 4000
 """Resamples of the bootstrap."""
-
 Make = Callable[[], Policy]
 
 
@@ -62,17 +70,19 @@ class Args:
     """Measure how much adaptation is worth in an environment with regimes."""
 
     env_id: str
-    """Environment id, of an environment with regimes."""
+    """Environment id."""
     env: EnvConfig = field(default_factory=lambda: TRAINING)
     """Settings of the environment, except for the set of instances."""
-    plans: tuple[str, ...] = PLANS
-    """Plans of all arms."""
-    repeats: int = 8
+    plans: tuple[str, ...] = ()
+    """Plans or schedules of the open loops; by default a grid of them."""
+    repeats: int = 4
     """Episodes per test instance."""
     seed: int = 1_000_000
     """First reset seed of the evaluation."""
     agent_seeds: tuple[int, ...] = ()
     """Seeds of agents to train and compare."""
+    agents_from: Path | None = None
+    """Result of `learning.py` whose agents' episodes are compared instead of training agents."""
     total_timesteps: int = ppo_lstm.Args().total_timesteps
     """Env steps of one agent, and of each search."""
     jobs: int = 2
@@ -87,6 +97,11 @@ class Args:
     def __post_init__(self) -> None:
         """Complete the settings of the environment."""
         object.__setattr__(self, "env", settings_of(self.env_id, self.env))
+        if not self.plans:
+            has_regimes = TASKS[self.env.task].regimes is not None
+            object.__setattr__(self, "plans", PLANS if has_regimes else learning.GRID)
+        if self.repeats < 2 or self.repeats % 2:
+            raise ValueError(f"repeats: expected an even number of at least 2, got {self.repeats}")
 
 
 def open_loops(plans: dict[str, Plan], steps: int) -> dict[str, Make]:
@@ -94,7 +109,10 @@ def open_loops(plans: dict[str, Plan], steps: int) -> dict[str, Make]:
     found: dict[str, Make] = {"never": NeverGrow}
     for (name, plan), (start, stop) in itertools.product(plans.items(), SHARES):
         begin, end = round(start * steps), None if stop == 1 else round(stop * steps)
-        found[f"{name} from {begin} to {end or steps}"] = partial(OpenLoop, plan, begin, end)
+        text = name if (start, stop) == (0, 1) else f"{name} from {begin} to {end or steps}"
+        found[text] = partial(OpenLoop, plan, begin, end)
+    for (name, plan), period in itertools.product(plans.items(), PERIODS):
+        found[f"{name} every other {period}"] = partial(OpenLoop, plan, period=period)
     return found
 
 
@@ -148,80 +166,149 @@ def interval(difference: FloatArray, rng: np.random.Generator) -> dict[str, floa
     return {"difference": float(difference.mean()), "low": float(low), "high": float(high)}
 
 
-def run_arms(args: Args) -> dict[str, Any]:
-    """Search, evaluate all arms on the test instances, and compare them."""
-    held_out = dataclasses.replace(args.env, instances="test")
-    budget = learning.Args(env_id=args.env_id, env=args.env, total_timesteps=args.total_timesteps)
-    plans = {text: parse_plan(text) for text in args.plans}
-    envs = make_envs(args.env_id, 1, "cpu", args.env)
-    kinds = envs.num_regimes
-    envs.close()
-    if not kinds:
-        raise ValueError(f"env_id: expected an id with regimes, got {args.env_id}")
+@dataclass(frozen=True)
+class Candidates:
+    """Policies of the arms, by name. The name of an open loop that grows at once is a plan."""
 
-    def episodes(make: Make) -> Episodes:
-        return play(make(), args.env_id, held_out, args.repeats, args.seed)
+    loops: dict[str, Make]
+    constants: list[str]
+    searched: dict[str, dict[str, Make]]
+    """Candidates of each arm that is tuned on training instances."""
+
+
+def candidates_of(args: Args) -> Candidates:
+    """Return the policies that make sense in an environment."""
+    envs = make_envs(args.env_id, 1, "cpu", args.env)
+    kinds, steps = envs.num_regimes, args.env.episode_steps
+    blueprints = next(head.options for head in envs.heads if head.name == "blueprint")
+    envs.close()
+    plans = {text: parse_plan(text) for text in args.plans}
+    if kinds:
+        searched = {
+            "oracle": oracles(plans, kinds),
+            "rule": rules(plans),
+            "memoryless_rule": memoryless_rules(plans),
+        }
+        return Candidates(open_loops(plans, steps), list(plans), searched)
+    # A schedule cannot germinate after the end of a short episode.
+    plans = {text: plan for text, plan in plans.items() if all(at < steps for *_, at in plan)}
+    loops: dict[str, Make] = {"never": NeverGrow}
+    loops |= {text: partial(FixedSchedule, plan) for text, plan in plans.items() if plan}
+    constants = [text for text in loops if text != "never" and ":" not in text]
+    # Without patience and trial a heuristic uses nothing from before this env step.
+    forgets = {"patience": 0, "trial_steps": 1}
+    return Candidates(
+        loops,
+        constants,
+        {
+            "rule": learning.heuristics(blueprints, 96),
+            "memoryless_rule": learning.heuristics(blueprints, 96, forgets),
+        },
+    )
+
+
+def halves(repeats: int) -> tuple[tuple[slice, slice], ...]:
+    """Return the repeats to choose on and those to judge by: both halves, in both directions."""
+    half = repeats // 2
+    return (np.s_[:half], np.s_[half:]), (np.s_[half:], np.s_[:half])
+
+
+def best_of_each(scores: FloatArray) -> FloatArray:
+    """Return the scores of each instance's best policy, chosen on the other half of the repeats.
+
+    Args:
+        scores: Scores of all episodes. (policies, instances, repeats).
+
+    Returns:
+        (instances, repeats).
+    """
+    result = np.empty(scores.shape[1:])
+    for chosen, held in halves(scores.shape[2]):
+        best = scores[:, :, chosen].mean(axis=2).argmax(axis=0)
+        result[:, held] = scores[best, np.arange(scores.shape[1])][:, held]
+    return result
+
+
+def run_arms(args: Args) -> dict[str, Any]:
+    """Search, train, evaluate all arms on the test instances, and compare them."""
+    candidates = candidates_of(args)
+    budget = learning.Args(env_id=args.env_id, env=args.env, total_timesteps=args.total_timesteps)
+
+    def episodes(name: str, make: Make) -> Episodes:
+        held_out = dataclasses.replace(args.env, instances="test")
+        play_all = partial(play, make(), args.env_id, held_out, args.repeats, args.seed)
+        result: Episodes = learning.remember(args.work_dir / f"arm-{name}.json", play_all)
+        return result
 
     # All open loops, on the test instances: the best of them is favoured.
-    loops = open_loops(plans, args.env.episode_steps)
-    played = {}
-    for k, name in enumerate(progress(list(loops), "open loops")):
-        path = args.work_dir / f"loop-{k}.json"
-        played[name] = learning.remember(path, partial(episodes, loops[name]))
+    played = {
+        name: episodes(f"loop-{k}", candidates.loops[name])
+        for k, name in enumerate(progress(list(candidates.loops), "open loops"))
+    }
     scores = {name: float(np.mean(run["committed_score"])) for name, run in played.items()}
-    constants = [name for name in loops if name.endswith(f"from 0 to {args.env.episode_steps}")]
-    arms: dict[str, list[Episodes]] = {"never": [played["never"]]}
     found = {
-        "constant": max(constants, key=scores.__getitem__),
+        "constant": max(candidates.constants, key=scores.__getitem__),
         "open_loop": max(scores, key=scores.__getitem__),
     }
-    arms |= {arm: [played[name]] for arm, name in found.items()}
-
-    families = {
-        "oracle": oracles(plans, kinds),
-        "rule": rules(plans),
-        "memoryless_rule": memoryless_rules(plans),
-    }
-    for arm, candidates in families.items():
-        search = partial(learning.halve, candidates, budget)
-        found[arm] = learning.remember(args.work_dir / f"search-{arm}.json", search)["best"]
-        path = args.work_dir / f"arm-{arm}.json"
-        arms[arm] = [learning.remember(path, partial(episodes, candidates[found[arm]]))]
-    if args.agent_seeds:
-        runs = [
-            learning.agent_args(budget, seed, args.work_dir / "agents") for seed in args.agent_seeds
-        ]
-        learning.train_agents(runs, args.jobs)
-        arms["ppo_lstm"] = []
-        for run in runs:
-            agent = partial(episodes, partial(ppo_lstm.TrainedPolicy, run.run_dir))
-            path = args.work_dir / f"arm-ppo_lstm-{run.seed}.json"
-            arms["ppo_lstm"].append(learning.remember(path, agent))
-    rng = np.random.default_rng(args.seed)
-    tables = {name: table_of(runs) for name, runs in arms.items()}
-    # The best open loop of each instance, chosen on half of its episodes and judged on the others.
-    everything = np.concatenate([table_of([run]) for run in played.values()])
-    parts = [
-        best_of_each(everything, chosen, held) - tables["open_loop"][0][:, held]
-        for chosen, held in halves(args.repeats)
+    tables = {arm: table_of([played[name]]) for arm, name in {"never": "never", **found}.items()}
+    every_loop = np.concatenate([table_of([run]) for run in played.values()])
+    tables["open_loop of each instance"] = best_of_each(every_loop)[None]
+    searches = {}
+    for arm, makes in candidates.searched.items():
+        search = partial(learning.halve, makes, budget)
+        searches[arm] = learning.remember(args.work_dir / f"search-{arm}.json", search)
+        found[arm] = searches[arm]["best"]
+        tables[arm] = table_of([episodes(arm, makes[found[arm]])])
+    runs = [
+        learning.agent_args(budget, seed, args.work_dir / "agents") for seed in args.agent_seeds
     ]
-    paired = {
-        f"{name} - open_loop": interval(table - tables["open_loop"], rng)
-        for name, table in tables.items()
-        if name != "open_loop"
-    }
-    paired["open loop of each instance - open_loop"] = interval(
-        np.concatenate(parts, axis=1)[None], rng
-    )
-    if "ppo_lstm" in tables:
-        paired["ppo_lstm - rule"] = interval(tables["ppo_lstm"] - tables["rule"], rng)
+    learning.train_agents(runs, args.jobs)
+    if runs:
+        makes = {run.seed: partial(ppo_lstm.TrainedPolicy, run.run_dir) for run in runs}
+        tables["ppo_lstm"] = table_of([episodes(f"ppo-{k}", make) for k, make in makes.items()])
+    if args.agents_from is not None:
+        tables["ppo_lstm"] = table_of(episodes_of(args.agents_from, played["never"]))
     return {
         "scores": {name: float(table.mean()) for name, table in tables.items()},
         "found": found,
-        "paired": paired,
+        "paired": compare(tables, np.random.default_rng(args.seed)),
         "open_loops": scores,
-        "committed_scores": {name: table.tolist() for name, table in tables.items()},
+        "searches": searches,
+        "committed_scores": {name: np.round(table, 6).tolist() for name, table in tables.items()},
     }
+
+
+def episodes_of(path: Path, expected: Episodes) -> list[Episodes]:
+    """Return the episodes of the agents in a result of `learning.py`.
+
+    Args:
+        path: JSON file.
+        expected: Episodes that have the same reset seeds and instances.
+
+    Raises:
+        ValueError: If the reset seeds or instances are others.
+    """
+    runs: list[Episodes] = json.loads(path.read_text())["arms"]["ppo_lstm"]["episodes"]
+    for name in ("seed", "instance"):
+        if any(run[name] != expected[name] for run in runs):
+            raise ValueError(
+                f"agents_from: expected the same {name} of every episode in {path}; set repeats "
+                "and seed as there"
+            )
+    return runs
+
+
+def compare(tables: dict[str, FloatArray], rng: np.random.Generator) -> dict[str, dict[str, float]]:
+    """Return the paired differences of arms.
+
+    Args:
+        tables: Scores by arm. (agent seeds, instances, repeats) each.
+        rng: Random generator of the bootstrap.
+    """
+    pairs = [(name, "open_loop") for name in tables if name != "open_loop"]
+    if "ppo_lstm" in tables:
+        pairs.append(("ppo_lstm", "rule"))
+    return {f"{a} - {b}": interval(tables[a] - tables[b], rng) for a, b in pairs}
 
 
 def main() -> None:
@@ -231,18 +318,18 @@ def main() -> None:
         args = dataclasses.replace(
             args,
             env=learning.smallest(args.env),
-            plans=args.plans[:1],
+            plans=args.plans[1:2],
             repeats=2,
             agent_seeds=args.agent_seeds[:1],
             total_timesteps=ppo_lstm.Args().batch_size,
         )
     with only_user(args.work_dir):
         began = time.perf_counter()
-        free = {"out", "work_dir", "jobs", "agent_seeds"}
+        free = {"out", "work_dir", "jobs", "agent_seeds", "agents_from"}
         learning.check_work_dir(args.work_dir, dataclasses.asdict(args), free)
         result = run_arms(args)
     for name, score in result["scores"].items():
-        print(f"{name:16s} {score:.4f}  {result['found'].get(name, '')}")
+        print(f"{name:26s} {score:.4f}  {result['found'].get(name, '')}")
     for name, pair in result["paired"].items():
         print(f"{name:40s} {pair['difference']:+.4f} ({pair['low']:+.4f} .. {pair['high']:+.4f})")
     write_result(args.out, args, indent=None, seconds=time.perf_counter() - began, **result)

@@ -140,7 +140,8 @@ def measure_telemetry(args: Args, num_envs: int) -> dict[str, Any]:
         state.telemetry.debug_updates = 0  # An alert would lift the level.
         began = time.perf_counter()
         if level != "off":
-            state.telemetry.never_grow(np.arange(envs.num_instances))
+            every = np.arange(envs.num_instances)
+            state.telemetry.never_grow(every, np.zeros_like(every))
         reference = time.perf_counter() - began
         runs.append((state, envs, training))
     rows = []

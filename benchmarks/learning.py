@@ -23,7 +23,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks import write_result
-from benchmarks.headroom import GRID
 from benchmarks.processes import only_user, process_pool
 from benchmarks.protocol import compare, play, summarize, table_of
 from benchmarks.references import Episodes, train_equal_compute, train_grown_size
@@ -44,6 +43,18 @@ from esper_agent.evaluate import MAX_ENVS, run_episodes
 from esper_agent.telemetry.display import progress
 from esper_env import EnvConfig
 
+SMALL = ("norm", "attention", "conv_small", "bottleneck", "depthwise", "conv_light")
+GRID = (
+    "",
+    *(f"{blueprint}@{slot}" for blueprint in (*SMALL, "conv_heavy") for slot in (0, 1)),
+    *(
+        f"{first}@0+{second}@1"
+        for first in ("norm", "conv_light", "conv_heavy")
+        for second in ("norm", "conv_small", "conv_light", "conv_heavy")
+    ),
+    *(f"conv_heavy@{slot}:{step}" for slot in (0, 1) for step in (10, 20, 30)),
+)
+"""Schedules in the format of `parse_plan`. The first one never grows."""
 SEARCH_SEED = 3_000_000
 """First reset seed of the searches, far from those of training and evaluation."""
 ROUNDS, KEEP = 4, 3
@@ -184,8 +195,16 @@ def _schedule(text: str) -> Make:
     return lambda: FixedSchedule(parse_plan(text))
 
 
-def heuristics(blueprints: tuple[str, ...], count: int) -> dict[str, Make]:
-    """Return plateau heuristics with random settings, by their JSON text."""
+def heuristics(
+    blueprints: tuple[str, ...], count: int, fixed: Mapping[str, Any] | None = None
+) -> dict[str, Make]:
+    """Return plateau heuristics with random settings, by their JSON text.
+
+    Args:
+        blueprints: Blueprints to choose from.
+        count: Number of heuristics.
+        fixed: Settings that are the same for all.
+    """
     rng = np.random.default_rng(SEARCH_SEED)
     candidates = {}
     for _ in range(count):
@@ -198,6 +217,7 @@ def heuristics(blueprints: tuple[str, ...], count: int) -> dict[str, Make]:
             "min_contribution": float(rng.uniform(-0.02, 0.03)),
             "trial_steps": int(rng.integers(1, 11)),
             "steps_to_live": int(rng.integers(10, 46)),
+            **(fixed or {}),
         }
         candidates[json.dumps(settings)] = _heuristic(settings)
     return candidates

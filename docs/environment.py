@@ -15,6 +15,7 @@ import numpy as np
 
 import esper_env
 from docs.page import COMMAND, table
+from docs.results import ADAPTIVITY, read, signed_interval
 from docs.source import (
     field_docstrings,
     field_types,
@@ -177,7 +178,10 @@ def section_tables(arguments: str) -> dict[str, list[str]]:
     """
     episode, slot = episode_features(), slot_features(BLUEPRINT_NAMES)
     return {
-        "Description": ["### Ids", ids_table(), *settings_of_ids(), "### Lifecycle", *lifecycle()],
+        "Description": [
+            *("### Ids", ids_table(), *settings_of_ids(), *adaptivity_of_ids()),
+            *("### Lifecycle", *lifecycle()),
+        ],
         "Action Space": [
             "### Heads and their options",
             heads_table(),
@@ -252,6 +256,25 @@ def ids_table() -> str:
         )
     head = ("id", "data", "host", "parameters", "slots", "env steps", "batches per env step")
     return table(head, rows)
+
+
+def adaptivity_of_ids() -> list[str]:
+    """Return what an agent can gain in each id that was measured."""
+    rows = []
+    for name, file in ADAPTIVITY.items():
+        paired = read(file)["paired"]
+        # Without regimes there is nothing to know but the instance.
+        known = "oracle" if "oracle - open_loop" in paired else "open_loop of each instance"
+        pair = paired[f"{known} - open_loop"]
+        gap = "yes" if pair["low"] > 0 else "not shown: a plan made beforehand is as good"
+        rows.append((f"`{name}`", gap, signed_interval(pair, 3)))
+    return [
+        "Some ids need an agent that adapts. The *adaptivity gap* is the score of an oracle, which "
+        "knows the hidden kind of problem, minus that of the best open loop, a plan that acts at "
+        "fixed env steps (95 % interval; see [Results](results.md)). In `Esper-Digits-v0` it is "
+        "the score of the best plan of each instance. In the other ids it has not been measured.",
+        table(("id", "adaptivity gap", "oracle minus best open loop"), rows),
+    ]
 
 
 def settings_of_ids() -> list[str]:
@@ -458,12 +481,12 @@ def potential() -> list[str]:
 
 def instances() -> list[str]:
     """Return the sets of instances and the ranges of their conditions."""
-    sizes = ", ".join(f'"{name}" {size}' for name, size in SET_SIZES.items())
     default = {
         "learning_rate": "`host_learning_rate`",
         "train_fraction": "1",
         "label_noise": "0",
         "widths": "1",
+        "test_size": "",
     }
     meanings = field_docstrings(InstanceRanges)
     must_cover("InstanceRanges", meanings, default)
@@ -476,14 +499,15 @@ def instances() -> list[str]:
         cells = []
         for ranges in columns:
             values = getattr(ranges, name)
-            text = [f"{v:g}" for v in values]
-            cells.append(", ".join(text) if name == "widths" else f"{text[0]} to {text[1]}")
+            text = [f"{v:g}" for v in np.atleast_1d(values)]
+            is_range = name not in ("widths", "test_size")
+            cells.append(f"{text[0]} to {text[1]}" if is_range else ", ".join(text))
         rows.append((f"`{name}`", meaning, default[name], *cells))
     ranges_of = (", ".join(ids) for ids in columns.values())
     head = ("condition", "meaning", 'value in "default"', *ranges_of)
     return [
-        f"Number of instances in each set: {sizes}. The sets are the same on every machine. "
-        '"train" and "test" are sampled from different random streams.',
+        f'The set "default" has one instance and "train" {SET_SIZES["train"]}. The sets are the '
+        'same on every machine. "train" and "test" are sampled from different random streams.',
         table(head, rows),
     ]
 

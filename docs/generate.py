@@ -44,15 +44,22 @@ def measured() -> dict[Path, dict[str, str]]:
     """Return the tables of measurements by page and name of the block."""
     learning, throughput = results.read("learning-digits"), results.read("throughput")
     peers, cifar = results.read("throughput-peers"), results.read("throughput-cifar10")
-    agent = results.read("agent")
+    agent, training = results.read("agent"), results.read("training-time")
+    adaptivity = {env_id: results.read(name) for env_id, name in results.ADAPTIVITY.items()}
+    ablations = {env_id: results.read(name) for env_id, name in results.ABLATIONS.items()}
+    overview = results.adaptivity_table(adaptivity, ablations)
+    sizing, contexts, digits = map(results.adaptivity_arms, adaptivity.values())
     return {
         ROOT / "README.md": {
+            "training-time": speed.short_training_time(training),
+            "adaptivity": overview,
             "results": results.headline(learning, is_short=True),
             "speed": speed.short_throughput(throughput),
         },
         ROOT / "docs/speed.md": {
             "throughput": speed.throughput(throughput),
             "cifar": speed.throughput(cifar),
+            "training time": speed.training_time(training),
             "agent": speed.agent(agent),
             "compiled": speed.compiled(agent),
             "peers": speed.peers(peers),
@@ -63,13 +70,18 @@ def measured() -> dict[Path, dict[str, str]]:
             "targets": speed.targets(throughput, peers, cifar, agent),
         },
         ROOT / "docs/results.md": {
+            "adaptivity": overview,
+            "sizing": sizing,
+            "contexts": contexts,
+            "plans": results.plan_table(adaptivity["Esper-Digits-Contexts-v0"]),
+        },
+        ROOT / "docs/results-digits.md": {
+            "adaptivity-digits": digits,
             "arms": results.headline(learning),
-            "growth": results.growth_pays(results.read("headroom-instances")),
             "policy": results.policy_table(learning),
             "ablations": results.ablation_table(results.read("ablations")),
             "ablations-full": results.ablation_table(results.read("ablations-full")),
             "search": results.search_table(learning),
-            "schedules": results.schedule_table(results.read("headroom")),
         },
     }
 

@@ -29,7 +29,7 @@ from esper_env.tasks import TASKS
 from esper_env.tasks.instances import make_instances
 
 RESULTS = ROOT / "benchmarks" / "results"
-FIGURE = "docs/learning-digits.png"
+OVERVIEW, FIGURE = "docs/adaptivity.png", "docs/learning-digits.png"
 ARMS = {
     "ppo_lstm": "`ppo_lstm`",
     "best_schedule": "best fixed schedule",
@@ -42,6 +42,25 @@ ARMS = {
     "static_longer": "host only, equal compute",
 }
 """Arms in the order of the tables."""
+ADAPTIVITY_ARMS = {
+    "never": "never grow",
+    "constant": "best plan, always in service",
+    "open_loop": "best open loop",
+    "open_loop of each instance": "best open loop of each instance",
+    "oracle": "oracle that sees the regime",
+    "rule": "best rule",
+    "memoryless_rule": "best rule without memory",
+    "ppo_lstm": "`ppo_lstm`",
+}
+"""Arms of `benchmarks/adaptivity.py`."""
+ADAPTIVITY = {
+    "Esper-Digits-Sizing-v0": "adaptivity-sizing",
+    "Esper-Digits-Contexts-v0": "adaptivity-contexts",
+    "Esper-Digits-v0": "adaptivity-digits",
+}
+"""Result of `benchmarks/adaptivity.py` for each environment."""
+ABLATIONS: dict[str, str] = {}
+"""Result of `benchmarks/ablations.py` for environments with regimes."""
 MARKERS = dict(zip(ARMS, "Do^xvsphd", strict=True)) | {"never_grow": "_"}
 """Marker of each arm in the figures."""
 VARIANTS = {
@@ -53,6 +72,8 @@ VARIANTS = {
     "entropy weight falls to 0": "entropy coefficient annealed to 0",
     "twice the value weight": "twice the value coefficient",
     "half the width": "half the hidden size",
+    "minimal observation, no memory": "minimal observation, no LSTM",
+    "PRUNE and FOSSILIZE": "with PRUNE and FOSSILIZE",
 }
 """Labels of variants in the table; other variants keep the name in the result file."""
 
@@ -79,7 +100,7 @@ def headline(result: dict[str, Any], is_short: bool = False) -> str:
                 label,
                 f"{summary['iqm']:.4f}",
                 f"{summary['low']:.4f} .. {summary['high']:.4f}",
-                _difference(pair) if pair else "",
+                signed_interval(pair) if pair else "",
                 f"{100 * pair['probability_of_improvement']:.0f} %" if pair else "",
                 f"{mean('test_score'):.4f}",
                 f"{mean('committed_test_accuracy'):.4f}",
@@ -111,35 +132,83 @@ def search_table(result: dict[str, Any]) -> str:
     )
 
 
-def schedule_table(result: dict[str, Any]) -> str:
-    """Return the scores of fixed schedules."""
+def adaptivity_table(
+    results: dict[str, dict[str, Any]], ablations: dict[str, dict[str, Any]]
+) -> str:
+    """Return what adaptation is worth in each environment, and what agents get of it.
+
+    Args:
+        results: Results of `benchmarks/adaptivity.py` by environment.
+        ablations: Results of `benchmarks/ablations.py` by environment, where there are any.
+    """
     rows = []
-    for name, row in result["schedules"].items():
+    for env_id, result in results.items():
+        paired = result["paired"]
+        variants = ablations[env_id]["variants"] if env_id in ablations else {}
+        without = variants.get("minimal observation, no memory")
+        memory = None
+        if without is not None:
+            # The other way round: what the agent with memory scores more.
+            pair = without["paired"]
+            memory = {"difference": -pair["difference"], "low": -pair["high"], "high": -pair["low"]}
         rows.append(
             [
-                name or "never grow",
-                f"{row['score_mean']:.4f}",
-                f"{row['minus_first_mean']:+.4f} ({row['minus_first_standard_error']:.4f})",
-                f"{row['test_accuracy_mean']:.4f}",
-                f"{row['parameters_mean']:.0f}",
+                f"`{env_id}`",
+                *(
+                    signed_interval(paired[f"{arm} - open_loop"], 3)
+                    if f"{arm} - open_loop" in paired
+                    else "no regimes"
+                    for arm in ("oracle", "rule", "ppo_lstm")
+                ),
+                "not measured" if memory is None else signed_interval(memory, 3),
             ]
         )
-    head = ["schedule", "committed score", "minus never grow (standard error)", "test accuracy"]
-    return table([*head, "parameters"], rows)
+    head = ["environment", "gap: oracle", "best rule", "`ppo_lstm`", "memory"]
+    return table(head, rows)
 
 
-def growth_pays(result: dict[str, Any]) -> str:
-    """Return the scores of fixed schedules on the test instances."""
-    labels = {
-        "each - first": "best schedule of each instance minus never grow",
-        "single - first": "best single schedule minus never grow",
-        "each - single": "best schedule of each instance minus best single schedule",
-    }
-    rows = [
-        [label, f"{s['iqm']:+.4f}", f"{s['low']:+.4f} .. {s['high']:+.4f}"]
-        for label, s in ((label, result["judged"][name]) for name, label in labels.items())
-    ]
-    return table(["difference", "IQM", "95 % CI"], rows)
+def adaptivity_arms(result: dict[str, Any]) -> str:
+    """Return all arms of one environment."""
+    rows = []
+    for arm, label in ADAPTIVITY_ARMS.items():
+        if arm in result["scores"]:
+            pair = result["paired"].get(f"{arm} - open_loop")
+            difference = "" if pair is None else signed_interval(pair)
+            found = result["found"].get(arm, "").replace('"', "").strip("{}")
+            rows.append([label, f"{result['scores'][arm]:.4f}", difference, found])
+    return table(["arm", "score", "minus best open loop (95 % CI)", "what was found"], rows)
+
+
+def plan_table(result: dict[str, Any]) -> str:
+    """Return the score of each plan in the hands of an oracle, on training instances."""
+    first = result["searches"]["oracle"]["rounds"][0]
+    best: dict[str, float] = {}
+    for name, score in first["scores"].items():
+        plan = name.partition(" ")[0]
+        best[plan] = max(best.get(plan, 0.0), score)
+    rows = [[plan, f"{score:.3f}"] for plan, score in sorted(best.items(), key=lambda p: -p[1])]
+    return table(["seeds", f"score of the oracle ({first['episodes']} episodes)"], rows)
+
+
+def draw_adaptivity(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw the differences of all arms from the best open loop, one panel per environment."""
+    figure = Figure(figsize=(12.0, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(results), sharey=True)
+    arms = [arm for arm in ADAPTIVITY_ARMS if arm != "open_loop"]
+    for axes, (env_id, result) in zip(panels, results.items(), strict=True):
+        axes.axvline(0, color="0.5", linewidth=1)
+        for y, arm in enumerate(reversed(arms)):
+            pair = result["paired"].get(f"{arm} - open_loop")
+            if pair is not None:
+                color = "C3" if arm.startswith("ppo") else "C0"
+                axes.plot([pair["low"], pair["high"]], [y, y], color=color, linewidth=2)
+                axes.plot(pair["difference"], y, "o", color=color)
+        axes.set_title(env_id, fontsize=10)
+        axes.set_yticks(range(len(arms)))
+        axes.set_yticklabels([ADAPTIVITY_ARMS[arm].replace("`", "") for arm in reversed(arms)])
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("score minus that of the best open loop (mean and 95 % interval)", fontsize=10)
+    figure.savefig(path, dpi=110)
 
 
 def policy_table(result: dict[str, Any]) -> str:
@@ -188,7 +257,7 @@ def ablation_table(result: dict[str, Any]) -> str:
             [
                 VARIANTS.get(name, name),
                 f"{summary['iqm']:.4f}",
-                "" if name == "default" else _difference(pair),
+                "" if name == "default" else signed_interval(pair),
                 f"{min(agents):.3f} .. {max(agents):.3f}",
                 f"{variant['parameters_mean']:.0f}",
             ]
@@ -227,8 +296,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _difference(pair: dict[str, float]) -> str:
-    return f"{pair['difference']:+.4f} ({pair['low']:+.4f} .. {pair['high']:+.4f})"
+def signed_interval(pair: dict[str, float], digits: int = 4) -> str:
+    """Return a difference with its interval."""
+    mean, low, high = (f"{pair[key]:+.{digits}f}" for key in ("difference", "low", "high"))
+    return f"{mean} ({low} .. {high})"
 
 
 def draw_episode(agent: Path, instance: int, seed: int, path: Path) -> None:
@@ -255,8 +326,8 @@ def draw_episode(agent: Path, instance: int, seed: int, path: Path) -> None:
 class Args:
     """Draw the figures of docs/results.md."""
 
-    agent: Path
-    """Run directory of the agent that acts in the episodes."""
+    agent: Path | None = None
+    """Run directory of the agent that acts in the episodes; without it they are not drawn."""
     instances: tuple[int, int] = (0, 1)
     """Test instances of the two episodes."""
     seed: int = 1_000_000
@@ -267,7 +338,8 @@ def main() -> None:
     """Draw all figures."""
     args = tyro.cli(Args)
     draw(read("learning-digits"), ROOT / FIGURE)
-    for name, instance in zip(("a", "b"), args.instances, strict=True):
+    draw_adaptivity({name: read(file) for name, file in ADAPTIVITY.items()}, ROOT / OVERVIEW)
+    for name, instance in zip(("a", "b") if args.agent else (), args.instances, strict=False):
         draw_episode(args.agent, instance, args.seed, ROOT / f"docs/episode-{name}.png")
 
 

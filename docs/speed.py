@@ -241,6 +241,38 @@ def telemetry_cost(result: dict[str, Any]) -> str:
     )
 
 
+def training_time(result: dict[str, Any]) -> str:
+    """Return how long a default training takes, and how long it took before."""
+    runs = result["trainings"]
+    new, old = ([run["seconds"] for run in runs[side]] for side in ("new", "old"))
+    ratio = np.median(np.array(new) / np.array(old))
+    return (
+        f"{machine(result)}: {runs['new'][0]['env_steps']:,} env steps take "
+        f"{np.median(new) / 60:.1f} minutes ({min(new):.0f} to {max(new):.0f} s, {len(new)} runs). "
+        "Commit 07d5f5e with its defaults, in turn with these runs, took "
+        f"{np.median(old) / 60:.1f} minutes ({runs['old'][0]['env_steps']:,} env steps), so the "
+        f"ratio is {ratio:.2f}. "
+        f"Decisions and updates of the agent are {median_share(runs['new']):.0%} of the time, "
+        f"before {median_share(runs['old']):.0%}."
+    )
+
+
+def short_training_time(result: dict[str, Any]) -> str:
+    """Return how long a default training takes."""
+    runs = result["trainings"]["new"]
+    minutes = np.median([run["seconds"] for run in runs]) / 60
+    where = result["machine"]
+    return (
+        f"It takes {minutes:.1f} minutes on {where['threads']} threads of an {where['cpu']} with "
+        f"AVX-512 (median of {len(runs)} runs)."
+    )
+
+
+def median_share(runs: list[dict[str, float]]) -> float:
+    """Return the share of decisions and updates of the agent in a training."""
+    return float(np.median([run["policy_share"] for run in runs]))
+
+
 def cifar_training(result: dict[str, Any]) -> str:
     """Return time and memory of a training on CIFAR-10, extrapolated from its first env steps."""
     figures, arguments = result["result"], result["arguments"]

@@ -284,16 +284,21 @@ class OpenLoop(InService):
         plan: Slot and blueprint of each seed.
         start: First env step in service.
         stop: First env step out of service again; None for never.
+        period: Env steps in service, and then out of service, in turn; None for no interruption.
     """
 
-    def __init__(self, plan: Plan, start: int = 0, stop: int | None = None) -> None:
+    def __init__(
+        self, plan: Plan, start: int = 0, stop: int | None = None, period: int | None = None
+    ) -> None:
         super().__init__(plan)
-        self.start, self.stop = start, stop
+        self.start, self.stop, self.period = start, stop, period
 
     def wants(self, info: dict[str, Any]) -> npt.NDArray[np.bool_]:
         """Compare the step with start and stop."""
         del info
         is_on = self._step >= self.start and (self.stop is None or self._step < self.stop)
+        if self.period is not None:
+            is_on &= (self._step - self.start) // self.period % 2 == 0
         return np.full(len(self._wanted), is_on)
 
 

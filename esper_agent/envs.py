@@ -29,7 +29,7 @@ TRAINING = EnvConfig(
         "alpha_curve": ["LINEAR"],
     },
 )
-"""Default settings for training; docs/results.md has the evidence.
+"""Default settings for training; docs/results-digits.md has the evidence.
 
 The remaining budget is observed, so the end of an episode is a terminal state. Without a discount
 the return is the objective. The heads that control blending have one option each: the agent decides
@@ -47,8 +47,9 @@ def settings_of(env_id: str, config: EnvConfig) -> EnvConfig:
     Args:
         env_id: Environment id.
         config: `TRAINING` or `EVALUATION`, which mean the id's own settings with what is changed
-            there, and SET_ALPHA with the targets 0 and 1 in an id with parking; or complete
-            settings, which are returned.
+            there; or complete settings, which are returned. In an id with parking SET_ALPHA with
+            the targets 0 and 1 takes the place of PRUNE and FOSSILIZE: an agent that explores by
+            pruning its seeds does not learn to park them (docs/results.md).
 
     Raises:
         ValueError: If the id is that of another package.
@@ -61,7 +62,8 @@ def settings_of(env_id: str, config: EnvConfig) -> EnvConfig:
     own = _make(env_id, 1, "cpu", {}).config
     if own.parking:
         heads = dict(changed["heads"])
-        heads |= {"op": [*heads["op"], "SET_ALPHA"], "alpha_target": [0.0, 1.0]}
+        ops = ["WAIT", "GERMINATE", "ADVANCE", "SET_ALPHA"]
+        heads |= {"op": ops, "alpha_target": [0.0, 1.0]}
         changed["heads"] = heads
     return dataclasses.replace(own, **changed)
 

@@ -118,7 +118,8 @@ class EnvConfig:
     """Folder of downloaded data; the first reset downloads what is missing. None uses the
     environment variable ESPER_DATA_DIR if it is set, else ~/.cache/esper."""
     instances: Literal["default", "train", "test"] = "default"
-    """Set of training conditions: 1 ("default"), 100 ("train") or 20 ("test") instances."""
+    """Set of training conditions: 1 ("default"), 100 ("train") or 20 ("test") instances; in tasks
+    with regimes "test" has 60."""
     observation: Literal["full", "minimal"] = "full"
     """Features of the observation; "minimal" leaves out all that sums up the past: differences from
     earlier env steps, the best accuracy and the plateau counter."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import ablations, adaptivity, headroom, learning
+from benchmarks import ablations, adaptivity, learning
 from benchmarks.protocol import compare, play, summarize, table_of
 from benchmarks.references import train_equal_compute, train_grown_size
 from docs.results import ablation_table
@@ -21,6 +21,7 @@ from esper_agent.baselines import (
     NeverGrow,
     parse_plan,
 )
+from esper_agent.envs import make_envs
 from esper_agent.evaluate import FIGURES
 from tests.builders import ID, tiny_config
 
@@ -79,21 +80,17 @@ def test_equal_arms_improve_in_half_of_the_cases() -> None:
     assert (pair["difference"], pair["probability_of_improvement"]) == (0.0, 0.5)
 
 
-def test_schedules_are_judged_on_episodes_that_did_not_choose_them() -> None:
-    """Schedule 1 is better by 1 on instance 0 only, and schedule 2 on instance 1 only.
+def test_policies_are_judged_on_episodes_that_did_not_choose_them() -> None:
+    """Policy 1 is better by 1 on instance 0 only, and policy 2 on instance 1 only.
 
-    In one repeat each, schedule 0 has a lucky 9: it is chosen in that half, and is evaluated in
-    the other, where it gets 0. So luck costs, and never pays.
+    In one repeat of each instance, policy 0 has a lucky 9: it is chosen in that half, and is
+    evaluated in the other, where it gets 0. So luck costs, and never pays.
     """
     scores = np.zeros((3, 2, 4))
     scores[1, 0], scores[2, 1] = 1.0, 1.0
-    judged = headroom.choose_and_judge(scores, np.random.default_rng(0))
-    assert judged["each"]["mean"] == 1.0
-    assert judged["single"]["mean"] == 0.5
-    assert judged["each - first"]["mean"] == 1.0
+    assert (adaptivity.best_of_each(scores) == 1).all()
     scores[0, :, 0] = 9.0
-    lucky = headroom.choose_and_judge(scores, np.random.default_rng(0))
-    assert lucky["each"]["mean"] < 1.0 + 9.0 / 4
+    assert (adaptivity.best_of_each(scores) == [[1, 1, 0, 0]] * 2).all()
 
 
 # ------------------------------------------------------------------ searches
@@ -209,28 +206,57 @@ def test_the_quick_protocol_writes_all_arms_goes_on_and_refuses_other_settings(
         learning.main()
 
 
+def quick_adaptivity(
+    path: Path, monkeypatch: pytest.MonkeyPatch, env_id: str, *more: str
+) -> dict[str, Any]:
+    """Return the result of the quick form of the script."""
+    command = ["adaptivity", "--quick", "--env-id", env_id, "--work-dir", str(path / "work")]
+    monkeypatch.setattr("sys.argv", [*command, "--out", str(path / "result.json"), *more])
+    adaptivity.main()
+    result: dict[str, Any] = json.loads((path / "result.json").read_text())
+    assert result["scores"]["open_loop"] == max(result["open_loops"].values())
+    for name, pair in result["paired"].items():
+        first, _, second = name.partition(" - ")
+        difference = result["scores"][first] - result["scores"][second]
+        assert pair["difference"] == pytest.approx(difference, abs=1e-6)
+        assert pair["low"] <= pair["difference"] <= pair["high"]
+    return result
+
+
+PLANNED = {"never", "constant", "open_loop", "open_loop of each instance"}
+RULES = {"rule", "memoryless_rule"}
+
+
 def test_the_quick_adaptivity_compares_all_arms_with_the_best_open_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "result.json"
-    command = ["adaptivity", "--env-id", "Esper-Digits-Contexts-v0", "--quick"]
-    command += ["--agent-seeds", "1", "--work-dir", str(tmp_path / "work"), "--out", str(out)]
-    monkeypatch.setattr("sys.argv", command)
-    adaptivity.main()
-    result = json.loads(out.read_text())
-    arms = {"never", "constant", "open_loop", "oracle", "rule", "memoryless_rule", "ppo_lstm"}
+    env_id = "Esper-Digits-Sizing-v0"
+    result = quick_adaptivity(tmp_path, monkeypatch, env_id, "--agent-seeds", "1")
+    arms = PLANNED | RULES | {"oracle", "ppo_lstm"}
     assert set(result["scores"]) == arms
-    others = {f"{arm} - open_loop" for arm in arms - {"open_loop"}}
-    assert set(result["paired"]) == others | {
+    assert set(result["paired"]) == {
+        *(f"{arm} - open_loop" for arm in arms - {"open_loop"}),
         "ppo_lstm - rule",
-        "open loop of each instance - open_loop",
     }
-    assert result["scores"]["open_loop"] == max(result["open_loops"].values())
-    for name in others:
-        pair, arm = result["paired"][name], name.removesuffix(" - open_loop")
-        difference = result["scores"][arm] - result["scores"]["open_loop"]
-        assert pair["difference"] == pytest.approx(difference, abs=1e-9)
-        assert pair["low"] <= pair["difference"] <= pair["high"]
+
+
+def test_the_quick_adaptivity_takes_agents_from_the_learning_protocol(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without regimes there is no oracle, and open loops are schedules."""
+    result = quick_adaptivity(tmp_path, monkeypatch, ID)
+    assert set(result["scores"]) == PLANNED | RULES
+    never = json.loads((tmp_path / "work" / "arm-loop-0.json").read_text())
+    run = {**never, "committed_score": [1.0] * len(never["committed_score"])}
+    file = tmp_path / "learning.json"
+    file.write_text(json.dumps({"arms": {"ppo_lstm": {"episodes": [run, run]}}}))
+    more = ["--agents-from", str(file)]
+    result = quick_adaptivity(tmp_path, monkeypatch, ID, *more)
+    assert result["scores"]["ppo_lstm"] == 1
+    other = {**run, "seed": [n + 1 for n in run["seed"]]}
+    file.write_text(json.dumps({"arms": {"ppo_lstm": {"episodes": [run, other]}}}))
+    with pytest.raises(ValueError, match="agents_from: expected the same seed of every episode"):
+        quick_adaptivity(tmp_path, monkeypatch, ID, *more)
 
 
 def test_an_interval_over_agents_instances_and_episodes_by_hand() -> None:
@@ -258,22 +284,47 @@ def test_every_ablation_changes_what_its_name_says_and_nothing_else() -> None:
         assert differing == set(ablations.VARIANTS[name]), name
 
 
+def test_the_ablation_of_ops_offers_all_of_them() -> None:
+    """In an environment with parking, where the default leaves out two."""
+    args = ablations.Args(env_id="Esper-Digits-Contexts-v0")
+    offered = []
+    for name in ("default", "PRUNE and FOSSILIZE"):
+        run = ablations.agent_args(args, name, 1)
+        (ops, *_) = make_envs(run.env_id, 1, "cpu", run.env).heads
+        offered.append(set(ops.options))
+    assert offered[1] - offered[0] == {"PRUNE", "FOSSILIZE"}
+
+
 def test_the_quick_ablations_compare_each_variant_with_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sampled actions need no agents of their own; a changed horizon does."""
+    """Sampled actions need no agents of their own; another observation does.
+
+    The agent without memory is compared with the one that has the same observation.
+    """
     work, out = tmp_path / "work", tmp_path / "result.json"
-    names = [ablations.SAMPLED, "horizon: truncated, bootstrapped"]
+    names = [ablations.SAMPLED, "minimal observation, no memory"]
     command = ["ablations", "--quick", "--work-dir", str(work), "--out", str(out)]
+    command += ["--env-id", "Esper-Digits-Sizing-v0"]
     monkeypatch.setattr("sys.argv", [*command, "--variants", *names])
+    compared = []
+
+    def spy(first: Any, second: Any, rng: np.random.Generator) -> dict[str, float]:
+        compared.append((first, second))
+        return compare(first, second, rng)
+
+    monkeypatch.setattr(ablations, "compare", spy)
     ablations.main()
     variants = json.loads(out.read_text())["variants"]
-    assert list(variants) == ["default", *names]
-    assert len(list(work.glob("*/*/agent.safetensors"))) == 4
+    assert list(variants) == ["default", "minimal observation", *names]
+    assert len(list(work.glob("*/*/agent.safetensors"))) == 6
+    (default, minimal, *_), seconds = zip(*compared, strict=True)
+    assert [second is minimal for second in seconds] == [False, False, False, True]
+    assert sum(second is default for second in seconds) == 3
     pair = variants["default"]["paired"]
     assert (pair["difference"], pair["low"], pair["high"]) == (0, 0, 0)
     assert variants[names[1]]["paired"]["agent_seeds"] == 2
-    assert ablation_table({"variants": variants}).count("\n") == 4
+    assert ablation_table({"variants": variants}).count("\n") == 5
     monkeypatch.setattr("sys.argv", [*command, "--seed", "7"])
     with pytest.raises(ValueError, match="other values of seed; choose another"):
         ablations.main()

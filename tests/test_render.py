@@ -206,6 +206,19 @@ def test_the_text_of_a_scripted_episode() -> None:
     assert env.render() == expected
 
 
+def test_a_parked_seed_has_a_letter_of_its_own() -> None:
+    """Grafted in service; parked, in service and parked again, each for an env step and more."""
+    env = make_single(render_mode="ansi", graft=True, parking=True)
+    env.reset(seed=0)
+    env.step(action(Op.GERMINATE, 1, blueprint=CONV_LIGHT))
+    for target in (0, FULL_ALPHA + 1, 0):  # With parking, target 0.0 comes first.
+        env.step(action(Op.SET_ALPHA, 1, alpha_target=target))
+    env.step(action(Op.WAIT))
+    text = env.render()
+    assert isinstance(text, str)
+    assert text.splitlines()[2].startswith("slot 1 |.hphpp ")
+
+
 def test_the_trace_begins_anew_with_every_episode() -> None:
     """Only for the member that is reset, and whichever way it is reset."""
     wait = waits(2)

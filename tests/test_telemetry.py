@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.kill_runs import TIMES
 from esper_agent import ppo_lstm
 from esper_agent.baselines import NeverGrow, RandomLegal
-from esper_agent.envs import make_envs
+from esper_agent.envs import TRAINING, make_envs, settings_of
 from esper_agent.ppo_lstm import (
     Args,
     collect_rollout,
@@ -51,7 +51,7 @@ from esper_agent.telemetry.events import (
 from esper_agent.telemetry.metrics import GROUPS, METRICS, Metric, find, has_level
 from esper_agent.telemetry.recorder import Trends
 from esper_agent.telemetry.reference import NeverGrowScores
-from esper_env import EsperVectorEnv, Op, Stage
+from esper_env import EnvConfig, EsperVectorEnv, Op, Stage
 from tests.builders import ID, tiny_config
 
 CONFIG = tiny_config(
@@ -457,7 +457,7 @@ def test_figures_and_events_of_the_environment_are_those_of_its_infos(
 ) -> None:
     """Counts over a recorded rollout that ends in the middle of episodes, by brute force."""
     obs, info = envs.reset(seed=5)
-    watch = EnvironmentWatch(envs, info, lambda instances: np.full(len(instances), 0.05))
+    watch = EnvironmentWatch(envs, info, lambda instances, _: [0.05] * len(instances))
     policy = RandomLegal()
     policy.begin(envs, 3)
     steps = envs.config.episode_steps
@@ -501,23 +501,53 @@ def test_figures_and_events_of_the_environment_are_those_of_its_infos(
 def test_never_grow_scores_are_those_of_its_episodes() -> None:
     """One episode per instance, whatever was asked for before."""
     config = tiny_config(instances="train")
+
+    def ask(scores: NeverGrowScores, *instances: int) -> list[float | None]:
+        return scores(np.array(instances), np.zeros(len(instances), dtype=np.int64))
+
     scores = NeverGrowScores(ID, "cpu", config, 100)
-    together = scores(np.array([7, 3, 7, 99]))
+    together = ask(scores, 7, 3, 7, 99)
     assert together[0] == together[2]
-    alone = NeverGrowScores(ID, "cpu", config, 100)
-    assert alone(np.array([99]))[0] == together[3]
-    envs = make_envs(ID, 1, "cpu", config)
+    assert ask(NeverGrowScores(ID, "cpu", config, 100), 99)[0] == together[3]
+    assert together[1] == never_grows(ID, config, 2_000_000 + 3, 3)["committed_score"][0]
+    restored = NeverGrowScores(ID, "cpu", config, 100)
+    restored.set_state(scores.get_state())
+    assert restored.scores == scores.scores
+
+
+def test_never_grow_scores_are_of_the_same_kind_of_problem() -> None:
+    """That of the first episode that ends in the kind; none if there is no such episode."""
+    env_id = "Esper-Digits-Sizing-v0"
+    own = settings_of(env_id, TRAINING)
+    short = {"episode_steps": 3, "batches_per_step": 1, "batch_size": 4, "instances": "train"}
+    config = dataclasses.replace(own, **short)
+    scores = NeverGrowScores(env_id, "cpu", config, 100)
+    instance, kinds = np.array([5, 5, 8, 8, 5]), np.array([0, 1, 0, 1, 2])
+    found = scores(instance, kinds)
+    assert found[4] is None
+    for k, kind, score in zip(instance[:4].tolist(), kinds[:4].tolist(), found[:4], strict=True):
+        for seed in range(2_000_000 + k, 2_010_000, 100):
+            info = never_grows(env_id, config, seed, k)
+            if info["regime"][0] == kind:
+                break
+        assert score == info["committed_score"][0]
+    restored = NeverGrowScores(env_id, "cpu", config, 100)
+    restored.set_state(scores.get_state())
+    assert restored(instance, kinds) == found
+
+
+def never_grows(env_id: str, config: EnvConfig, seed: int, instance: int) -> dict[str, Any]:
+    """Return the info at the end of one episode of never-grow."""
+    envs = make_envs(env_id, 1, "cpu", config)
     policy = NeverGrow()
-    obs, info = envs.reset(seed=2_000_000 + 3, options={"instance": np.array([3])})
+    obs, info = envs.reset(seed=seed, options={"instance": np.array([instance])})
     policy.begin(envs, 0)
     done = np.zeros(1, dtype=bool)
     while not done.any():
         obs, _, terminated, truncated, info = envs.step(policy.act(obs, info))
         done = terminated | truncated
-    assert together[1] == info["final_info"]["committed_score"][0]
-    restored = NeverGrowScores(ID, "cpu", config, 100)
-    restored.set_state(scores.get_state())
-    assert restored.scores == scores.scores
+    final: dict[str, Any] = info["final_info"]
+    return final
 
 
 # ------------------------------------------------------------------ alerts

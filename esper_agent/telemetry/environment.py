@@ -72,15 +72,15 @@ class EnvironmentWatch:
 
     Args:
         envs: Environment of the training.
-        never_grow: Returns the committed score of never-grow on each of some instances; None at
-            level off.
+        never_grow: Returns the committed score of never-grow on each of some instances, in each
+            of as many kinds of problems; None at level off.
     """
 
     def __init__(
         self,
         envs: EsperVectorEnv,
         info: dict[str, Any],
-        never_grow: Callable[[Array], Array] | None,
+        never_grow: Callable[[Array, Array], list[float | None]] | None,
     ) -> None:
         self._num_envs, self._num_slots = info["stage"].shape
         self._episode_steps = envs.config.episode_steps
@@ -135,12 +135,13 @@ class EnvironmentWatch:
         self._counts.num_steps += self._num_envs
         self._return += rewards
         # `build_info` returns copies, so these arrays do not change any more.
-        after = {key: info[key] for key in WATCHED}
+        keys = (*WATCHED, "regime") if "regime" in info else WATCHED
+        after = {key: info[key] for key in keys}
         terms = info["reward_terms"]
         if done.any():
             # Where an episode ended, `info` is of the next one.
             final = info["final_info"]
-            for key in WATCHED:
+            for key in keys:
                 after[key] = np.where(_like(done, after[key]), final[key], after[key])
             terms = {
                 name: np.where(done, final["reward_terms"][name], term)
@@ -243,7 +244,8 @@ class EnvironmentWatch:
         counts = self._counts
         references: list[float | None] = [None] * len(rows)
         if self._never_grow is not None and has_level(level, "normal"):
-            references = self._never_grow(after["instance"][rows]).tolist()
+            regime = after.get("regime", np.zeros_like(after["instance"]))
+            references = self._never_grow(after["instance"][rows], regime[rows])
         for i, reference in zip(rows.tolist(), references, strict=True):
             fields = {
                 "member": i,

@@ -44,7 +44,8 @@ Source: Okabe and Ito (2008).
 """
 STAGE_LETTERS = ".gtbhFx"
 """One character per stage, in the order of `Stage`."""
-ROLLBACK_LETTER = "!"
+PARKED_LETTER, ROLLBACK_LETTER = "p", "!"
+"""Characters of a parked seed, whatever its stage, and of an env step with a rollback."""
 OP_MARKERS = {Op.GERMINATE: ("^", 5.0), Op.PRUNE: ("X", 5.2), Op.FOSSILIZE: ("D", 4.0)}
 """Shape and size [points] of the marker of an op. Other ops are visible in colors and alpha."""
 
@@ -161,9 +162,9 @@ def describe(
 ) -> str:
     """Describe the current episode of one sub-environment: a summary line and a line per slot.
 
-    The line of a slot has one character per env step, a letter of `STAGE_LETTERS` or
-    `ROLLBACK_LETTER`. Future env steps are blank, so all descriptions of an episode have the same
-    layout.
+    The line of a slot has one character per env step, a letter of `STAGE_LETTERS`,
+    `PARKED_LETTER` or `ROLLBACK_LETTER`. Future env steps are blank, so all descriptions of an
+    episode have the same layout.
 
     Args:
         history: Recorded rows, at least one of the sub-environment.
@@ -186,6 +187,8 @@ def describe(
     ]
     # (steps, num_slots) stages -> (steps, num_slots) letters; a rollback marks all slots
     letters = np.array(list(STAGE_LETTERS))[course.stage]
+    is_placed = np.isin(course.stage, (Stage.HOLDING, Stage.FOSSILIZED))
+    letters[is_placed & (course.alpha == 0)] = PARKED_LETTER
     letters[course.rolled_back] = ROLLBACK_LETTER
     for slot in range(course.stage.shape[1]):
         lane = "".join(letters[:, slot]).ljust(last_step + 1)
@@ -199,7 +202,8 @@ def describe(
 def _draw_lanes(axes: Axes, course: Course, blueprints: Sequence[str], frame: Frame) -> None:
     """Draw a lane for each slot: a strip for blueprint names and a bar.
 
-    The bar shows the stages as colors. It is pale above the level of alpha.
+    The bar shows the stages as colors. It is pale above the level of alpha, so that of a parked
+    seed is all pale.
     """
     end, bar_rows = len(course.stage), frame.bar_rows
     colors = np.array([_rgb(color) for color in STAGE_COLORS.values()])

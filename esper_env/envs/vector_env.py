@@ -31,7 +31,6 @@ from esper_env.growth.reward import resolve_weights
 from esper_env.growth.simulation import Simulation, StepResult
 from esper_env.population.blueprints import registered_blueprints
 from esper_env.tasks import TASKS, resolve_host
-from esper_env.tasks.instances import SET_SIZES
 
 _IMPORTING_PROCESS = os.getpid()
 _NOT_RESET = "the environment has not been reset"
@@ -424,7 +423,7 @@ class EsperVectorEnv(VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.int64], n
     @property
     def num_instances(self) -> int:
         """Number of instances in the configured set."""
-        return SET_SIZES[self.config.instances]
+        return TASKS[self.config.task].ranges.set_size(self.config.instances)
 
     @_exclusive
     def action_masks(self) -> BoolArray:

@@ -70,8 +70,10 @@ _ALL_IMAGES: dict[str, Any] = {
     "train_fraction": (1.0, 1.0),
     "label_noise": (0.0, 0.0),
     "widths": (1.0,),
+    "test_size": 60,
 }
-"""Ranges of instances that differ only in the learning rate; the regimes are what differs."""
+"""Ranges of instances that differ only in the learning rate; the regimes are what differs. So the
+differences are small, and more instances are needed to judge an agent."""
 
 STANDARD = Task(
     # 438 parameters: small enough that growing helps.

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from esper_env.config import FloatArray, IntArray
+from esper_env.jit import shared
 from esper_env.rng import make_key, uniform
 
 SET_SIZES = {"default": 1, "train": 100, "test": 20}
-"""Number of instances in each set."""
+"""Number of instances in each set, unless the ranges say otherwise."""
 _SET_KEYS = {"train": 1, "test": 2}
 
 
@@ -31,6 +32,12 @@ class InstanceRanges:
     """Share of the training labels that are wrong, uniform."""
     widths: tuple[float, ...] = (0.5, 0.75, 1.0)
     """Factors on the channels of every block of the host; each is equally likely."""
+    test_size: int = SET_SIZES["test"]
+    """Number of instances in the set "test"."""
+
+    def set_size(self, name: str) -> int:
+        """Return the number of instances in a set."""
+        return self.test_size if name == "test" else SET_SIZES[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +81,7 @@ def make_instances(name: str, ranges: InstanceRanges, learning_rate: float) -> I
             width=np.zeros(1, dtype=np.int64),
             widths=(1.0,),
         )
-    key = make_key(_SET_KEYS[name], np.arange(SET_SIZES[name]))
+    key = make_key(_SET_KEYS[name], np.arange(ranges.set_size(name)))
     u = uniform(key, 5).T
     return Instances(
         learning_rate=_log_uniform(u[0], ranges.learning_rate),
@@ -84,6 +91,12 @@ def make_instances(name: str, ranges: InstanceRanges, learning_rate: float) -> I
         width=(u[4] * len(ranges.widths)).astype(np.int64),
         widths=ranges.widths,
     )
+
+
+@shared
+def images_in_use(total: int, train_fraction: float, train_start: float) -> tuple[int, int]:
+    """Return how many images of a split an instance uses, and the first; they wrap around."""
+    return max(int(np.rint(train_fraction * total)), 1), int(train_start * total)
 
 
 def _uniform(u: FloatArray, limits: tuple[float, float]) -> FloatArray:

@@ -17,6 +17,7 @@ from esper_env.config import BoolArray, FloatArray, IntArray
 from esper_env.jit import entry_point, inlined
 from esper_env.population.interface import Exam
 from esper_env.rng import KeyArray, Stream, make_key, uniform
+from esper_env.tasks.instances import images_in_use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,8 +218,8 @@ def class_index(
     order = np.zeros((len(fraction), total), dtype=np.int64)
     first = np.empty((len(fraction), classes + 1), dtype=np.int64)
     for i, (share, begin) in enumerate(zip(fraction, start, strict=True)):
-        count = int(max(np.rint(share * total), 1))
-        used = (int(begin * total) + np.arange(count)) % total
+        count, at = images_in_use(total, share, begin)
+        used = (at + np.arange(count)) % total
         used = used[np.argsort(labels[used], kind="stable")]
         order[i, :count] = used
         first[i] = np.searchsorted(labels[used], np.arange(classes + 1))

@@ -12,7 +12,7 @@ from esper_env.config import BoolArray, FloatArray, IntArray
 from esper_env.jit import entry_point
 from esper_env.population.images import PADDING, Draw
 from esper_env.rng import KeyArray, Stream, child_key, mix, number_at
-from esper_env.tasks.instances import Instances
+from esper_env.tasks.instances import Instances, images_in_use
 from esper_env.tasks.regimes import ClassIndex, Course, image_of_kind, kind_at
 
 NO_COURSE = Course.empty(0, 0, 0, 0)
@@ -113,7 +113,7 @@ def _draw(
         data_key = child_key(child_key(episode, np.uint64(Stream.DATA)), step)
         noise_key = child_key(episode, np.uint64(Stream.NOISE))
         augment_key = child_key(child_key(episode, np.uint64(Stream.AUGMENT)), step)
-        count, first = max(np.rint(train_fraction[k] * total), 1.0), int(train_start[k] * total)
+        count, first = images_in_use(total, train_fraction[k], train_start[k])
         noise = label_noise[k]
         for b in range(batches):
             for j in range(size):
