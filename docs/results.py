@@ -204,6 +204,7 @@ def draw_adaptivity(results: dict[str, dict[str, Any]], path: Path) -> None:
                 axes.plot([pair["low"], pair["high"]], [y, y], color=color, linewidth=2)
                 axes.plot(pair["difference"], y, "o", color=color)
         axes.set_title(env_id, fontsize=10)
+        axes.locator_params(axis="x", nbins=5)
         axes.set_yticks(range(len(arms)))
         axes.set_yticklabels([ADAPTIVITY_ARMS[arm].replace("`", "") for arm in reversed(arms)])
         axes.spines[["top", "right"]].set_visible(False)
