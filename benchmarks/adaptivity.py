@@ -67,7 +67,7 @@ Make = Callable[[], Policy]
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Measure how much adaptation is worth in an environment with regimes."""
+    """Measure how much adaptation is worth in an environment."""
 
     env_id: str
     """Environment id."""
@@ -102,6 +102,11 @@ class Args:
             object.__setattr__(self, "plans", PLANS if has_regimes else learning.GRID)
         if self.repeats < 2 or self.repeats % 2:
             raise ValueError(f"repeats: expected an even number of at least 2, got {self.repeats}")
+        if self.agents_from is not None and self.agent_seeds:
+            raise ValueError(
+                f"agents_from: expected no agent_seeds beside it, got {self.agent_seeds}; train "
+                "agents or take those of a result"
+            )
 
 
 def open_loops(plans: dict[str, Plan], steps: int) -> dict[str, Make]:
@@ -168,10 +173,12 @@ def interval(difference: FloatArray, rng: np.random.Generator) -> dict[str, floa
 
 @dataclass(frozen=True)
 class Candidates:
-    """Policies of the arms, by name. The name of an open loop that grows at once is a plan."""
+    """Policies of the arms, by name."""
 
     loops: dict[str, Make]
+    """Open loops."""
     constants: list[str]
+    """Names of those that grow at once and change nothing later."""
     searched: dict[str, dict[str, Make]]
     """Candidates of each arm that is tuned on training instances."""
 
@@ -179,13 +186,12 @@ class Candidates:
 def candidates_of(args: Args) -> Candidates:
     """Return the policies that make sense in an environment."""
     envs = make_envs(args.env_id, 1, "cpu", args.env)
-    kinds, steps = envs.num_regimes, args.env.episode_steps
-    blueprints = next(head.options for head in envs.heads if head.name == "blueprint")
     envs.close()
+    steps = args.env.episode_steps
     plans = {text: parse_plan(text) for text in args.plans}
-    if kinds:
+    if envs.num_regimes:
         searched = {
-            "oracle": oracles(plans, kinds),
+            "oracle": oracles(plans, envs.num_regimes),
             "rule": rules(plans),
             "memoryless_rule": memoryless_rules(plans),
         }
@@ -195,16 +201,14 @@ def candidates_of(args: Args) -> Candidates:
     loops: dict[str, Make] = {"never": NeverGrow}
     loops |= {text: partial(FixedSchedule, plan) for text, plan in plans.items() if plan}
     constants = [text for text in loops if text != "never" and ":" not in text]
+    blueprints, count = learning.blueprints_of(envs), learning.Args.num_heuristics
     # Without patience and trial a heuristic uses nothing from before this env step.
     forgets = {"patience": 0, "trial_steps": 1}
-    return Candidates(
-        loops,
-        constants,
-        {
-            "rule": learning.heuristics(blueprints, 96),
-            "memoryless_rule": learning.heuristics(blueprints, 96, forgets),
-        },
-    )
+    searched = {
+        "rule": learning.heuristics(blueprints, count),
+        "memoryless_rule": learning.heuristics(blueprints, count, forgets),
+    }
+    return Candidates(loops, constants, searched)
 
 
 def halves(repeats: int) -> tuple[tuple[slice, slice], ...]:
@@ -271,7 +275,7 @@ def run_arms(args: Args) -> dict[str, Any]:
     return {
         "scores": {name: float(table.mean()) for name, table in tables.items()},
         "found": found,
-        "paired": compare(tables, np.random.default_rng(args.seed)),
+        "paired": paired_differences(tables, np.random.default_rng(args.seed)),
         "open_loops": scores,
         "searches": searches,
         "committed_scores": {name: np.round(table, 6).tolist() for name, table in tables.items()},
@@ -298,7 +302,9 @@ def episodes_of(path: Path, expected: Episodes) -> list[Episodes]:
     return runs
 
 
-def compare(tables: dict[str, FloatArray], rng: np.random.Generator) -> dict[str, dict[str, float]]:
+def paired_differences(
+    tables: dict[str, FloatArray], rng: np.random.Generator
+) -> dict[str, dict[str, float]]:
     """Return the paired differences of arms.
 
     Args:

@@ -41,7 +41,7 @@ from esper_agent.checkpoint import write_file
 from esper_agent.envs import TRAINING, make_envs, settings_of
 from esper_agent.evaluate import MAX_ENVS, run_episodes
 from esper_agent.telemetry.display import progress
-from esper_env import EnvConfig
+from esper_env import EnvConfig, EsperVectorEnv
 
 SMALL = ("norm", "attention", "conv_small", "bottleneck", "depthwise", "conv_light")
 GRID = (
@@ -195,6 +195,11 @@ def _schedule(text: str) -> Make:
     return lambda: FixedSchedule(parse_plan(text))
 
 
+def blueprints_of(envs: EsperVectorEnv) -> tuple[str, ...]:
+    """Return the blueprints that an environment offers."""
+    return next(head.options for head in envs.heads if head.name == "blueprint")
+
+
 def heuristics(
     blueprints: tuple[str, ...], count: int, fixed: Mapping[str, Any] | None = None
 ) -> dict[str, Make]:
@@ -323,10 +328,9 @@ def run_arms(args: Args) -> dict[str, list[Episodes]]:
 def search(args: Args) -> dict[str, Any]:
     """Search for the best schedule and settings of the heuristic on the training instances."""
     envs = make_envs(args.env_id, 1, "cpu", args.env)
-    blueprints = next(head.options for head in envs.heads if head.name == "blueprint")
     candidates = {
         "schedule": {text: _schedule(text) for text in args.schedules},
-        "heuristic": heuristics(blueprints, args.num_heuristics),
+        "heuristic": heuristics(blueprints_of(envs), args.num_heuristics),
     }
     return {
         name: remember(args.work_dir / f"search-{name}.json", partial(halve, makes, args))

@@ -263,8 +263,8 @@ def short_training_time(result: dict[str, Any]) -> str:
     minutes = np.median([run["seconds"] for run in runs]) / 60
     where = result["machine"]
     return (
-        f"It takes {minutes:.1f} minutes on {where['threads']} threads of an {where['cpu']} with "
-        f"AVX-512 (median of {len(runs)} runs)."
+        f"It takes {minutes:.1f} minutes on {where['threads']} threads of an {where['cpu']} "
+        f"(median of {len(runs)} runs)."
     )
 
 
