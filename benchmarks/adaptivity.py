@@ -33,18 +33,9 @@ from benchmarks import learning, write_result
 from benchmarks.processes import only_user
 from benchmarks.protocol import Episodes, play, table_of
 from esper_agent import command_line, ppo_lstm
-from esper_agent.baselines import (
-    FixedSchedule,
-    NeverGrow,
-    OpenLoop,
-    Oracle,
-    Plan,
-    Policy,
-    Threshold,
-    Toggle,
-    parse_plan,
-)
+from esper_agent.baselines import FixedSchedule, NeverGrow, Plan, Policy, parse_plan
 from esper_agent.envs import TRAINING, make_envs, settings_of
+from esper_agent.in_service import OpenLoop, Oracle, Threshold, Toggle
 from esper_agent.telemetry.display import progress
 from esper_env import EnvConfig
 from esper_env.config import FloatArray
@@ -53,7 +44,8 @@ from esper_env.tasks import TASKS
 PLANS = (
     *("conv_heavy@0+conv_heavy@1", "conv_heavy@0", "conv_heavy@1"),
     *("conv_light@0+conv_light@1", "conv_light@0", "conv_light@1"),
-    *("conv_small@0+conv_small@1", "conv_small@1", "norm@0+norm@1"),
+    *("conv_small@0+conv_small@1", "conv_small@1", "norm@0+norm@1", "norm@1"),
+    *("conv_heavy@0+norm@1", "conv_light@0+norm@1", "norm@0+conv_heavy@1"),
 )
 """Seeds that are in service together, in the format of `parse_plan`."""
 SHARES = ((0.0, 1.0), (0.25, 1.0), (0.5, 1.0), (0.75, 1.0), (0.0, 0.25), (0.0, 0.5), (0.0, 0.75))

@@ -24,15 +24,10 @@ from esper_agent import command_line, evaluate
 from esper_agent.arguments import config_of
 from esper_agent.baselines import (
     FixedSchedule,
-    InService,
     NeverGrow,
-    OpenLoop,
-    Oracle,
     Periodic,
     PlateauHeuristic,
     RandomLegal,
-    Threshold,
-    Toggle,
     parse_plan,
 )
 from esper_agent.envs import TRAINING, make_envs, settings_of
@@ -46,6 +41,7 @@ from esper_agent.evaluate import (
     report,
     run_episodes,
 )
+from esper_agent.in_service import InService, OpenLoop, Oracle, Threshold, Toggle
 from esper_agent.networks import save_network
 from esper_agent.ppo_lstm import Args, make_train_state
 from esper_env import EnvConfig, Op, Stage

@@ -257,6 +257,8 @@ def test_the_quick_adaptivity_takes_agents_from_the_learning_protocol(
     file.write_text(json.dumps({"arms": {"ppo_lstm": {"episodes": [run, other]}}}))
     with pytest.raises(ValueError, match="agents_from: expected the same seed of every episode"):
         quick_adaptivity(tmp_path, monkeypatch, ID, *more)
+    with pytest.raises(ValueError, match=r"agents_from: expected no agent_seeds beside it, got"):
+        adaptivity.Args(env_id=ID, agents_from=file, agent_seeds=(1,))
 
 
 def test_an_interval_over_agents_instances_and_episodes_by_hand() -> None:

@@ -36,6 +36,7 @@ AGENT_ROWS = {
     "layers": set(),
     "networks": {"checkpoint"},
     "baselines": set(),
+    "in_service": {"baselines"},
     "evaluate": {
         *("arguments", "envs", "checkpoint", "command_line", "baselines", "telemetry.display")
     },
