@@ -89,6 +89,8 @@ class Args:
     """Clipping range of the probability ratio."""
     ent_coef: float = 0.01
     """Coefficient of the entropy, which is summed over heads."""
+    wait_logit: float | None = None
+    """Logit of WAIT before training; by default 2.5 with parking (docs/results.md), else 0."""
     vf_coef: float = 0.5
     """Coefficient of the value loss."""
     max_grad_norm: float = 0.5
@@ -133,6 +135,8 @@ class Args:
         """Check types and ranges."""
         check_types(self)
         object.__setattr__(self, "env", settings_of(self.env_id, self.env))
+        if self.wait_logit is None:
+            object.__setattr__(self, "wait_logit", 2.5 if self.env.parking else 0.0)
         counts = ("num_envs", "num_steps", "num_minibatches", "group_size", "update_epochs")
         check_ranges(self, "at least 1", *counts, "hidden_size", "keep_checkpoints", least=1)
         check_ranges(self, "at least 0", "seed", "eval_episodes", "eval_every", "profile", least=0)
@@ -400,6 +404,7 @@ def make_train_state(args: Args, envs: EsperVectorEnv) -> TrainState:
         # torch.manual_seed would also seed CUDA, whose random state is not restored.
         torch.default_generator.manual_seed(args.seed)
         agent = Agent(**spaces, hidden_size=args.hidden_size, recurrent=args.recurrent)
+    nn.init.constant_(agent.op_head.bias[:1], args.wait_logit or 0.0)  # The first op is WAIT.
     agent.to(args.device)
     next_obs, info = envs.reset(seed=seeds)
     where = args.env_id, args.device, args.env
@@ -533,10 +538,7 @@ def update(
         # The log-probability of an action is the sum over its heads.
         head_logratios = newlogprobs - b_logprobs[:, mb_envs]
         logratio = head_logratios.sum(-1)
-        if (
-            args.target_kl is not None
-            and float(kl_estimate(logratio.detach()).mean()) > args.target_kl
-        ):
+        if args.target_kl and kl_estimate(logratio.detach()).mean() > args.target_kl:
             break
         pg_loss = policy_loss(logratio.exp(), b_advantages[:, mb_envs], args.clip_coef)
         v_loss = 0.5 * ((newvalues - b_returns[:, mb_envs]) ** 2).mean()
@@ -607,11 +609,10 @@ def begin(args: Args) -> tuple[EsperVectorEnv, TrainState, Run]:
 
 def finish(args: Args, envs: EsperVectorEnv, state: TrainState, run: Run) -> Path:
     """Train to the end and evaluate; return the run directory, which has all results."""
-    evaluate_some = partial(evaluate_agents, env_id=args.env_id, device=args.device)
+    judge = partial(evaluate_agents, env_id=args.env_id, device=args.device)
     policies: dict[str, Policy]
     telemetry, total = state.telemetry, args.num_iterations * args.batch_size
-    options = args.profile, args.profile_stacks, args.profile_shapes
-    profile = profiling(run.directory, *options)
+    profile = profiling(run.directory, args.profile, args.profile_stacks, args.profile_shapes)
     with run:
         with Display(total, args.quiet) as display, profile as end_of_profiled:
             while state.iteration < args.num_iterations:
@@ -621,7 +622,7 @@ def finish(args: Args, envs: EsperVectorEnv, state: TrainState, run: Run) -> Pat
                 if args.eval_every and state.iteration % args.eval_every == 0:
                     with telemetry.clock.measure("evaluation"):
                         policies = {"now": TrainedPolicy(copy.deepcopy(state.agent).cpu())}
-                        result = evaluate_some(policies, config=args.env, episodes=EVAL_EPISODES)
+                        result = judge(policies, config=args.env, episodes=EVAL_EPISODES)
                     scores = mean_scores(result)
                     metrics["eval/committed_score"] = scores["now"]
                     run.record_evaluation(global_step, scores)
@@ -636,8 +637,7 @@ def finish(args: Args, envs: EsperVectorEnv, state: TrainState, run: Run) -> Pat
         with run.ending():
             if args.eval_episodes:
                 policies = {"ppo_lstm": TrainedPolicy(directory)}
-                settings = evaluate_some, args.env, args.eval_episodes
-                result = evaluate_beside_baselines(policies, *settings)
+                result = evaluate_beside_baselines(policies, judge, args.env, args.eval_episodes)
                 run.record_evaluation(total, mean_scores(result))
                 report(result, run.directory / "evaluation.json")
     return directory

@@ -104,6 +104,7 @@ CONTEXTS = Task(
     ranges=InstanceRanges(learning_rate=(0.05, 0.15), **_ALL_IMAGES),
     defaults={
         "objective": "anytime",
+        "rent_weight": 0.01,
         "learning_rate_decay": "none",
         "graft": True,
         "parking": True,
