@@ -121,10 +121,16 @@ class EnvConfig:
     """Set of training conditions: 1 ("default"), 100 ("train") or 20 ("test") instances; in tasks
     with regimes "test" has 60."""
     observation: Literal["full", "minimal"] = "full"
-    """Features of the observation; "minimal" leaves out all that sums up the past: differences from
-    earlier env steps, the best accuracy and the plateau counter."""
+    """Features of the observation; "minimal" leaves out all differences: from earlier env steps
+    (with the best accuracy and the plateau counter), and from networks with other seeds
+    (contributions, would-be effects and interactions)."""
     episode_steps: int = 60
     """Length of an episode [env steps]."""
+    clock: Literal["steps", "flops"] = "steps"
+    """What an env step trains: "steps" `batches_per_step` batches, whatever they cost; "flops" the
+    same number of operations in every env step, so a larger network trains on fewer batches. Then
+    the episode's budget is that of `episode_steps` x `batches_per_step` batches of the host without
+    seeds, times the `compute` of the instance."""
     batches_per_step: int = 4
     """Training batches per env step and sub-environment."""
     batch_size: int = 32

@@ -519,16 +519,18 @@ def test_a_rejected_reset_changes_nothing(arguments: dict[str, Any], text: str) 
     assert envs.step(waits(2))[4]["samples"].tolist() == [32, 32]
 
 
-def test_the_minimal_observation_leaves_out_what_sums_up_the_past() -> None:
-    """8 features of the episode and one of each slot; all others have their values."""
+def test_the_minimal_observation_leaves_out_all_differences() -> None:
+    """8 features of the episode and 8 of each slot; all others have their values."""
     full, minimal = make(2), make(2, observation="minimal")
     left_out = {"best_accuracy", "plateau_steps"}
     left_out |= {f"{what}_change_{i}" for what in ("accuracy", "loss") for i in (1, 2, 3)}
-    left_out |= {f"slot_{s}.contribution_velocity" for s in (0, 1)}
+    measured = [f"contribution{end}" for end in ("", "_valid", "_freshness", "_velocity")]
+    measured += ["would_be", "would_be_valid", "interaction", "interaction_valid"]
+    left_out |= {f"slot_{s}.{name}" for s in (0, 1) for name in measured}
     kept = [i for i, name in enumerate(full.observation_names) if name not in left_out]
     assert minimal.observation_names == tuple(full.observation_names[i] for i in kept)
     assert minimal.single_observation_space.shape == (len(kept),)
-    assert len(full.observation_names) - len(kept) == len(left_out) == 10
+    assert len(full.observation_names) - len(kept) == len(left_out) == 24
     full.reset(seed=0)
     minimal.reset(seed=0)
     for expected, shown in zip(play(full, 6), play(minimal, 6), strict=True):

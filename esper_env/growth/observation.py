@@ -74,6 +74,8 @@ def episode_features() -> dict[str, str]:
         "instance_learning_rate": "log10(initial learning rate of the host) + 1.5",
         "instance_train_fraction": "log10(share of the training split in use) + 1",
         "instance_width": "log2(width of the host / width of the task's host)",
+        "instance_compute": "log2(compute budget / (`episode_steps` x `batches_per_step` batches "
+        f'of the host without seeds)) / {DOUBLINGS_SCALE:.0f}; only with `clock="flops"`',
     }
 
 
@@ -144,8 +146,13 @@ class ObservationBuilder:
         slot = slot_features(blueprints)
         slots = (f"slot_{s}.{name}" for s in range(num_slots) for name in slot)
         names = (*episode_features(), *slots)
-        keeps_all = config.observation == "full"
-        self._kept = [i for i, name in enumerate(names) if keeps_all or not _sums_up(name)]
+        keeps_differences, has_budget = config.observation == "full", config.clock == "flops"
+        self._kept = [
+            i
+            for i, name in enumerate(names)
+            if (keeps_differences or not _compares(name))
+            and (has_budget or name != "instance_compute")
+        ]
         self._num_features = len(names)
         self.names = tuple(names[i] for i in self._kept)
 
@@ -168,10 +175,16 @@ class ObservationBuilder:
         return observation
 
 
-def _sums_up(name: str) -> bool:
-    """Return whether a feature sums up the past, so that `observation="minimal"` leaves it out."""
-    is_difference = "_change_" in name or name.endswith("contribution_velocity")
-    return is_difference or name in ("best_accuracy", "plateau_steps")
+def _compares(name: str) -> bool:
+    """Return whether a feature compares accuracies, so that `observation="minimal"` leaves it out.
+
+    The others are of other env steps, or of networks that were not in service.
+    """
+    what = name.split(".")[-1]
+    is_difference = "_change_" in what or what.startswith(
+        ("contribution", "would_be", "interaction")
+    )
+    return is_difference or what in ("best_accuracy", "plateau_steps")
 
 
 class _Scales(NamedTuple):
@@ -235,6 +248,7 @@ def _observe(
             np.log10(conditions.learning_rate[i]) + 1.5,
             np.log10(conditions.train_fraction[i]) + 1,
             np.log2(conditions.width[i]),
+            np.log2(conditions.compute[i]) / DOUBLINGS_SCALE,
         )
         at = _put(row, at, training)
         for s in range(num_slots):

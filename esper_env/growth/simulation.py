@@ -57,6 +57,8 @@ class Networks(NamedTuple):
     (num_envs, num_slots, num_blueprints) int64."""
     multiply_adds: IntArray
     """Multiply-adds of the forward pass of host and seeds, per image. (num_envs,) int64."""
+    host_multiply_adds: IntArray
+    """The same of the host alone. (num_envs,) int64."""
     conditions: Conditions
     """Training conditions of the episodes."""
 
@@ -219,10 +221,12 @@ class Simulation:
             ),
             budget_table=budget_table,
             multiply_adds=population.host_multiply_adds[width] + multiply_adds.sum(axis=1),
+            host_multiply_adds=population.host_multiply_adds[width],
             conditions=Conditions(
                 learning_rate=instances.learning_rate[instance],
                 train_fraction=instances.train_fraction[instance],
                 width=np.array(instances.widths)[width],
+                compute=instances.compute[instance],
             ),
         )
 
@@ -344,22 +348,53 @@ class Simulation:
         """
         _, measured, progress, _, episode = self.state
         config, networks = self.config, self.networks
+        batches, unspent = self._buy_batches(rows)
+        draw = self.draw_batches(rows)
+        progress.unspent[rows] = unspent
+        is_finite, has_batch = np.ones(len(rows), dtype=bool), batches > 0
+        if not has_batch.all():
+            # A network that saves its compute for a later batch has no gradients in this env step.
+            idle = rows[~has_batch]
+            nothing = np.full((len(idle), self.host.num_slots, 1), np.nan)
+            record_gradients(measured, idle, nothing, np.zeros(len(idle)), config)
+            rows, batches, draw = rows[has_batch], batches[has_batch], draw.of(has_batch)
+            if not len(rows):
+                return is_finite
         host_rate = self.instances.learning_rate[episode.instance[rows]]
         if config.learning_rate_decay == "linear":
             host_rate = host_rate * (1 - progress.steps[rows] / config.episode_steps)
-        draw = self.draw_batches(rows)
         seed_rate = host_rate * (config.seed_learning_rate / config.host_learning_rate)
         training = Training(rows, networks.trained, self.splits.train, draw, host_rate, seed_rate)
         report = self.population.train(training)
         progress.train_loss[rows] = report.loss
-        size = config.batches_per_step * config.batch_size
+        size = batches * config.batch_size
         progress.samples[rows] += size
         # 2 operations per multiply-add; the backward pass costs twice the forward pass.
         progress.flops[rows] += 6.0 * networks.multiply_adds[rows] * size
         if networks.has_seeds:
             norms = report.seed_gradient_norms, report.host_gradient_norm
             record_gradients(measured, rows, *norms, config)
-        return report.is_finite
+        is_finite[has_batch] = report.is_finite
+        return is_finite
+
+    def _buy_batches(self, rows: IntArray) -> tuple[IntArray, FloatArray]:
+        """Return the batches of the coming env step, and the compute that is left over.
+
+        Args:
+            rows: Indices of the sub-environments. (m,) int64.
+
+        Returns:
+            Batches (m,) int64, and compute in the unit of `Progress.unspent` (m,) float64.
+        """
+        config, networks = self.config, self.networks
+        if config.clock == "steps":
+            return np.full(len(rows), config.batches_per_step), np.zeros(len(rows))
+        share = networks.conditions.compute[rows] * config.batches_per_step
+        available = self.state.progress.unspent[rows] + share * networks.host_multiply_adds[rows]
+        price = networks.multiply_adds[rows]
+        # The budget of a whole number of batches buys all of them, whatever the rounding.
+        batches = np.floor(available / price + 1e-9).astype(np.int64)
+        return batches, np.maximum(available - batches * price, 0.0)
 
     def draw_batches(self, rows: IntArray) -> Draw:
         """Sample the coming training batches of some sub-environments; see `draw_batches`."""
@@ -373,7 +408,7 @@ class Simulation:
             self.instances,
             self._train_labels,
             num_classes=self.host.num_classes,
-            batches=config.batches_per_step,
+            batches=self._buy_batches(rows)[0],
             batch_size=config.batch_size,
             augments=self.task.augments,
             course=NO_COURSE if self.task.regimes is None else self.course.of(rows),

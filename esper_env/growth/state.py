@@ -147,7 +147,10 @@ class Progress(NamedTuple):
     """Sum over the env steps of the score divided by `episode_steps`; only with
     `objective="anytime"`, else 0."""
     train_loss: FloatArray
-    """Mean training loss of the last env step [nats]."""
+    """Mean training loss of the last env step with a batch [nats]."""
+    unspent: FloatArray
+    """Compute that is left over for the next env step, less than a batch needs; only with
+    `clock="flops"`, else 0 [multiply-adds per image of a batch]."""
     last_op: IntArray
     """Op of the last action, values of `Op`."""
     last_valid: BoolArray
@@ -308,6 +311,9 @@ class Conditions(NamedTuple):
     """Share of the training split in use, 0 to 1."""
     width: FloatArray
     """Width of the host [multiples of the width of the task's host]."""
+    compute: FloatArray
+    """Compute budget with `clock="flops"` [multiples of `episode_steps` x `batches_per_step`
+    batches of the host without seeds]."""
 
 
 class Scores(NamedTuple):

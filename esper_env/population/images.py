@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,11 +22,17 @@ class Draw(NamedTuple):
     indices: IntArray
     """Indices into the split. (batches, batch_size, m) int64."""
     labels: IntArray
-    """Labels, some of them wrong if there is noise. (batches, batch_size, m) int64."""
+    """Labels, some of them wrong if there is noise. A member with fewer batches than others has
+    labels of -1 in the last ones. (batches, batch_size, m) int64."""
     shifts: IntArray | None = None
     """Crop offsets as in `shifted`, None for no crops. (batches, batch_size, m, 2) [pixels]."""
     flips: BoolArray | None = None
     """Whether an image is mirrored left to right; None for no. (batches, batch_size, m)."""
+
+    def num_batches(self) -> IntArray:
+        """Return how many batches each member has. (m,)."""
+        result: IntArray = np.count_nonzero(self.labels[:, 0] >= 0, axis=0)
+        return result
 
     def of(self, members: slice | BoolArray) -> Draw:
         """Return the samples of some members. The mask is (m,) bool."""

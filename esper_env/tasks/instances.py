@@ -30,6 +30,9 @@ class InstanceRanges:
     """Share of the training split in use, log-uniform."""
     label_noise: tuple[float, float] = (0.0, 0.3)
     """Share of the training labels that are wrong, uniform."""
+    compute: tuple[float, float] = (1.0, 1.0)
+    """Compute budget with `clock="flops"`, log-uniform [multiples of `episode_steps` x
+    `batches_per_step` batches of the host without seeds]."""
     widths: tuple[float, ...] = (0.5, 0.75, 1.0)
     """Factors on the channels of every block of the host; each is equally likely."""
     test_size: int = SET_SIZES["test"]
@@ -52,6 +55,8 @@ class Instances:
     """Start of that share in the shuffled split, 0 to 1; it wraps around at the end."""
     label_noise: FloatArray
     """Share of the training labels that are wrong, 0 to 1."""
+    compute: FloatArray
+    """Compute budget with `clock="flops"`; see `InstanceRanges`."""
     width: IntArray
     """Index into `widths`."""
     widths: tuple[float, ...]
@@ -78,16 +83,18 @@ def make_instances(name: str, ranges: InstanceRanges, learning_rate: float) -> I
             train_fraction=one,
             train_start=0 * one,
             label_noise=0 * one,
+            compute=one,
             width=np.zeros(1, dtype=np.int64),
             widths=(1.0,),
         )
     key = make_key(_SET_KEYS[name], np.arange(ranges.set_size(name)))
-    u = uniform(key, 5).T
+    u = uniform(key, 6).T
     return Instances(
         learning_rate=_log_uniform(u[0], ranges.learning_rate),
         train_fraction=_log_uniform(u[1], ranges.train_fraction),
         train_start=u[2],
         label_noise=_uniform(u[3], ranges.label_noise),
+        compute=_log_uniform(u[5], ranges.compute),
         width=(u[4] * len(ranges.widths)).astype(np.int64),
         widths=ranges.widths,
     )

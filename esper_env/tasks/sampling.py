@@ -27,7 +27,7 @@ def draw_batches(
     labels: IntArray,
     *,
     num_classes: int,
-    batches: int,
+    batches: IntArray | int,
     batch_size: int,
     augments: bool,
     course: Course = NO_COURSE,
@@ -42,7 +42,7 @@ def draw_batches(
         instances: Set of instances, which gives the images to train on and the label noise.
         labels: Labels of the training split. (n,) int64.
         num_classes: Classes of the task.
-        batches: Batches per env step.
+        batches: Batches of each member, (m,) int64, or of all members.
         batch_size: Images per batch.
         augments: Whether images are cropped and mirrored at random.
         course: Course of each member's episode, if the task has regimes.
@@ -51,13 +51,14 @@ def draw_batches(
     Returns:
         Samples of each batch and member.
     """
-    shape = len(instance), batches, batch_size
+    own_batches = np.full(len(instance), batches)
+    shape = len(instance), own_batches.max(), batch_size
     changed = shape if augments else (len(instance), 0, 0)
     index, shown = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
     shifts, flips = np.empty((*changed, 2), dtype=np.int64), np.empty(changed, dtype=np.bool_)
     _draw(
         episode_key, steps, instance, instances.train_fraction, instances.train_start,
-        instances.label_noise, labels, num_classes, course, class_index,
+        instances.label_noise, labels, num_classes, own_batches, course, class_index,
         index, shown, shifts, flips,
     )  # fmt: skip
     # (m, batches, size) -> (batches, size, m)
@@ -79,6 +80,7 @@ def _draw(
     label_noise: FloatArray,
     labels: IntArray,
     num_classes: int,
+    own_batches: IntArray,
     course: Course,
     class_index: ClassIndex,
     index: IntArray,
@@ -97,6 +99,7 @@ def _draw(
         label_noise: Share of wrong labels, for each instance. (n,) float64.
         labels: Labels of the training split without distortion. (images,) int64.
         num_classes: Classes of the task.
+        own_batches: Batches of each member. (m,) int64.
         course: Course of each member's episode; without kinds if the task has no regimes.
         class_index: Images of the split by instance and class; empty if the task has no regimes.
         index: Indices into the training split, overwritten. (m, batches, size) int64.
@@ -105,7 +108,7 @@ def _draw(
         flips: Whether an image is mirrored, overwritten. (m, batches, size) bool, or (m, 0, 0).
     """
     total = len(labels)
-    m, batches, size = index.shape
+    m, _, size = index.shape
     has_regimes = len(course.noise) > 0
     for i in range(m):
         step, k, episode = np.uint64(steps[i]), instance[i], mix(episode_key[i])
@@ -114,7 +117,9 @@ def _draw(
         noise_key = child_key(episode, np.uint64(Stream.NOISE))
         augment_key = child_key(child_key(episode, np.uint64(Stream.AUGMENT)), step)
         count, first = images_in_use(total, train_fraction[k], train_start[k])
-        noise = label_noise[k]
+        noise, batches = label_noise[k], own_batches[i]
+        index[i, batches:], shown[i, batches:] = 0, -1
+        shifts[i, batches:], flips[i, batches:] = 0, False
         for b in range(batches):
             for j in range(size):
                 position = b * size + j

@@ -78,7 +78,8 @@ class CompiledEngine:
     def train(self, training: Training) -> TrainReport:
         """Train members for some batches; see `Population.train`."""
         members, seeds, images, draw, host_rate, seed_rate = training
-        batches, size, m = draw.indices.shape
+        _, size, m = draw.indices.shape
+        batches = draw.num_batches()
         assignment = self.programs.training(members, seeds, size)
         squares = self.programs.squares.rows[assignment.programs.program]
         is_trained = squares == 0
@@ -96,7 +97,7 @@ class CompiledEngine:
         results = Results(np.zeros(m), np.zeros(m), squares, np.zeros(m), is_finite)
         pictures = Pictures.for_draw(images, draw)
         self._run(assignment, networks, pictures, results, is_training=True)
-        norms = np.sqrt(results.squares / batches)
+        norms = np.sqrt(results.squares / batches[:, None, None])
         norms[np.isnan(norms) & is_trained] = np.inf
         host_norms = np.sqrt(results.host_squares / batches)
         host_norms[np.isnan(host_norms)] = np.inf

@@ -55,6 +55,9 @@ class WorkingSet:
             columns = column.offset + np.arange(column.spec.size)
             indices.append((members[own][:, None] * row_width + columns).reshape(-1))
         self.index = torch.from_numpy(np.concatenate(indices)).to(device)
+        # Position in the chunk of the member that an element belongs to. (n,)
+        owners = [np.repeat(p.members, p.column.spec.size) for p in pieces]
+        self.owner = torch.from_numpy(np.concatenate([indices[0], *owners])).to(device)
 
     def gather(self, matrix: Tensor) -> Tensor:
         """Copy the elements of a (members, row_width) matrix into a flat vector. (n,)."""

@@ -109,6 +109,9 @@ class TrainingGraph:
             for p in trained
         ]
         self._norm_index = torch.from_numpy(np.concatenate(at)).to(device)
+        # Position in the chunk of the member that a segment belongs to. (segments,)
+        owners = np.concatenate([p.members for p in trained])
+        self._segment_owner = torch.from_numpy(owners).to(device)
 
     def train(self, training: Training) -> tuple[Tensor, Tensor, Tensor]:
         """Train on some batches.
@@ -133,10 +136,14 @@ class TrainingGraph:
         element_rates = self._sgd.spread_rates(rates)
         mixes = [self._mixes(slot, seeds) for slot in range(num_slots)]
         kind: dict[str, Any] = {"dtype": torch.float32, "device": storage.device}
+        counts = training.draw.num_batches()
+        num_batches = torch.from_numpy(counts).to(storage.device)
         total_loss = torch.zeros(len(self.members), **kind)
         total_squares = torch.zeros(len(self._norm_index), **kind)
         host_squares = torch.zeros(len(self.members), **kind)
-        for batch, label in zip(images, labels, strict=True):
+        for n, (batch, label) in enumerate(zip(images, labels, strict=True)):
+            is_over = num_batches <= n if (counts <= n).any() else None
+            before = [t.detach().clone() for t in (flat, momentum, running) if is_over is not None]
             with in_precision(self.precision, storage.device):
                 logits = self._forward(batch, self._trained.views(flat), buffers, mixes)
             loss = cross_entropy(logits, label).mean(1)
@@ -144,9 +151,19 @@ class TrainingGraph:
             (gradient,) = torch.autograd.grad(loss.sum(), flat)
             with torch.no_grad():
                 squares, of_modules = self._sgd.step(flat, gradient, momentum, element_rates)
-                total_squares += squares
                 # The hosts are the first modules.
-                host_squares += of_modules[: len(host_squares)]
+                of_hosts = of_modules[: len(host_squares)]
+                if is_over is not None:
+                    # A member without a batch keeps its tensors, and nothing of it counts.
+                    owners = self._trained.owner, self._trained.owner, self._running.owner
+                    for now, old, own in zip(
+                        (flat, momentum, running), before, owners, strict=True
+                    ):
+                        now.copy_(torch.where(is_over[own], old, now))
+                    squares = squares.masked_fill(is_over[self._segment_owner], 0)
+                    of_hosts, loss = (v.masked_fill(is_over, 0) for v in (of_hosts, loss))
+                total_squares += squares
+                host_squares += of_hosts
                 total_loss += loss
         # Frozen modules keep their rows; running statistics are updated for all.
         with torch.no_grad():
@@ -155,10 +172,11 @@ class TrainingGraph:
             self._running.scatter(storage.buffers, running)
         # NaN marks tensors that do not exist, so a gradient that is NaN is reported as infinite.
         squares = torch.full(self._norm_shape, torch.nan, **kind)
-        mean = (total_squares / len(images)).nan_to_num_(torch.inf, torch.inf)
+        mean = total_squares / num_batches[self._segment_owner]
+        mean.nan_to_num_(torch.inf, torch.inf)
         squares.view(-1)[self._norm_index] = mean
-        host = (host_squares / len(images)).nan_to_num_(torch.inf, torch.inf)
-        return total_loss / len(images), squares[:, 1:], host
+        host = (host_squares / num_batches).nan_to_num_(torch.inf, torch.inf)
+        return total_loss / num_batches, squares[:, 1:], host
 
     def _mixes(self, slot: int, seeds: Seeds) -> list[Mix]:
         """Return the groups of a slot with the blend weights of the current env step."""
