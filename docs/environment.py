@@ -29,7 +29,7 @@ from esper_env.config import STYLES
 from esper_env.envs.registration import ENVIRONMENTS
 from esper_env.growth.action_space import HEAD_NAMES, RELEVANT_HEADS
 from esper_env.growth.lifecycle import TRANSITIONS
-from esper_env.growth.observation import episode_features, slot_features
+from esper_env.growth.observation import BUDGET_FEATURE, episode_features, slot_features
 from esper_env.growth.reward import (
     PRESETS,
     PROGRESS_HALF_LIFE_STEPS,
@@ -444,8 +444,10 @@ def feature_counts_table(episode: Mapping[str, str], slot: Mapping[str, str]) ->
     rows = []
     for name, (task_name, _) in ENVIRONMENTS.items():
         slots = TASKS[task_name].host.num_slots
-        total = len(episode) + slots * len(slot)
-        rows.append((f"`{name}`", f"{len(episode)} + {slots} × {len(slot)} = {total}"))
+        has_budget = TASKS[task_name].defaults.get("clock") == "flops"
+        own = len(episode) - (BUDGET_FEATURE in episode and not has_budget)
+        total = own + slots * len(slot)
+        rows.append((f"`{name}`", f"{own} + {slots} × {len(slot)} = {total}"))
     return table(("id", "episode block + slots × slot block"), rows)
 
 
@@ -485,6 +487,7 @@ def instances() -> list[str]:
         "learning_rate": "`host_learning_rate`",
         "train_fraction": "1",
         "label_noise": "0",
+        "compute": "1",
         "widths": "1",
         "test_size": "",
     }

@@ -36,9 +36,10 @@ class EsperEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.int64]]):
     1. It applies the action. An illegal action counts as WAIT.
     2. It ticks every slot: cooldowns and alpha ramps advance by one env step, and automatic stage
        transitions take place.
-    3. It trains host and seeds by SGD on `batches_per_step` batches of `batch_size` images. The
-       learning rates decay linearly, from the initial value in the first env step to
-       1/`episode_steps` of it in the last (`learning_rate_decay`).
+    3. It trains host and seeds by SGD on `batches_per_step` batches of `batch_size` images, or on
+       as many as the same compute pays for (`clock`). The learning rates decay linearly, from the
+       initial value in the first env step to 1/`episode_steps` of it in the last
+       (`learning_rate_decay`).
     4. It restores the last good snapshot if training diverged or collapsed (see Episode End).
     5. It evaluates networks on the validation split: the *live* network with all seeds at their
        current alpha, the *committed* network with only the fossilized seeds, and the networks that

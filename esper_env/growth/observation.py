@@ -35,6 +35,8 @@ STEPS_SCALE = 20.0
 """Divisor of ages and counters [env steps]."""
 DOUBLINGS_SCALE = 4.0
 """Divisor of growth [doublings of the parameters]."""
+BUDGET_FEATURE = "instance_compute"
+"""Feature of the episode block that only environments with `clock="flops"` have."""
 _NUM_STAGES, _NUM_OPS, _NUM_STYLES = len(Stage), len(Op), len(STYLES)
 
 
@@ -74,7 +76,7 @@ def episode_features() -> dict[str, str]:
         "instance_learning_rate": "log10(initial learning rate of the host) + 1.5",
         "instance_train_fraction": "log10(share of the training split in use) + 1",
         "instance_width": "log2(width of the host / width of the task's host)",
-        "instance_compute": "log2(compute budget / (`episode_steps` x `batches_per_step` batches "
+        BUDGET_FEATURE: "log2(compute budget / (`episode_steps` x `batches_per_step` batches "
         f'of the host without seeds)) / {DOUBLINGS_SCALE:.0f}; only with `clock="flops"`',
     }
 
@@ -151,7 +153,7 @@ class ObservationBuilder:
             i
             for i, name in enumerate(names)
             if (keeps_differences or not _compares(name))
-            and (has_budget or name != "instance_compute")
+            and (has_budget or name != BUDGET_FEATURE)
         ]
         self._num_features = len(names)
         self.names = tuple(names[i] for i in self._kept)
