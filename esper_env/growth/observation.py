@@ -152,8 +152,7 @@ class ObservationBuilder:
         self._kept = [
             i
             for i, name in enumerate(names)
-            if (keeps_differences or not _compares(name))
-            and (has_budget or name != BUDGET_FEATURE)
+            if (keeps_differences or not _compares(name)) and (has_budget or name != BUDGET_FEATURE)
         ]
         self._num_features = len(names)
         self.names = tuple(names[i] for i in self._kept)
