@@ -15,8 +15,9 @@ from esper_env import EsperVectorEnv, Op
 class InService(RuleBased):
     """Puts the seeds of a plan into service when it wants them, and takes them out otherwise.
 
-    Seeds are germinated and advanced as soon as the masks allow. Out of service they are parked, or
-    pruned where the environment has no parking. Subclasses decide in `wants`.
+    Seeds are germinated, in the order of the plan, and advanced as soon as the masks allow. Out of
+    service they are parked, or pruned where the environment has no parking. Subclasses decide in
+    `wants`.
 
     Args:
         plan: Slot and blueprint of each seed; its env steps are not used.
@@ -51,7 +52,9 @@ class InService(RuleBased):
         self._wanted = self.wants(info)
         planned = np.broadcast_to(self._is_planned, (len(self._wanted), len(self._slots)))
         enters, leaves = planned & self._wanted[:, None], planned & ~self._wanted[:, None]
-        rules = [(Op.ADVANCE, enters), (Op.SET_ALPHA, planned), (Op.GERMINATE, enters)]
+        rules = [(Op.ADVANCE, enters), (Op.SET_ALPHA, planned)]
+        slots = np.array(self._slots)
+        rules += [(Op.GERMINATE, enters & (slots == slot)) for slot, *_ in self.plan]
         if not self._parks:
             rules.append((Op.PRUNE, leaves))
         return self._follow(rules, self._blueprint, parks=~self._wanted)

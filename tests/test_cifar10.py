@@ -190,7 +190,7 @@ def test_without_data_and_network_the_first_reset_says_what_to_do(
         "- connect to the internet\n"
         f"- copy {URL} into {tmp_path}/data\n"
         "- set data_dir or the environment variable ESPER_DATA_DIR to the folder that contains it\n"
-        "- if the folder or the archive is there, it is damaged: delete it\n"
+        "- if that is there, it is damaged: delete it\n"
         "- use Esper-Digits-v0, which needs no download"
     )
 

@@ -427,7 +427,7 @@ class Machine(RuleBasedStateMachine):
         if envs.config.clock == "flops":
             # Without a batch nothing can diverge, and growing may leave none.
             actions[member] = 0
-            if sim.draw_batches(np.array([member])).num_batches()[0] == 0:
+            if not (sim.draw_batches(np.array([member])).labels >= 0).any():
                 return
         twin.set_state(envs.get_state())
         width = int(sim.instances.width[sim.state.episode.instance[member]])

@@ -238,7 +238,8 @@ def test_tests_use_few_private_names() -> None:
 def test_exported_names_are_those_of_the_design() -> None:
     import esper_env
 
-    expected = {"EsperEnv", "EsperVectorEnv", "EnvConfig", "Op", "Stage", "ActionHead"}
+    expected = {"Host", "InstanceRanges", "make_splits", "register_task"}
+    expected |= {"EsperEnv", "EsperVectorEnv", "EnvConfig", "Op", "Stage", "ActionHead"}
     expected |= {"GradientCause"}
     expected |= {"JointAction", "JointActionVector", "register_blueprint", "register_host"}
     expected |= {"MaskInObservation", "MaskInObservationVector", "check_vector_env"}

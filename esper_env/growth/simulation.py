@@ -26,6 +26,7 @@ from esper_env.population.interface import Evaluation, Exam, Seeds, SGDSettings,
 from esper_env.population.population import Population
 from esper_env.rng import Stream, make_key, uniform
 from esper_env.tasks import TASKS, load_splits, resolve_host
+from esper_env.tasks.data import check_splits
 from esper_env.tasks.instances import make_instances
 from esper_env.tasks.regimes import (
     ClassIndex,
@@ -95,6 +96,7 @@ class Simulation:
         self.task = TASKS[config.task]
         self.host = resolve_host(config)
         self.splits = load_splits(self.task.load, config.data_dir, device)
+        check_splits(config.task, self.splits, self.host)
         self.instances = make_instances(
             config.instances, self.task.ranges, config.host_learning_rate
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,11 +27,6 @@ class Draw(NamedTuple):
     """Crop offsets as in `shifted`, None for no crops. (batches, batch_size, m, 2) [pixels]."""
     flips: BoolArray | None = None
     """Whether an image is mirrored left to right; None for no. (batches, batch_size, m)."""
-
-    def num_batches(self) -> IntArray:
-        """Return how many batches each member has. (m,)."""
-        result: IntArray = np.count_nonzero(self.labels[:, 0] >= 0, axis=0)
-        return result
 
     def of(self, members: slice | BoolArray) -> Draw:
         """Return the samples of some members. The mask is (m,) bool."""

@@ -4,13 +4,15 @@ import dataclasses
 
 from esper_env.config import EnvConfig, near
 from esper_env.population.hosts import Host, registered_hosts
-from esper_env.tasks import cifar10, digits
+from esper_env.tasks import cifar10, digits, fashion_mnist
 from esper_env.tasks.task import Splits, Task, load_splits
 
 TASKS: dict[str, Task] = {
     "digits": digits.STANDARD,
     "digits_sizing": digits.SIZING,
     "digits_contexts": digits.CONTEXTS,
+    "fashion_mnist": fashion_mnist.STANDARD,
+    "fashion_mnist_small": fashion_mnist.SMALL,
     "cifar10": cifar10.STANDARD,
     "cifar10_impaired": cifar10.IMPAIRED,
     "cifar10_deep": cifar10.DEEP,

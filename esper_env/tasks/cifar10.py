@@ -6,8 +6,6 @@ before it unpickles it.
 
 from __future__ import annotations
 
-import os
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +13,12 @@ import torch
 from torch import Tensor
 
 from esper_env.population.hosts import Host
-from esper_env.population.images import ImageSet
+from esper_env.tasks.data import read_or_download, split_off
 from esper_env.tasks.instances import InstanceRanges
 from esper_env.tasks.task import Splits, Task
 
-DATA_DIR_VARIABLE = "ESPER_DATA_DIR"
-"""Environment variable with the default data directory."""
-DEFAULT_DATA_DIR = "~/.cache/esper"
 IMAGES_PER_VALIDATION_IMAGE = 25
 """One of 25 training images, 2,000 of 50,000, is in the validation split."""
-SPLIT_SEED = 0
-"""Seed of the split, which is part of the task and independent of any user's seed."""
 
 
 def load_splits(data_dir: str | None = None) -> Splits:
@@ -40,34 +33,17 @@ def load_splits(data_dir: str | None = None) -> Splits:
     """
     from torchvision.datasets import CIFAR10
 
-    root = Path(data_dir or os.environ.get(DATA_DIR_VARIABLE) or DEFAULT_DATA_DIR)
-    root = root.expanduser().absolute()
-    try:
+    def read(root: Path) -> Splits:
         images, labels = _read(root, train=True)
-        test_images, test_labels = _read(root, train=False)
-    except (RuntimeError, OSError, HTTPException) as error:
-        raise FileNotFoundError(
-            f"CIFAR-10 could not be read from {root} or downloaded to it: {error}\n"
-            f"Expected there: the folder {CIFAR10.base_folder} or the archive {CIFAR10.filename}, "
-            "with torchvision's checksums.\nAny of these helps:\n"
-            "- connect to the internet\n"
-            f"- copy {CIFAR10.url} into {root}\n"
-            f"- set data_dir or the environment variable {DATA_DIR_VARIABLE} to the folder that "
-            "contains it\n"
-            "- if the folder or the archive is there, it is damaged: delete it\n"
-            "- use Esper-Digits-v0, which needs no download"
-        ) from error
+        num_validation = len(images) // IMAGES_PER_VALIDATION_IMAGE
+        return split_off(images, labels, num_validation, _read(root, train=False))
 
-    # A fixed permutation, so that every user has the same validation images.
-    order = torch.from_numpy(np.random.default_rng(SPLIT_SEED).permutation(len(images)))
-    num_train = len(images) - len(images) // IMAGES_PER_VALIDATION_IMAGE
-    train, validation = order[:num_train], order[num_train:]
-    # All splits are normalized with the statistics of the training images alone.
-    mean, std = _mean_and_std(images[train])
-    return Splits(
-        train=ImageSet(images[train], labels[train], mean, std),
-        validation=ImageSet(images[validation], labels[validation], mean, std),
-        test=ImageSet(test_images, test_labels, mean, std),
+    return read_or_download(
+        "CIFAR-10",
+        data_dir,
+        read,
+        expected=f"the folder {CIFAR10.base_folder} or the archive {CIFAR10.filename}",
+        copy=CIFAR10.url,
     )
 
 
@@ -87,19 +63,6 @@ def _read(root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
     # by index needs channels last in memory.
     pixels = np.ascontiguousarray(data.data)
     return torch.from_numpy(pixels), torch.tensor(data.targets, dtype=torch.int64)
-
-
-def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each channel, both (channels,) float32.
-
-    Counts of the 256 pixel values give exact results without a float copy of the images (600 MB).
-    """
-    values = torch.arange(256, dtype=torch.float64)
-    counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(-1)]
-    shares = torch.stack(counts).double() / images[..., 0].numel()
-    mean = (shares * values).sum(1)
-    std = (shares * (values - mean[:, None]).square()).sum(1).sqrt()
-    return mean.float(), std.float()
 
 
 def _task(*channels: int, kernel_size: int = 3) -> Task:

@@ -57,8 +57,17 @@ def first_level(labels: Tensor, levels: int) -> IntArray:
 
 @functools.cache
 def load_splits(load: Callable[[str | None], Splits], data_dir: str | None, device: str) -> Splits:
-    """Return a task's data on a device. Each process reads it once per device."""
-    splits = load(data_dir)
+    """Return a task's data on a device. Each process reads it once per device.
+
+    Raises:
+        TypeError: If `load` does not return splits.
+    """
+    splits: object = load(data_dir)
+    if not isinstance(splits, Splits):
+        raise TypeError(
+            f"load: expected Splits from the function of the task, got {type(splits).__name__}; "
+            "return make_splits(...)"
+        )
     target = torch.device(device)
     return Splits(
         train=splits.train.to(target),

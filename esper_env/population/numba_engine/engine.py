@@ -79,7 +79,7 @@ class CompiledEngine:
         """Train members for some batches; see `Population.train`."""
         members, seeds, images, draw, host_rate, seed_rate = training
         _, size, m = draw.indices.shape
-        batches = draw.num_batches()
+        batches = np.count_nonzero(draw.labels[:, 0] >= 0, axis=0)
         assignment = self.programs.training(members, seeds, size)
         squares = self.programs.squares.rows[assignment.programs.program]
         is_trained = squares == 0

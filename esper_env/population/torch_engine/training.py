@@ -136,7 +136,7 @@ class TrainingGraph:
         element_rates = self._sgd.spread_rates(rates)
         mixes = [self._mixes(slot, seeds) for slot in range(num_slots)]
         kind: dict[str, Any] = {"dtype": torch.float32, "device": storage.device}
-        counts = training.draw.num_batches()
+        counts = np.count_nonzero(training.draw.labels[:, 0] >= 0, axis=0)
         num_batches = torch.from_numpy(counts).to(storage.device)
         total_loss = torch.zeros(len(self.members), **kind)
         total_squares = torch.zeros(len(self._norm_index), **kind)
