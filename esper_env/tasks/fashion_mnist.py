@@ -46,7 +46,7 @@ def load_splits(data_dir: str | None = None) -> Splits:
 
 
 def load_small_splits(data_dir: str | None = None) -> Splits:
-    """Return the same splits with 14x14 pixels, each the mean of 2x2; see `load_splits`."""
+    """Return Fashion-MNIST with 14x14 pixels, each the mean of 2x2; the splits of `load_splits`."""
 
     def halved(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         blocks = images.view(len(images), 14, 2, 14, 2).float()
