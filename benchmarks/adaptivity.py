@@ -127,9 +127,12 @@ def rules(plans: dict[str, Plan]) -> dict[str, Make]:
     """Return rules that remember past accuracies or their own decision, by name."""
     found: dict[str, Make] = {}
     for name, plan in plans.items():
-        for below, at in itertools.product((0.2, 0.3, 0.4, 0.5, 0.6), (1, 2, 3, 5)):
+        for below, at in itertools.product((0.3, 0.4, 0.5, 0.6), (1, 2, 4)):
             found[f"{name} if below {below} at {at}"] = partial(Threshold, plan, below, at)
-        for drop, window, wait in itertools.product((0.1, 0.15, 0.2, 0.3), (2, 4), (1, 3)):
+            found[f"{name}, after {at} only if below {below}"] = partial(
+                Threshold, plan, below, at, begins=True
+            )
+        for drop, window, wait in itertools.product((0.1, 0.2, 0.3), (2, 4), (1, 3)):
             options = {"drop": drop, "window": window, "wait": wait}
             found[f"{name} toggled {options}"] = partial(Toggle, plan, **options)
     return found

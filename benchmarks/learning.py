@@ -59,6 +59,8 @@ SEARCH_SEED = 3_000_000
 """First reset seed of the searches, far from those of training and evaluation."""
 ROUNDS, KEEP = 4, 3
 """Successive halving: rounds of equal cost. One in `KEEP` candidates survives each round."""
+LEAST_EPISODES = 4
+"""Episodes of a candidate in a round, at least: with fewer, one kind of problem may be missing."""
 FINISHED = "finished.json"
 """Last file of a run of `ppo_lstm`."""
 
@@ -177,7 +179,7 @@ def halve(candidates: dict[str, Make], args: Args) -> dict[str, Any]:
     budget = args.total_timesteps // config.episode_steps // ROUNDS
     names, seed, rounds = list(candidates), SEARCH_SEED, []
     for k in range(ROUNDS):
-        count = max(1, budget // len(names))
+        count = max(LEAST_EPISODES, budget // len(names))
         scores = {}
         envs = make_envs(args.env_id, min(MAX_ENVS, count), "cpu", config)
         for name in progress(names, f"candidates of round {k + 1} of {ROUNDS}"):

@@ -110,11 +110,19 @@ class Threshold(InService):
         below: Accuracy below which the seeds are in service.
         decide_at: Env step at which this is decided for the rest of the episode; None decides in
             every env step, which needs no memory.
+        begins: Whether the seeds are in service before that.
     """
 
-    def __init__(self, plan: Plan, below: float, decide_at: int | None = None) -> None:
+    def __init__(
+        self, plan: Plan, below: float, decide_at: int | None = None, begins: bool = False
+    ) -> None:
         super().__init__(plan)
-        self.below, self.decide_at = below, decide_at
+        self.below, self.decide_at, self.begins = below, decide_at, begins
+
+    def begin(self, envs: EsperVectorEnv, seed: int) -> None:
+        """Put the seeds into service at once, or not."""
+        super().begin(envs, seed)
+        self._wanted[:] = self.begins
 
     def wants(self, info: dict[str, Any]) -> npt.NDArray[np.bool_]:
         """Compare the accuracy with the threshold."""

@@ -527,6 +527,8 @@ def test_a_threshold_decides_once_or_in_every_step() -> None:
     course = [0.1, 0.2, 0.6, 0.3, 0.9]
     assert decisions(Threshold(PLAN, 0.5, decide_at=1), course) == [False] + 4 * [True]
     assert decisions(Threshold(PLAN, 0.5, decide_at=2), course) == 5 * [False]
+    early = Threshold(PLAN, 0.5, decide_at=2, begins=True)
+    assert decisions(early, course) == 2 * [True] + 3 * [False]
     assert decisions(Threshold(PLAN, 0.5), course) == [True, True, False, True, False]
 
 
