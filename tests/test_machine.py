@@ -107,11 +107,11 @@ class Recorder:
                 self.moves.append((state, (int(member), int(slot), Stage(source), target)))
             move(state, at, target)
 
-        def record_style(sim: Simulation, rows: IntArray) -> Any:
+        def record_style(sim: Simulation, *arguments: Any) -> Any:
             # In every env step, also in those without a batch for anybody.
             if sim is self.watched:
                 self.style = sim.state.slots.style.copy()
-            return draw_batches(sim, rows)
+            return draw_batches(sim, *arguments)
 
         def check_train(population: Population, training: Training) -> Any:
             sim = self.watched

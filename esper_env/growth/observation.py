@@ -144,16 +144,15 @@ class ObservationBuilder:
             config.parameter_budget,
             config.embargo_steps,
             len(blueprints),
+            config.clock == "flops",
         )
         slot = slot_features(blueprints)
         slots = (f"slot_{s}.{name}" for s in range(num_slots) for name in slot)
-        names = (*episode_features(), *slots)
-        keeps_differences, has_budget = config.observation == "full", config.clock == "flops"
-        self._kept = [
-            i
-            for i, name in enumerate(names)
-            if (keeps_differences or not _compares(name)) and (has_budget or name != BUDGET_FEATURE)
-        ]
+        has_budget = config.clock == "flops"
+        episode = (name for name in episode_features() if has_budget or name != BUDGET_FEATURE)
+        names = (*episode, *slots)
+        keeps_all = config.observation == "full"
+        self._kept = [i for i, name in enumerate(names) if keeps_all or not _compares(name)]
         self._num_features = len(names)
         self.names = tuple(names[i] for i in self._kept)
 
@@ -197,6 +196,7 @@ class _Scales(NamedTuple):
     parameter_budget: float
     embargo_steps: int
     num_blueprints: int
+    has_budget: bool
 
 
 @entry_point
@@ -249,9 +249,10 @@ def _observe(
             np.log10(conditions.learning_rate[i]) + 1.5,
             np.log10(conditions.train_fraction[i]) + 1,
             np.log2(conditions.width[i]),
-            np.log2(conditions.compute[i]) / DOUBLINGS_SCALE,
         )
         at = _put(row, at, training)
+        if scales.has_budget:
+            at = _put(row, at, (np.log2(conditions.compute[i]) / DOUBLINGS_SCALE,))
         for s in range(num_slots):
             stage, mode = state.stage[i, s], state.mode[i, s]
             # Before BLENDING no ramp has started, so `alpha_target` is not set yet.

@@ -351,7 +351,7 @@ class Simulation:
         _, measured, progress, _, episode = self.state
         config, networks = self.config, self.networks
         batches, unspent = self._buy_batches(rows)
-        draw = self.draw_batches(rows)
+        draw = self.draw_batches(rows, batches)
         progress.unspent[rows] = unspent
         is_finite, has_batch = np.ones(len(rows), dtype=bool), batches > 0
         if not has_batch.all():
@@ -398,8 +398,13 @@ class Simulation:
         batches = np.floor(available / price + 1e-9).astype(np.int64)
         return batches, np.maximum(available - batches * price, 0.0)
 
-    def draw_batches(self, rows: IntArray) -> Draw:
-        """Sample the coming training batches of some sub-environments; see `draw_batches`."""
+    def draw_batches(self, rows: IntArray, batches: IntArray | None = None) -> Draw:
+        """Sample the coming training batches of some sub-environments; see `draw_batches`.
+
+        Args:
+            rows: Indices of the sub-environments. (m,) int64.
+            batches: Batches of each, if they are known. (m,) int64.
+        """
         config, episode = self.config, self.state.episode
         # Batches are a function of the episode's key and the step counter, so a copy of the state
         # trains on the same images.
@@ -410,7 +415,7 @@ class Simulation:
             self.instances,
             self._train_labels,
             num_classes=self.host.num_classes,
-            batches=self._buy_batches(rows)[0],
+            batches=self._buy_batches(rows)[0] if batches is None else batches,
             batch_size=config.batch_size,
             augments=self.task.augments,
             course=NO_COURSE if self.task.regimes is None else self.course.of(rows),

@@ -108,7 +108,7 @@ def _draw(
         flips: Whether an image is mirrored, overwritten. (m, batches, size) bool, or (m, 0, 0).
     """
     total = len(labels)
-    m, _, size = index.shape
+    m, most, size = index.shape
     has_regimes = len(course.noise) > 0
     for i in range(m):
         step, k, episode = np.uint64(steps[i]), instance[i], mix(episode_key[i])
@@ -118,8 +118,9 @@ def _draw(
         augment_key = child_key(child_key(episode, np.uint64(Stream.AUGMENT)), step)
         count, first = images_in_use(total, train_fraction[k], train_start[k])
         noise, batches = label_noise[k], own_batches[i]
-        index[i, batches:], shown[i, batches:] = 0, -1
-        shifts[i, batches:], flips[i, batches:] = 0, False
+        if batches < most:
+            index[i, batches:], shown[i, batches:] = 0, -1
+            shifts[i, batches:], flips[i, batches:] = 0, False
         for b in range(batches):
             for j in range(size):
                 position = b * size + j
