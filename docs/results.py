@@ -176,6 +176,8 @@ def adaptivity_arms(result: dict[str, Any]) -> str:
             difference = "" if pair is None else signed_interval(pair)
             found = result["found"].get(arm, "").replace('"', "").strip("{}")
             rows.append([label, f"{result['scores'][arm]:.4f}", difference, found])
+    if (pair := result["paired"].get("ppo_lstm - rule")) is not None:
+        rows.append(["`ppo_lstm` minus best rule", "", signed_interval(pair), ""])
     return table(["arm", "score", "minus best open loop (95 % CI)", "what was found"], rows)
 
 
