@@ -32,6 +32,8 @@ from esper_env.config import FloatArray
 
 DEFAULT = "default"
 SAMPLED = "actions drawn when judged"
+MINIMAL: dict[str, Any] = {"env.observation": "minimal", "env.attribution": "none"}
+"""Without attribution a step costs less, and a minimal observation does not show it."""
 VARIANTS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     SAMPLED: {},
@@ -44,8 +46,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no group baseline": {"group_size": 1},
     "twice the value weight": {"vf_coef": 1.0},
     "half the width": {"hidden_size": 64},
-    "minimal observation": {"env.observation": "minimal"},
-    "minimal observation, no memory": {"env.observation": "minimal", "recurrent": False},
+    "minimal observation": MINIMAL,
+    "minimal observation, no memory": {**MINIMAL, "recurrent": False},
     "PRUNE and FOSSILIZE": {
         "env.heads": {**TRAINING.heads, "op": [op.name for op in Op], "alpha_target": [0.0, 1.0]}
     },

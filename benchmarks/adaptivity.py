@@ -91,8 +91,10 @@ class Args:
         """Complete the settings of the environment."""
         object.__setattr__(self, "env", settings_of(self.env_id, self.env))
         if not self.plans:
-            has_regimes = TASKS[self.env.task].regimes is not None
-            object.__setattr__(self, "plans", PLANS if has_regimes else learning.GRID)
+            has_regimes, most = TASKS[self.env.task].regimes is not None, self.env.max_seeds
+            grid = PLANS if has_regimes else learning.GRID
+            grid = tuple(text for text in grid if most is None or text.count("@") <= most)
+            object.__setattr__(self, "plans", grid)
         if self.repeats < 2 or self.repeats % 2:
             raise ValueError(f"repeats: expected an even number of at least 2, got {self.repeats}")
         if self.agents_from is not None and self.agent_seeds:

@@ -105,6 +105,7 @@ CONTEXTS = Task(
     defaults={
         "objective": "anytime",
         "rent_weight": 0.01,
+        "max_seeds": 1,
         "learning_rate_decay": "none",
         "graft": True,
         "parking": True,
