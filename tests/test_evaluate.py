@@ -463,7 +463,11 @@ REGIMES = ("Esper-Digits-Sizing-v0", "Esper-Digits-Contexts-v0")
 def serve(policy: InService, env_id: str, **settings: Any) -> npt.NDArray[np.float64]:
     """Return alpha after every step of one episode of 3 members. (steps, members, slots)."""
     config = dataclasses.replace(
-        settings_of(env_id, TRAINING), episode_steps=14, batches_per_step=1, **settings
+        settings_of(env_id, TRAINING),
+        episode_steps=14,
+        batches_per_step=1,
+        max_seeds=None,
+        **settings,
     )
     envs = make_envs(env_id, 3, "cpu", config)
     observation, info = envs.reset(seed=0)
