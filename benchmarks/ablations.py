@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import write_result
+from benchmarks.adaptivity import interval
 from benchmarks.learning import check_work_dir, remember, smallest, train_agents
 from benchmarks.processes import only_user
 from benchmarks.protocol import Episodes, compare, play, summarize, table_of
@@ -166,12 +167,14 @@ def run(args: Args) -> None:
         base = BASES.get(name, DEFAULT)
         variants[name] = {
             "changes": VARIANTS[name],
+            "compared_with": base,
             "summary": summarize(table, rng),
             "parameters_mean": float(np.mean([run["parameters"] for run in episodes])),
             "score_of_each_agent": table.mean(axis=(1, 2)).tolist(),
         }
         pair = compare(table, tables[base], rng)
         variants[name]["paired"] = pair
+        variants[name]["mean_difference"] = interval(table - tables[base], rng)
         print(
             f"{name:42s} {variants[name]['summary']['iqm']:.4f}  minus {base} "
             f"{pair['difference']:+.4f} ({pair['low']:+.4f} .. {pair['high']:+.4f})",

@@ -235,9 +235,14 @@ def run_arms(args: Args) -> dict[str, Any]:
     """Search, train, evaluate all arms on the test instances, and compare them."""
     candidates = candidates_of(args)
     budget = learning.Args(env_id=args.env_id, env=args.env, total_timesteps=args.total_timesteps)
+    cheap = budget
+    if TASKS[args.env.task].regimes is not None:
+        # Policies in service need no contributions. Without them scores are the same, and sooner.
+        env = dataclasses.replace(args.env, attribution="none")
+        cheap = dataclasses.replace(budget, env=env)
 
-    def episodes(name: str, make: Make) -> Episodes:
-        held_out = dataclasses.replace(args.env, instances="test")
+    def episodes(name: str, make: Make, env: EnvConfig = cheap.env) -> Episodes:
+        held_out = dataclasses.replace(env, instances="test")
         play_all = partial(play, make(), args.env_id, held_out, args.repeats, args.seed)
         result: Episodes = learning.remember(args.work_dir / f"arm-{name}.json", play_all)
         return result
@@ -257,7 +262,7 @@ def run_arms(args: Args) -> dict[str, Any]:
     tables["open_loop of each instance"] = best_of_each(every_loop)[None]
     searches = {}
     for arm, makes in candidates.searched.items():
-        search = partial(learning.halve, makes, budget)
+        search = partial(learning.halve, makes, cheap)
         searches[arm] = learning.remember(args.work_dir / f"search-{arm}.json", search)
         found[arm] = searches[arm]["best"]
         tables[arm] = table_of([episodes(arm, makes[found[arm]])])
@@ -267,7 +272,8 @@ def run_arms(args: Args) -> dict[str, Any]:
     learning.train_agents(runs, args.jobs)
     if runs:
         makes = {run.seed: partial(ppo_lstm.TrainedPolicy, run.run_dir) for run in runs}
-        tables["ppo_lstm"] = table_of([episodes(f"ppo-{k}", make) for k, make in makes.items()])
+        played_by = [episodes(f"ppo-{k}", make, args.env) for k, make in makes.items()]
+        tables["ppo_lstm"] = table_of(played_by)
     if args.agents_from is not None:
         tables["ppo_lstm"] = table_of(episodes_of(args.agents_from, played["never"]))
     return {

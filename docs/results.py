@@ -149,7 +149,7 @@ def adaptivity_table(
         memory = None
         if without is not None:
             # The other way round: what the agent with memory scores more.
-            pair = without["paired"]
+            pair = without["mean_difference"]
             memory = {"difference": -pair["difference"], "low": -pair["high"], "high": -pair["low"]}
         rows.append(
             [
@@ -256,11 +256,13 @@ def ablation_table(result: dict[str, Any]) -> str:
     for name, variant in result["variants"].items():
         summary, pair = variant["summary"], variant["paired"]
         agents = variant["score_of_each_agent"]
+        base = variant.get("compared_with", "default")
+        note = "" if base == "default" else f", minus {base}"
         rows.append(
             [
                 VARIANTS.get(name, name),
                 f"{summary['iqm']:.4f}",
-                "" if name == "default" else signed_interval(pair),
+                "" if name == "default" else signed_interval(pair) + note,
                 f"{min(agents):.3f} .. {max(agents):.3f}",
                 f"{variant['parameters_mean']:.0f}",
             ]
