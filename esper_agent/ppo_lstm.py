@@ -142,6 +142,7 @@ class Args:
         check_ranges(self, "at least 0", "seed", "eval_episodes", "eval_every", "profile", least=0)
         check_ranges(self, "above 0 and at most 1", "learning_rate", "gamma", above=0, most=1)
         check_ranges(self, "0 to 1", "gae_lambda", least=0, most=1)
+        check_ranges(self, "-100 to 100", "wait_logit", least=-100, most=100)
         at_least = ("ent_coef", "vf_coef", "checkpoint_minutes")
         check_ranges(self, "a finite number of at least 0", *at_least, least=0)
         above = ("clip_coef", "max_grad_norm", "target_kl")

@@ -411,6 +411,7 @@ def test_the_train_state_is_all_that_a_run_carries_from_iteration_to_iteration(
         ({"gae_lambda": -0.1}, "gae_lambda: expected 0 to 1, got -0.1"),
         ({"clip_coef": float("nan")}, "clip_coef: expected a finite number above 0, got nan"),
         ({"max_grad_norm": -1.0}, "max_grad_norm: expected a finite number above 0, got -1.0"),
+        ({"wait_logit": float("nan")}, "wait_logit: expected -100 to 100, got nan"),
         ({"ent_coef": float("inf")}, "ent_coef: expected a finite number of at least 0, got inf"),
         ({"vf_coef": -0.5}, "vf_coef: expected a finite number of at least 0, got -0.5"),
         ({"seed": -1}, "seed: expected at least 0, got -1"),
@@ -669,3 +670,19 @@ def test_training_does_not_depend_on_the_number_of_threads() -> None:
         envs.close()
         results.append([rollout.actions, *state.agent.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("env_id", "wait_logit", "expected"),
+    [("Esper-Digits-v0", None, 0), ("Esper-Digits-Contexts-v0", None, 2.5), (ID, 1.5, 1.5)],
+)
+def test_an_agent_of_an_environment_with_parking_begins_by_waiting(
+    env_id: str, wait_logit: float | None, expected: float
+) -> None:
+    """All other ops have logits near 0."""
+    args = Args(env_id=env_id, num_envs=4, num_minibatches=1, wait_logit=wait_logit)
+    assert args.wait_logit == expected
+    envs = make_envs(args.env_id, args.num_envs, "cpu", args.env)
+    agent = make_train_state(args, envs).agent
+    assert envs.heads[0].options[0] == "WAIT"
+    assert agent.op_head.bias.tolist() == [expected] + (agent.width - 1) * [0]

@@ -41,6 +41,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "update_epochs": {"update_epochs": 1},
     "clip_coef": {"clip_coef": 1e-4},
     "ent_coef": {"ent_coef": 0.5},
+    "wait_logit": {"wait_logit": 3.0},
     "vf_coef": {"vf_coef": 0.1},
     "max_grad_norm": {"max_grad_norm": 1e-3},
     "clip_groups": {"clip_groups": True},

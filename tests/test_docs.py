@@ -25,6 +25,7 @@ from esper_env.envs.registration import ENVIRONMENTS
 from esper_env.growth.lifecycle import TRANSITIONS
 from esper_env.growth.reward import TERMS
 from esper_env.population.blueprints import CNN_BLUEPRINTS, registered_blueprints
+from esper_env.tasks import TASKS
 from tests.builders import INFO_KEYS
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -164,7 +165,7 @@ def test_the_example_of_the_docstring_has_the_stated_output() -> None:
 def test_the_examples_of_extending_run_and_print_the_stated_output() -> None:
     page = (ROOT / "docs/extending.md").read_text().partition("<!-- generated: errors")[0]
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     namespace: dict[str, Any] = {"__name__": __name__}
     for block in blocks:
         output = io.StringIO()
@@ -174,6 +175,7 @@ def test_the_examples_of_extending_run_and_print_the_stated_output() -> None:
         assert output.getvalue().splitlines() == expected
     names = [blueprint.name for blueprint in registered_blueprints()]
     assert names[len(CNN_BLUEPRINTS) :] == ["pre_norm", "scaled"]
+    del gym.registry["Lines-v0"], TASKS["Lines-v0"]
 
 
 def test_an_example_that_raises_no_error_is_rejected() -> None:
